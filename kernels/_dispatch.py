@@ -1,0 +1,138 @@
+"""Chooses the implementation of an attention pattern.
+
+To add a pattern, write `kernels/<pattern>.py`, shaped like `routing.py`, with
+- `_reference(*arguments) -> (output, weights, indices)`: the definition, any dtype. `weights` is the very tensor that
+  multiplies v, (B, heads, Nq, Nk); for a sparse pattern `indices` (B, Nq, Nk) holds the flat key positions, else None;
+- `_torch(*arguments) -> output`: the fast path, traceable by torch.compile, torch.export and ONNX;
+- the public function, last, named in `__all__`: it checks the user's arguments, makes them canonical (defaults filled
+  in, ints to pairs) and ends with `return dispatch("<pattern>", backend, _reference, _torch, *arguments)`.
+Triton code goes to `kernels/_<pattern>_triton.py`, imported when a CUDA tensor first needs it, with
+- `attention(*arguments) -> output`, behind a torch.library operator;
+- `unsupported(*arguments) -> str | None`: None, or the reason why this call cannot run, as a clause ("head_dim is 200,
+  at most 128 is supported").
+Under autocast all implementations receive their floating tensors in the autocast dtype and run with autocast off.
+"""
+
+import importlib
+import importlib.util
+import pkgutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionattn.kernels import _record
+from visionattn.kernels._check import autocasting
+
+__all__ = ["describe_backends", "dispatch", "set_backend"]
+
+BACKENDS = ("auto", "reference", "torch", "triton")
+
+_default = "auto"  # what backend="auto" means now
+_warned: set[str] = set()
+
+
+@contextmanager
+def set_backend(name: str) -> Iterator[None]:
+    """While active, calls with `backend="auto"` use this backend, in all threads; one named in a call wins.
+
+    Raises ValueError for a name other than auto, reference, torch, triton.
+    """
+    global _default
+    _check_name(name)
+    before, _default = _default, name
+    try:
+        yield
+    finally:
+        _default = before
+
+
+def dispatch(pattern: str, backend: str, reference: Callable, torch_form: Callable, *arguments: Any) -> Tensor:
+    """Run the pattern on `arguments` (the first a tensor) with the backend asked for, or the best one for "auto"."""
+    _check_name(backend)
+    if autocasting(arguments[0]):
+        device = arguments[0].device.type
+        arguments = _autocast(device, arguments)
+        with torch.autocast(device, enabled=False):
+            return dispatch(pattern, backend, reference, torch_form, *arguments)
+    if _record.active():
+        output, weights, indices = reference(*arguments)
+        _record.keep(weights, indices)
+        return output
+    backend = _choose(pattern, _default if backend == "auto" else backend, arguments)
+    if backend == "reference":
+        return reference(*arguments)[0]
+    if backend == "triton":
+        return _sibling(pattern).attention(*arguments)
+    return torch_form(*arguments)
+
+
+def describe_backends() -> list[str]:
+    """One line for each pattern and kind of device: the backend that "auto" takes there, and why not a faster one."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    lines = []
+    for info in pkgutil.iter_modules(importlib.import_module(__package__).__path__):
+        if info.name.startswith("_"):
+            continue
+        for device in devices:
+            reason = _no_triton(info.name, device)
+            line = "triton, where it supports the call" if reason is None else f"torch ({reason})"
+            lines.append(f"{info.name:<28} {device:<5} {line}")
+    return lines
+
+
+def _check_name(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
+
+
+def _choose(pattern: str, backend: str, arguments: tuple) -> str:
+    """The backend to run: `backend` itself, or for "auto" triton where it can run, else torch."""
+    device = arguments[0].device.type
+    if backend in ("reference", "torch") or (backend == "auto" and device != "cuda"):
+        return "torch" if backend == "auto" else backend
+    reason = _no_triton(pattern, device) or _sibling(pattern).unsupported(*arguments)
+    if reason is None:
+        return "triton"
+    if backend == "triton":
+        raise ValueError(f"backend='triton' cannot run this {pattern} call: {reason}; use backend='auto' or 'torch'")
+    _warn_once(f"{pattern} attention runs its slower torch form on a CUDA device: {reason}")
+    return "torch"
+
+
+@torch.compiler.assume_constant_result
+def _no_triton(pattern: str, device: str) -> str | None:
+    """Why no call of the pattern can run on Triton on this kind of device; None if calls can."""
+    if device != "cuda":
+        return f"Triton kernels need CUDA tensors, and these are on {device}"
+    if importlib.util.find_spec(f"{__package__}._{pattern}_triton") is None:
+        return "this pattern has no Triton kernel yet"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _sibling(pattern: str) -> Any:
+    return importlib.import_module(f"{__package__}._{pattern}_triton")
+
+
+@torch.compiler.assume_constant_result
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=4)
+
+
+def _autocast(device: str, arguments: tuple) -> tuple:
+    """The arguments with floating tensors, but for float64, in autocast's dtype."""
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(argument: Any) -> Any:
+        floating = isinstance(argument, Tensor) and argument.is_floating_point() and argument.dtype != torch.float64
+        return argument.to(dtype) if floating else argument
+
+    return tuple(cast(argument) for argument in arguments)

@@ -1,0 +1,459 @@
+"""What every registered backbone promises: timm's interface, any size of image, checkpoints, compiling and exporting.
+
+A model is tested by being registered from a module of `visionattn.backbones`. By default the smallest model of each
+family (file) is tested, and by `-m slow` all others; tests that need no weights run on all models at once.
+"""
+
+import functools
+import math
+import sys
+
+import pytest
+import timm
+import torch
+from timm.layers import DropPath
+from timm.models import FeatureInfo, adapt_input_conv, group_parameters
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import visionattn  # noqa: F401 - registers the models
+
+ROUNDS_DOWN = {"biformer_stl_nchw"}  # maps of H // stride, as a golden record shows; all others have ceil(H / stride)
+SHORTER = {"biformer": {"depth": (1, 1, 2, 1)}}  # arguments by family: fewer blocks test as much, in less time
+SMALL = 64  # pixels
+
+
+def is_ours(name: str) -> bool:
+    return timm.model_entrypoint(name).__module__.startswith("visionattn.backbones.")
+
+
+@functools.cache
+def weightless(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
+def parameters_of(name: str) -> int:
+    return sum(p.numel() for p in weightless(name).parameters())
+
+
+def smallest_of_each_family() -> set[str]:
+    families: dict[str, list[str]] = {}
+    for name in ALL:
+        families.setdefault(timm.model_entrypoint(name).__module__, []).append(name)
+    return {min(names, key=parameters_of) for names in families.values()}
+
+
+ALL = [name for name in timm.list_models() if is_ours(name)]
+FAST = smallest_of_each_family()
+every_model = pytest.mark.parametrize("name", ALL)
+models = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in ALL]
+)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
+def create(name: str, **kwargs) -> nn.Module:
+    family = timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1]
+    return timm.create_model(name, **SHORTER.get(family, {}), **kwargs)
+
+
+@functools.cache
+def ready(name: str) -> nn.Module:
+    """The model in evaluation mode with 10 classes, shared by the tests that do not change it."""
+    torch.manual_seed(0)
+    return create(name, num_classes=10).eval()
+
+
+def images(name: str, height: int = SMALL, width: int | None = None, batch: int = 2) -> Tensor:
+    channels = weightless(name).default_cfg["input_size"][0]
+    return torch.randn(batch, channels, height, width or height)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.float() - expected).norm() / expected.norm()).item()
+
+
+# Configuration
+
+
+def test_there_are_models():
+    assert "biformer_tiny" in ALL
+
+
+@every_model
+def test_default_cfg(name):
+    model, cfg = weightless(name), weightless(name).default_cfg
+    assert cfg["architecture"] == name
+    assert {f"{cfg['first_conv']}.weight", f"{cfg['classifier']}.weight"} <= set(model.state_dict())
+    assert model.get_classifier() is model.get_submodule(cfg["classifier"])
+    assert model.num_classes == cfg["num_classes"] > 0
+    assert model.num_features > 0
+    assert model.head_hidden_size > 0
+    assert len(cfg["mean"]) == len(cfg["std"]) == cfg["input_size"][0]
+    assert 0.8 < cfg["crop_pct"] <= 1
+    assert cfg["license"]
+    assert cfg["origin_url"].startswith("https://")
+    assert cfg["paper_ids"]
+    assert sys.modules[timm.model_entrypoint(name).__module__].__doc__
+
+
+@every_model
+def test_parameter_groups(name):
+    """Layer decay reaches every parameter, from the stem upwards."""
+    model = weightless(name)
+    everything = {key for key, _ in model.named_parameters()}
+    for coarse in (False, True):
+        layers = group_parameters(model, model.group_matcher(coarse=coarse))
+        assert sorted(key for keys in layers.values() for key in keys) == sorted(everything)
+        assert len(layers) > 3
+        assert f"{model.default_cfg['first_conv']}.weight" in layers[0]
+        assert f"{model.default_cfg['classifier']}.weight" in layers[max(layers)]
+    groups = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.8).param_groups
+    assert sum(len(group["params"]) for group in groups) == len(everything)
+    scales = [group["lr_scale"] for group in groups]
+    assert max(scales) == 1
+    assert min(scales) == pytest.approx(0.8 ** (len(group_parameters(model, model.group_matcher())) - 1))
+
+
+@every_model
+def test_no_weight_decay_names_exist(name):
+    model = weightless(name)
+    assert set(model.no_weight_decay()) <= {key for key, _ in model.named_parameters()}
+
+
+@every_model
+def test_weights_that_cannot_be_fetched_are_explained(name):
+    if timm.get_pretrained_cfg(name).has_weights:
+        assert timm.get_pretrained_cfg(name).license
+        return
+    with pytest.raises(RuntimeError, match=r"pretrained_cfg_overlay=dict\(file="):
+        timm.create_model(name, pretrained=True)
+
+
+# Classification
+
+
+@models
+def test_maps_at_the_default_size(name):
+    cfg = ready(name).default_cfg
+    with torch.no_grad():
+        features = ready(name).forward_features(images(name, *cfg["input_size"][1:], batch=1))
+    assert features.shape == (1, ready(name).num_features, *cfg["pool_size"])
+
+
+@models
+@torch.no_grad()
+def test_head(name):
+    model, x = ready(name), images(name)
+    logits, features = model(x), model.forward_features(x)
+    assert logits.shape == (2, 10)
+    assert_close(model.forward_head(features), logits)
+    pooled = model.forward_head(features, pre_logits=True)
+    assert pooled.shape == (2, model.head_hidden_size)
+    assert_close(model.get_classifier()(pooled), logits)
+
+
+@models
+@torch.no_grad()
+def test_classifier_can_be_changed(name):
+    x = images(name)
+    model = create(name).eval()
+    model.reset_classifier(7)
+    assert model.num_classes == 7
+    assert model(x).shape == (2, 7)
+    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+    model.reset_classifier(0)
+    assert model.num_classes == 0
+    assert_close(model(x), pooled)
+    model.reset_classifier(0, "")
+    assert_close(model(x), model.forward_features(x))
+    model.reset_classifier(5, "max")
+    assert model(x).shape == (2, 5)
+
+
+@models
+@torch.no_grad()
+def test_model_without_classifier_or_pooling(name):
+    x = images(name)
+    assert create(name, num_classes=0).eval()(x).shape == (2, ready(name).head_hidden_size)
+    maps = create(name, num_classes=0, global_pool="").eval()(x)
+    assert maps.shape == ready(name).forward_features(x).shape
+
+
+@models
+def test_training_reaches_every_parameter(name):
+    model = create(name, num_classes=10, drop_rate=0.1, drop_path_rate=0.1).train()
+    model(images(name)).square().mean().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+
+
+@models
+@torch.no_grad()
+def test_dropout_and_stochastic_depth(name):
+    x = images(name)
+    model = create(name, num_classes=10, drop_rate=0.5, drop_path_rate=0.3)
+    rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
+    assert rates == sorted(rates)
+    assert rates[-1] == pytest.approx(0.3)
+    model.load_state_dict(ready(name).state_dict())
+    assert_close(model.eval()(x), ready(name)(x))
+    features = model.eval().forward_features(x)
+    assert not torch.equal(model.train().forward_head(features), model.forward_head(features))
+
+
+# Sizes of images
+
+
+def expected_size(name: str, size: tuple[int, int], stride: int) -> tuple[int, ...]:
+    return tuple(side // stride if name in ROUNDS_DOWN else math.ceil(side / stride) for side in size)
+
+
+SLOW_SIZES = [pytest.param(size, marks=pytest.mark.slow) for size in ((224, 224), (256, 256), (200, 300), (301, 197))]
+
+
+@models
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (96, 64), (50, 130), *SLOW_SIZES])
+@torch.no_grad()
+def test_any_size(name, size):
+    model, x = ready(name), images(name, *size, batch=1)
+    features, maps = model.forward_intermediates(x)
+    assert model.forward_head(features).isfinite().all()
+    for info, feature in zip(model.feature_info, maps, strict=True):
+        assert feature.shape == (1, info["num_chs"], *expected_size(name, size, info["reduction"]))
+
+
+@models
+@pytest.mark.parametrize("size", [(31, 64), (64, 16)])
+def test_images_too_small_are_refused(name, size):
+    for call in (ready(name), ready(name).forward_intermediates):
+        with pytest.raises(ValueError, match="at least 32 x 32"):
+            call(images(name, *size))
+
+
+@models
+@torch.no_grad()
+def test_img_size_does_not_bind(name):
+    model = create(name, img_size=96, num_classes=10).eval()
+    assert model(images(name, 64, 80)).shape == (2, 10)
+
+
+@models
+@torch.no_grad()
+def test_samples_are_independent(name):
+    """In float64, where a tie between regions does not depend on the order of a sum."""
+    model, x = create(name, num_classes=10).double().eval(), images(name, 48, 72, batch=3).double()
+    together = model(x)
+    for i in range(3):
+        assert_close(model(x[i : i + 1])[0], together[i])
+    x[1] = torch.nan
+    assert_close(model(x)[[0, 2]], together[[0, 2]])
+
+
+# Maps for dense prediction
+
+
+@models
+@torch.no_grad()
+def test_features_only(name):
+    x = images(name, 70, 100)
+    model = create(name, features_only=True).eval()
+    channels, strides = model.feature_info.channels(), model.feature_info.reduction()
+    maps = model(x)
+    assert [feature.shape[1] for feature in maps] == channels
+    assert [feature.shape[2:] for feature in maps] == [expected_size(name, (70, 100), stride) for stride in strides]
+    assert strides == [4, 8, 16, 32]
+
+
+@models
+@pytest.mark.parametrize("indices", [(0, 2), (1,), 2, (-1, -3)])
+@torch.no_grad()
+def test_out_indices(name, indices):
+    x, full = images(name), ready(name)
+    model = create(name, num_classes=10, features_only=True, out_indices=indices).eval()
+    wanted = FeatureInfo(full.feature_info, indices)
+    assert model.feature_info.channels() == wanted.channels()
+    weights = full.state_dict()
+    model.model.load_state_dict({key: weights[key] for key in model.model.state_dict()})
+    numbers = sorted(i % len(full.feature_info) for i in wanted.out_indices)
+    assert sorted(model.out_indices) == numbers
+    for actual, expected in zip(model(x), full.forward_intermediates(x, numbers, intermediates_only=True), strict=True):
+        assert_close(actual, expected)
+
+
+@models
+@torch.no_grad()
+def test_intermediates(name):
+    model, x = ready(name), images(name)
+    features, maps = model.forward_intermediates(x)
+    assert_close(features, model.forward_features(x))
+    assert len(maps) == len(model.feature_info)
+    normalised = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
+    assert normalised[0].shape == maps[-1].shape
+    early, first = model.forward_intermediates(x, indices=[0, 1], stop_early=True)
+    assert_close(first, maps[:2])
+    assert early.shape == maps[1].shape
+    with pytest.raises((ValueError, AssertionError), match="NLC"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+@models
+@torch.no_grad()
+def test_pruning(name):
+    x = images(name)
+    model = create(name, num_classes=10)
+    model.load_state_dict(ready(name).state_dict())
+    model.eval()
+    maps = model.forward_intermediates(x, intermediates_only=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert model.prune_intermediate_layers([0, 2]) == [0, 2]
+    assert sum(p.numel() for p in model.parameters()) < parameters
+    assert_close(model.forward_intermediates(x, [0, 2], intermediates_only=True), [maps[0], maps[2]])
+    assert model(x).shape[1] == model.num_features == maps[2].shape[1]
+
+
+@models
+@torch.no_grad()
+def test_as_encoder_of_segmentation_models_pytorch(name):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    model = smp.FPN(f"tu-{name}", encoder_weights=None, in_channels=4, classes=3).eval()
+    assert model(torch.randn(1, 4, 64, 96)).shape == (1, 3, 64, 96)
+
+
+# Checkpoints
+
+
+def same_weights(actual: nn.Module, expected: nn.Module) -> None:
+    assert_close(dict(actual.state_dict()), dict(expected.state_dict()), rtol=0, atol=0)
+
+
+@models
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "state_dict_ema"])
+def test_checkpoints_load_strictly(name, wrapper, tmp_path):
+    file = tmp_path / "weights.pth"
+    weights = ready(name).state_dict()
+    torch.save(weights if wrapper is None else {wrapper: weights, "epoch": 3}, file)
+    overlay = {"file": str(file), "num_classes": 10}
+    same_weights(create(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10), ready(name))
+    same_weights(create(name, checkpoint_path=str(file), num_classes=10), ready(name))
+
+
+@models
+def test_incomplete_checkpoints_are_refused(name, tmp_path):
+    weights = ready(name).state_dict()
+    weights.pop(f"{ready(name).default_cfg['first_conv']}.weight")
+    torch.save(weights, tmp_path / "weights.pth")
+    overlay = {"file": str(tmp_path / "weights.pth"), "num_classes": 10}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        create(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10)
+
+
+@models
+@pytest.mark.parametrize("channels", [1, 4, 13])
+@torch.no_grad()
+def test_pretrained_stem_adapts_to_channels(name, channels, tmp_path):
+    source = ready(name)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    overlay = {"file": str(tmp_path / "weights.pth"), "num_classes": 10}
+    model = create(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=4, in_chans=channels).eval()
+    first = f"{model.default_cfg['first_conv']}.weight"
+    assert_close(model.state_dict()[first], adapt_input_conv(channels, source.state_dict()[first]))
+    assert model(torch.randn(1, channels, SMALL, SMALL)).shape == (1, 4)
+
+
+# Execution
+
+
+@models
+def test_gradient_checkpointing_changes_nothing(name):
+    x = images(name)
+    results = []
+    for enable in (False, True):
+        model = create(name, num_classes=10)
+        model.load_state_dict(ready(name).state_dict())
+        model.set_grad_checkpointing(enable)
+        logits = model.train()(x)
+        logits.square().sum().backward()
+        results.append((logits.detach(), {key: p.grad for key, p in model.named_parameters()}))
+    assert_close(results[0], results[1])
+
+
+@models
+@torch.no_grad()
+def test_channels_last(name):
+    model, x = ready(name), images(name)
+    assert_close(model(x.contiguous(memory_format=torch.channels_last)), model(x), rtol=1e-3, atol=1e-5)
+
+
+@models
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_mixed_precision(name, dtype):
+    model, x = create(name, num_classes=10), images(name, 32)
+    model.load_state_dict(ready(name).state_dict())
+    with torch.autocast("cpu", dtype):
+        logits = model.eval()(x)
+    assert logits.dtype == dtype
+    assert relative_error(logits, ready(name)(x)) < 0.05
+    with torch.autocast("cpu", dtype):
+        loss = model.train()(x).float().square().mean()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@models
+def test_compile_in_one_graph(name):
+    model, x = ready(name), images(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-5)
+
+
+def batch_of_any_size() -> tuple:
+    return ({0: torch.export.Dim("batch", min=1, max=64)},)
+
+
+@models
+@torch.no_grad()
+def test_export_with_dynamic_batch(name):
+    model, x = ready(name), images(name, 64, 80)
+    program = torch.export.export(model, (x,), dynamic_shapes=batch_of_any_size()).module()
+    for batch in (1, 5):
+        x = images(name, 64, 80, batch)
+        assert_close(program(x), model(x), rtol=1e-3, atol=1e-5)
+
+
+@models
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the exporter's own code
+@torch.no_grad()
+def test_onnx_in_onnxruntime(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x = ready(name), images(name, 64, 80)
+    torch.onnx.export(
+        model, (x,), tmp_path / "model.onnx", dynamo=True, dynamic_shapes=batch_of_any_size(), verbose=False
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for batch in (1, 3):
+        x = images(name, 64, 80, batch)
+        (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        assert_close(torch.from_numpy(logits), model(x), rtol=1e-3, atol=1e-4)
+
+
+@models
+@torch.no_grad()
+def test_tracing_by_fx(name):
+    """timm's and torchvision's feature extraction by graph."""
+    from timm.models import get_notrace_functions, get_notrace_modules
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    model, x = ready(name), images(name)
+    options = {"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()}
+    _, nodes = get_graph_node_names(model, tracer_kwargs=options)
+    traced = create_feature_extractor(model, [nodes[-1]], tracer_kwargs=options)
+    assert_close(traced(x)[nodes[-1]], model(x))

@@ -1,0 +1,82 @@
+"""The rules that keep the rooms apart: imports go downwards, every folder ships, no room answers to its bare name."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ["backbones", "kernels", "recipes", "tools"]
+MAY_IMPORT = {
+    "kernels": {"visionattn.kernels"},
+    "backbones": {"visionattn.backbones", "visionattn.kernels"},
+    "visionattn": {"visionattn"},
+    "tools": {"visionattn"},
+}
+
+
+def imported(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: rooms use absolute imports"
+            names |= {node.module} | (
+                {f"{node.module}.{a.name}" for a in node.names} if node.module == "visionattn" else set()
+            )
+    return names
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_imports_go_downwards(room):
+    for file in (ROOT / room).glob("*.py"):
+        ours = {name for name in imported(file) if name.split(".")[0] == "visionattn"}
+        allowed = MAY_IMPORT[room]
+        wrong = {n for n in ours if not any(n == a or n.startswith(a + ".") for a in allowed)}
+        assert not wrong, f"{file} imports {wrong}"
+
+
+def test_kernels_need_only_torch():
+    others = {"timm", "lightning", "torchvision", "torchmetrics", "pydantic"}
+    for file in (ROOT / "kernels").glob("*.py"):
+        assert not {name.split(".")[0] for name in imported(file)} & others, file
+
+
+def test_every_folder_with_code_ships():
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    shipped = {ROOT / folder for folder in tool["package-dir"].values()}
+    assert set(tool["packages"]) == set(tool["package-dir"])
+    for room in [*ROOMS, "visionattn"]:
+        for file in (ROOT / room).rglob("*.py"):
+            assert file.parent in shipped, f"{file} is in a folder that pyproject.toml does not name"
+    for room in ROOMS:
+        assert (ROOT / "visionattn" / room).resolve() == ROOT / room, f"symlink visionattn/{room} for editors"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_refuses_its_bare_name(room):
+    result = subprocess.run([sys.executable, "-c", f"import {room}"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert f"import visionattn.{room}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "order", ["import timm, visionattn", "import visionattn, timm", "import visionattn.backbones, timm"]
+)
+def test_models_are_registered_whichever_is_imported_first(order):
+    code = f"{order}; assert timm.is_model('biformer_tiny')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_costs_nothing_heavy():
+    """The package alone imports no torch; with timm, nothing of the training stack."""
+    code = (
+        "import sys, visionattn; assert 'torch' not in sys.modules; import timm; "
+        "heavy = {'lightning', 'torchmetrics', 'matplotlib', 'sklearn', 'pandas'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,122 @@
+"""Reading recipes: what is accepted, and how each mistake is answered."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from visionattn import recipe
+from visionattn.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+GOOD = """\
+task: classification
+model: {name: biformer_tiny}
+data:
+  format: folder
+  root: photos
+optim: {lr: 1e-3}
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+def mistake(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        recipe.load(write(tmp_path, text), overrides)
+    return str(caught.value)
+
+
+def test_a_recipe_says_only_what_differs(tmp_path):
+    loaded = recipe.load(write(tmp_path, GOOD))
+    assert loaded.optim.lr == 1e-3
+    assert loaded.train.epochs == 100
+    assert loaded.data.root == Path("photos").absolute()
+
+
+def test_overrides_replace_values_in_yaml(tmp_path):
+    loaded = recipe.load(write(tmp_path, GOOD), ["train.epochs=3", "data.image_size=[64, 96]", "model.args={n_win: 2}"])
+    assert (loaded.train.epochs, loaded.data.image_size, loaded.model.args) == (3, [64, 96], {"n_win": 2})
+
+
+def test_what_is_saved_reads_back_the_same(tmp_path):
+    loaded = recipe.load(write(tmp_path, GOOD), ["data.classes=[no, yes, '1']", "train.ema=0.99"])
+    assert recipe.loads(recipe.dump(loaded), "saved") == loaded
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        ("lr: 1e-3", "lrr: 1e-3", 6, ["optim.lrr", "did you mean optim.lr?"]),
+        ("root: photos", "root: photos\n  lr: 3", 6, ["data.lr", "did you mean optim.lr?"]),
+        ("root: photos", "image_size: abc", 5, ["data.image_size is 'abc'", "integer", "list"]),
+        ("root: photos", "batch_size: 0", 5, ["data.batch_size is 0", "greater than 0"]),
+        ("root: photos", "batch_size: true", 5, ["data.batch_size is true", "integer"]),
+        ("  root: photos\n", "", 3, ["data.root is missing", "folder"]),
+        ("format: folder", "format: foldr", 4, ["data.format is 'foldr'", "csv", "did you mean folder?"]),
+        ("format: folder", "classes: [a]", 3, ["data.format is missing", "folder"]),
+        ("lr: 1e-3", "schedule: cosin", 6, ["optim.schedule is 'cosin'", "did you mean cosine?"]),
+        ("root: photos", "root: photos\n  root: b", 6, ["data.root is given twice", "line 5"]),
+        ("root: photos", "root: photos\n  fold: 5", 3, ["fold is 5", "0 to 4"]),
+        ("lr: 1e-3", "lr: '1e-3'", 6, ["optim.lr is '1e-3'", "number"]),
+    ],
+)
+def test_a_mistake_is_named_with_its_line_and_remedy(tmp_path, old, new, line, words):
+    assert old in GOOD
+    text = mistake(tmp_path, GOOD.replace(old, new))
+    assert any(row.startswith(f"{tmp_path / 'mine.yaml'}:{line}: ") for row in text.splitlines()), text
+    for word in words:
+        assert word in text
+
+
+def test_all_mistakes_are_told_at_once(tmp_path):
+    text = mistake(tmp_path, GOOD.replace("lr: 1e-3", "lrr: 1").replace("root: photos", "root: 3"))
+    assert len(text.splitlines()) == 2
+
+
+def test_an_override_is_blamed_on_the_command_line(tmp_path):
+    assert mistake(tmp_path, GOOD, "train.epoch=3").startswith("command line: train.epoch: unknown key")
+    assert "expected key.path=value" in mistake(tmp_path, GOOD, "epochs")
+    assert "is not a section" in mistake(tmp_path, GOOD, "task.name=1")
+
+
+@pytest.mark.parametrize("text", ["", "- a", "a: [", "task: claassification\n", "model: {name: x}\n"])
+def test_what_is_no_recipe_is_refused(tmp_path, text):
+    assert mistake(tmp_path, text).startswith(str(tmp_path / "mine.yaml"))
+
+
+def test_yaml_cannot_make_objects(tmp_path):
+    text = mistake(tmp_path, GOOD + "log: !!python/object/apply:os.system ['touch hacked']\n")
+    assert "not readable as YAML" in text
+    assert not Path("hacked").exists()
+
+
+def test_a_shipped_recipe_is_found_by_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipe.load("quickstart").task == "classification"
+    with pytest.raises(UserError, match="did you mean quickstart"):
+        recipe.load("quickstrt")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_recipe_is_valid_and_short(path):
+    recipe.load(path)
+    body = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    assert len(body) <= 30
+    assert path.read_text().startswith("#"), "a recipe starts with its lab book"
+
+
+def test_reading_a_recipe_imports_no_torch(tmp_path):
+    code = "import sys; from visionattn import recipe; recipe.load(sys.argv[1]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, write(tmp_path, GOOD)], check=True)
+
+
+def test_the_shipped_schema_is_the_code_s(tmp_path):
+    shipped = json.loads((ROOT / "visionattn" / "recipe.schema.json").read_text())
+    assert shipped == recipe.json_schema(), "run: python -m visionattn.recipe > visionattn/recipe.schema.json"

@@ -1,0 +1,336 @@
+"""Times attention kernels and whole models against their peers, and measures their peak memory.
+
+    visionattn benchmark kernels --sizes 224 512 --threads 2
+    visionattn benchmark models biformer_tiny swin_tiny_patch4_window7_224 --train
+
+Time: candidates take turns in one process, so that other load meets all of them; median and quartiles over the rounds.
+Memory: on CUDA the peak of the allocator during one call; on a CPU the growth of the resident set during the first call
+in a fresh process (Linux only). Both are above what the inputs take, and include outputs and gradients.
+"""
+
+import argparse
+import csv
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionattn.environment import describe
+from visionattn.errors import UserError
+from visionattn.kernels import routing_attention
+from visionattn.listing import gmacs
+
+__all__ = ["add_arguments", "main", "run"]
+
+PASSES = ("forward", "forward+backward")
+
+
+def routing_by_gather(q: Tensor, k: Tensor, v: Tensor, regions: int, topk: int, scale: float) -> Tensor:
+    """Routing attention as the textbook writes it: keys and values of the routed regions copied out by torch.gather."""
+    b, h, w, heads, dim = q.shape
+    count, tokens = regions * regions, h * w // regions**2
+
+    def by_region(x: Tensor) -> Tensor:
+        x = x.reshape(b, regions, h // regions, regions, w // regions, heads * dim)
+        return x.transpose(2, 3).reshape(b, count, tokens, heads * dim)
+
+    q, k, v = by_region(q), by_region(k), by_region(v)
+    with torch.no_grad():
+        routes = (q.mean(2) * scale @ k.mean(2).mT).topk(topk).indices
+    routes = routes[..., None, None].expand(-1, -1, -1, tokens, heads * dim)
+    k, v = (x[:, None].expand(-1, count, -1, -1, -1).gather(2, routes) for x in (k, v))
+    q, k, v = (x.reshape(b, count, -1, heads, dim).transpose(2, 3) for x in (q, k, v))
+    output = ((q * scale) @ k.mT).softmax(-1) @ v
+    output = output.view(b, regions, regions, heads, h // regions, w // regions, dim)
+    return output.permute(0, 1, 4, 2, 5, 3, 6).reshape(b, h, w, heads, dim)
+
+
+def routing_cases(size: int) -> list["Case"]:
+    """Stages 1 to 3 of biformer_tiny; 7 x 7 regions, or 8 x 8 where the maps do not divide by 7."""
+    regions = next((n for n in (7, 8) if size % (16 * n) == 0), None)
+    if regions is None:
+        raise UserError(f"--sizes {size}: routing needs a multiple of 112 (7 regions a side) or of 128 (8)")
+    stages = ((4, 2, 1), (8, 4, 4), (16, 8, 16))  # stride, heads, topk
+    return [
+        Case(f"stage {i}, {size} px", size // stride, heads, 32, (regions, topk, (32 * heads) ** -0.5))
+        for i, (stride, heads, topk) in enumerate(stages, 1)
+    ]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A square map of a stage, and what the candidates of its pattern get after q, k, v."""
+
+    name: str
+    side: int
+    heads: int
+    dim: int
+    arguments: tuple
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """cases: of an image size. candidates: called with q, k, v and the case's arguments; the first is the peer."""
+
+    cases: Callable[[int], list[Case]]
+    candidates: dict[str, Callable[..., Tensor]]
+
+
+PATTERNS = {
+    "routing": Pattern(routing_cases, {"gather": routing_by_gather, "visionattn": routing_attention}),
+}
+
+
+@dataclass
+class Row:
+    """One line of the result: speedup and memory ratio are those to the first candidate of the case and pass."""
+
+    subject: str
+    case: str
+    candidate: str
+    step: str
+    batch: int
+    median_ms: float
+    quartile1_ms: float
+    quartile3_ms: float
+    peak_mib: float
+    gmacs: float | None = None
+    ms_per_gmac: float | None = None
+    speedup: float = 1.0
+    memory_ratio: float = 1.0
+
+
+def kernel_call(pattern: str, case: Case, candidate: str, step: str, batch: int, device: str) -> Callable[[], Any]:
+    """A function without arguments that runs the kernel once, on slices of one packed projection."""
+    torch.manual_seed(0)
+    training = step == PASSES[1]
+    shape = (batch, case.side, case.side, 3, case.heads, case.dim)
+    qkv = [x.requires_grad_(training) for x in torch.randn(shape, device=device).unbind(3)]
+    function = PATTERNS[pattern].candidates[candidate]
+    gradient = torch.randn(shape[:3] + shape[4:], device=device) if training else None
+
+    def call() -> Any:
+        with nullcontext() if training else torch.no_grad():
+            output = function(*qkv, *case.arguments)
+        return torch.autograd.grad(output, qkv, gradient) if training else output
+
+    return call
+
+
+def model_call(name: str, step: str, batch: int, size: int, device: str) -> Callable[[], Any]:
+    """A function without arguments that runs the model once: inference, or a training step without the optimizer."""
+    model = _model(name, size).to(device)
+    model.train(step == PASSES[1])
+    images = torch.randn(batch, 3, size, size, device=device)
+
+    def call() -> Any:
+        if not model.training:
+            with torch.inference_mode():
+                return model(images)
+        model.zero_grad(set_to_none=True)
+        return model(images).square().mean().backward()
+
+    return call
+
+
+def _model(name: str, size: int) -> torch.nn.Module:
+    import timm
+
+    torch.manual_seed(0)
+    try:
+        return timm.create_model(name, img_size=size)
+    except TypeError:  # a family that takes any size, and no such argument
+        return timm.create_model(name)
+
+
+def take_turns(calls: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Milliseconds of each call, one of each in every round, after one round that is not counted."""
+    times = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            _wait(device)
+            start = time.perf_counter()
+            call()
+            _wait(device)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: values[1:] for name, values in times.items()}
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(device: str, make: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
+    """MiB that one call of `make(*arguments)` takes at its peak above what was there before it."""
+    if device == "cuda":
+        call = make(*arguments)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_resident, torch.get_num_threads(), make, *arguments).result()
+
+
+def _peak_resident(threads: int, make: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
+    torch.set_num_threads(threads)
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return float("nan")
+    call = make(*arguments)
+    matrix = torch.randn(256, 256, requires_grad=True)
+    (matrix @ matrix).sum().backward()  # threads and workspaces of the libraries are not the candidate's
+
+    def mebibytes(key: str) -> float:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key)) / 1024
+
+    before = mebibytes("VmRSS")
+    reset.write_text("5")  # the peak is now the present
+    call()
+    return mebibytes("VmHWM") - before
+
+
+def _rows(
+    subject: str, case: str, step: str, args: argparse.Namespace, makers: dict[str, tuple], macs: dict[str, float]
+) -> list[Row]:
+    """Time and memory of the candidates of one case; `makers` holds what `peak_memory` takes."""
+    times = take_turns({name: make(*rest) for name, (make, *rest) in makers.items()}, args.rounds, args.device)
+    rows = []
+    for name, values in times.items():
+        quartiles = statistics.quantiles(values, n=4, method="inclusive")
+        row = Row(subject, case, name, step, args.batch, quartiles[1], quartiles[0], quartiles[2], 0.0)
+        row.peak_mib = peak_memory(args.device, *makers[name])
+        if name in macs:
+            row.gmacs, row.ms_per_gmac = macs[name], row.median_ms / args.batch / macs[name]
+        first = rows[0] if rows else row
+        row.speedup, row.memory_ratio = first.median_ms / row.median_ms, row.peak_mib / max(first.peak_mib, 1e-9)
+        rows.append(row)
+        print(
+            f"{subject:<12} {case:<18} {step:<17} {name:<32} {row.median_ms:9.2f} ms "
+            f"[{row.quartile1_ms:.2f}, {row.quartile3_ms:.2f}]  {row.speedup:5.2f}x  {row.peak_mib:8.1f} MiB"
+            + (f"  {row.gmacs:.2f} GMAC" if row.gmacs else ""),
+            flush=True,
+        )
+    return rows
+
+
+def run_kernels(args: argparse.Namespace) -> list[Row]:
+    rows = []
+    cases = [(name, case) for name in args.pattern for size in args.sizes for case in PATTERNS[name].cases(size)]
+    for name, case in cases:
+        for step in PASSES:
+            makers = {
+                candidate: (kernel_call, name, case, candidate, step, args.batch, args.device)
+                for candidate in PATTERNS[name].candidates
+            }
+            rows += _rows(name, case.name, step, args, makers, {})
+    return rows
+
+
+def run_models(args: argparse.Namespace) -> list[Row]:
+    import timm
+
+    unknown = [name for name in args.names if not timm.is_model(name)]
+    if unknown:
+        raise UserError(f"no model called {', '.join(unknown)}: `visionattn list` shows ours, timm.list_models() all")
+    shape = (3, args.size, args.size)
+    macs = {name: gmacs(_model(name, args.size).eval(), shape) for name in args.names}
+    rows = []
+    for step in PASSES if args.train else PASSES[:1]:
+        makers = {name: (model_call, name, step, args.batch, args.size, args.device) for name in args.names}
+        rows += _rows("models", f"{args.size} px", step, args, makers, macs)
+    return rows
+
+
+def save(rows: Sequence[Row], stem: Path) -> None:
+    """Write the table (.csv), the chart (.png) and where it was measured (.json); refuses to replace any of them."""
+    files = [stem.with_suffix(suffix) for suffix in (".csv", ".png", ".json")]
+    for file in files:
+        if file.exists():
+            raise UserError(f"{file} exists: results are never overwritten; give another folder with --out")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with files[0].open("x", newline="") as stream:
+        writer = csv.DictWriter(stream, asdict(rows[0]))
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    with files[1].open("xb") as stream:
+        _chart(rows).savefig(stream, format="png", dpi=120)
+    with files[2].open("x") as stream:
+        json.dump(describe(), stream, indent=2)
+    print(f"written: {', '.join(map(str, files))}")
+
+
+def _chart(rows: Sequence[Row]) -> Any:
+    from matplotlib.figure import Figure
+
+    labels = [f"{row.case}, {row.candidate}" for row in rows if row.step == rows[0].step]
+    figure = Figure(figsize=(12, 1.5 + 0.3 * len(labels)), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for panel, step in zip(panels[:2], PASSES, strict=True):
+        chosen = [row for row in rows if row.step == step]
+        _bars(panel, labels[: len(chosen)], [row.median_ms for row in chosen], f"{step}, ms")
+    last = [row for row in rows if row.step == rows[-1].step]
+    _bars(panels[2], labels, [row.peak_mib for row in last], f"peak memory of {last[0].step}, MiB")
+    panels[0].invert_yaxis()
+    return figure
+
+
+def _bars(panel: Any, labels: Sequence[str], values: Sequence[float], title: str) -> None:
+    panel.set_title(title)
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(label.rpartition(", ")[2] for label in labels))}
+    bars = panel.barh(labels, values, color=[colours[label.rpartition(", ")[2]] for label in labels])
+    panel.bar_label(bars, fmt="%.1f")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `visionattn benchmark`."""
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="kernels|models")
+    kernels = kinds.add_parser("kernels", help="attention patterns against textbook forms")
+    kernels.add_argument("--pattern", nargs="+", choices=PATTERNS, default=list(PATTERNS))
+    kernels.add_argument("--sizes", nargs="+", type=int, default=[224, 512], metavar="PX", help="image sizes")
+    models = kinds.add_parser("models", help="whole models, by their names in timm; the first is the peer")
+    models.add_argument("names", nargs="+", metavar="NAME")
+    models.add_argument("--size", type=int, default=224, metavar="PX", help="image size")
+    models.add_argument("--train", action="store_true", help="measure a training step too")
+    for command in (kernels, models):
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        command.add_argument("--batch", type=int, default=8)
+        command.add_argument("--threads", type=int, help="of PyTorch on the CPU")
+        command.add_argument("--rounds", type=int, default=15, help="measurements of each candidate, at least 2")
+        command.add_argument("--out", type=Path, default=Path("benchmarks"), metavar="DIR", help="for the results")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure what the arguments ask for, print it and write it to `--out`; UserError for the impossible."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    for option, least in (("batch", 1), ("rounds", 2), ("threads", 1)):
+        if getattr(args, option) is not None and getattr(args, option) < least:
+            raise UserError(f"--{option} {getattr(args, option)}: expected at least {least}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    stem = args.out / f"{args.kind}-{args.device}-{datetime.now():%Y%m%d-%H%M%S}"
+    rows = run_kernels(args) if args.kind == "kernels" else run_models(args)
+    save(rows, stem)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`visionattn benchmark ARGUMENTS`."""
+    parser = argparse.ArgumentParser(prog="visionattn benchmark", description=__doc__.partition("\n")[0])
+    add_arguments(parser)
+    run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

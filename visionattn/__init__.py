@@ -1,0 +1,48 @@
+"""visionattn: attention backbones for vision, and what it takes to train them on real problems.
+
+`import visionattn` registers every model of `visionattn.backbones` in timm, whichever of the two is imported first;
+from then on `timm.create_model(name)` makes them. Nothing else happens: without timm, torch is not imported, so the
+command line can answer a wrong recipe at once.
+"""
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["record_attention"]
+
+
+class _RegisterAfterTimm(importlib.abc.MetaPathFinder):
+    """Imports the backbones right after timm has been imported for the first time."""
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> Any:
+        if name != "timm":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def load_and_register(module: ModuleType) -> None:
+            load(module)
+            importlib.import_module("visionattn.backbones")
+
+        spec.loader.exec_module = load_and_register
+        return spec
+
+
+if "timm" in sys.modules:
+    importlib.import_module("visionattn.backbones")
+else:
+    sys.meta_path.insert(0, _RegisterAfterTimm())
+
+
+def __getattr__(name: str) -> Any:
+    if name == "record_attention":
+        return importlib.import_module("visionattn.kernels").record_attention
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

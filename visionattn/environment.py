@@ -1,0 +1,77 @@
+"""What a run was made with: versions, devices, git state; the same facts for `visionattn doctor`."""
+
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visionattn import kernels
+
+__all__ = ["describe", "doctor"]
+
+PACKAGES = [
+    *("visionattn", "torch", "torchvision", "timm", "lightning", "torchmetrics", "triton", "numpy", "pillow"),
+    *("pydantic", "scikit-learn", "wandb", "tensorboard", "onnx", "onnxruntime", "segmentation-models-pytorch"),
+    *("monai", "nibabel", "pydicom", "rasterio", "torchgeo", "natten"),
+]
+
+
+def describe() -> dict[str, Any]:
+    """Plain data: command, python, platform, device, threads, installed versions, git state of the folder."""
+    return {
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "versions": _versions(),
+        "git": _git(Path.cwd()),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git(folder: Path) -> dict[str, Any] | None:
+    """Commit of the folder's repository and whether it has uncommitted changes; None outside one."""
+
+    def ask(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def doctor() -> str:
+    """The text of `visionattn doctor`: versions, devices, and which kernels will be used and why."""
+    facts = describe()
+    lines = [f"python {facts['python']} on {facts['platform']}", "", "packages"]
+    lines += [f"  {name:<28} {facts['versions'].get(name, '-')}" for name in PACKAGES]
+    lines += ["", "devices", f"  cpu    {facts['threads']} threads"]
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        capability = f"sm_{properties.major}{properties.minor}"
+        lines.append(f"  cuda:{i} {properties.name}, {properties.total_memory / 2**30:.0f} GiB, {capability}")
+    if not torch.cuda.is_available():
+        built = (
+            f"built for CUDA {torch.version.cuda}, which found no device"
+            if torch.version.cuda
+            else "built without CUDA"
+        )
+        lines.append(f"  no GPU: torch {torch.__version__} is {built}")
+    lines += ["", "kernels (backend that `auto` takes)"]
+    lines += [f"  {line}" for line in kernels.describe_backends()]
+    return "\n".join(lines)

@@ -1,0 +1,127 @@
+"""What happens to an image between the file and the network, by torchvision's transforms v2.
+
+Geometry first, then colour, then numbers. `data.resize` decides the geometry:
+
+- crop: in training a random resized crop; else the shorter side to size / crop_pct, then the centre.
+- squash: both sides to the size; in training then a random resized crop of that, unless `crop_scale` is [1, 1].
+- none: native pixels, a random crop in training, else the centre.
+
+Small images are enlarged. Rotation fills with black.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, float32
+from torchvision.transforms import InterpolationMode, v2
+
+from visionattn.errors import UserError
+from visionattn.recipe import Augment, ClassificationData
+
+__all__ = ["eval_transform", "mix_transform", "train_transform"]
+
+POLICIES = {
+    "randaugment": v2.RandAugment,
+    "autoaugment": v2.AutoAugment,
+    "trivialaugment": v2.TrivialAugmentWide,
+    "augmix": v2.AugMix,
+}
+
+
+def train_transform(data: ClassificationData) -> v2.Compose:
+    """(C, H, W) uint8, or float32 in 0..1 -> normalised float32 (C, height, width), with the recipe's augmentation.
+
+    `data` has `channels`, `mean` and `std` set (see `visionattn.data.prepare`).
+
+    Raises:
+        UserError: an augmentation that this number of channels cannot take; a crop range that is none.
+    """
+    augment = data.augment
+    _refuse(augment, data.channels)
+    steps = [
+        *_train_geometry(data),
+        v2.RandomHorizontalFlip(augment.hflip) if augment.hflip else None,
+        v2.RandomVerticalFlip(augment.vflip) if augment.vflip else None,
+        v2.RandomRotation(augment.rotate, InterpolationMode.BILINEAR) if augment.rotate else None,
+        v2.ColorJitter(augment.jitter, augment.jitter, augment.jitter) if augment.jitter else None,
+        POLICIES[augment.policy]() if augment.policy else None,
+        *_numbers(data),
+        v2.RandomErasing(augment.erasing) if augment.erasing else None,
+    ]
+    return v2.Compose([step for step in steps if step is not None])
+
+
+def eval_transform(data: ClassificationData) -> v2.Compose:
+    """As `train_transform`, without anything random."""
+    size = _size(data)
+    geometry = {
+        "crop": lambda: [CoveringResize([side / data.crop_pct for side in size], _mode(data)), v2.CenterCrop(size)],
+        "squash": lambda: [v2.Resize(size, _mode(data), antialias=True)],
+        "none": lambda: [v2.CenterCrop(size)],
+    }
+    return v2.Compose([*geometry[data.resize](), *_numbers(data)])
+
+
+def mix_transform(augment: Augment, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """MixUp, CutMix, or one of both at random for each batch; None where both are off.
+
+    It takes images (B, C, H, W) with labels (B,) int64 or (B, classes) float32 and returns labels (B, classes)
+    float32: the shares of the two images in each class. Several labels an image are weighed in the same way.
+    """
+    mixes = [
+        make(alpha=alpha, num_classes=classes)
+        for make, alpha in ((v2.MixUp, augment.mixup), (v2.CutMix, augment.cutmix))
+        if alpha
+    ]
+    return v2.RandomChoice(mixes) if mixes else None
+
+
+class CoveringResize(v2.Transform):
+    """Resize, keeping proportions, to the smallest image that covers (height, width)."""
+
+    def __init__(self, cover: list[float], interpolation: InterpolationMode) -> None:
+        super().__init__()
+        self.cover, self.interpolation = cover, interpolation
+
+    def transform(self, image: Any, params: dict[str, Any]) -> Any:
+        height, width = v2.functional.get_size(image)
+        factor = max(self.cover[0] / height, self.cover[1] / width)
+        size = [math.floor(height * factor + 0.5), math.floor(width * factor + 0.5)]
+        return v2.functional.resize(image, size, self.interpolation, antialias=True)
+
+
+def _train_geometry(data: ClassificationData) -> list[v2.Transform]:
+    size, augment = _size(data), data.augment
+    if data.resize == "none":
+        return [v2.RandomCrop(size)]
+    crop = v2.RandomResizedCrop(size, augment.crop_scale, augment.crop_ratio, _mode(data), antialias=True)
+    if data.resize == "crop":
+        return [crop]
+    squash = v2.Resize(size, _mode(data), antialias=True)
+    return [squash] if augment.crop_scale == [1, 1] else [squash, crop]
+
+
+def _numbers(data: ClassificationData) -> list[v2.Transform]:
+    return [v2.ToDtype(float32, scale=True), v2.Normalize(data.mean, data.std)]
+
+
+def _size(data: ClassificationData) -> list[int]:
+    return [data.image_size] * 2 if isinstance(data.image_size, int) else list(data.image_size)
+
+
+def _mode(data: ClassificationData) -> InterpolationMode:
+    return InterpolationMode(data.interpolation)
+
+
+def _refuse(augment: Augment, channels: int) -> None:
+    for key, value, top in (("crop_scale", augment.crop_scale, 1), ("crop_ratio", augment.crop_ratio, math.inf)):
+        if not 0 < value[0] <= value[1] <= top:
+            raise UserError(f"data.augment.{key} is {value}, expected [smallest, largest] within 0 to {top}")
+    if channels not in (1, 3):
+        for key, value in (("policy", augment.policy), ("jitter", augment.jitter)):
+            if value:
+                raise UserError(
+                    f"data.augment.{key} is {value}, but changes of colour are defined for 1 or 3 channels; "
+                    f"the images have {channels}"
+                )
