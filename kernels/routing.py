@@ -176,8 +176,9 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = 
 
 def _separate(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """As `_fused`, in matmuls of one head at a time, which read their operands where they lie."""
-    heads = zip((q * scale).unbind(2), k.unbind(2), v.unbind(2), strict=True)
-    return torch.stack([torch.bmm(torch.bmm(a, b.mT).softmax(-1), c) for a, b, c in heads], 2)
+    heads, zero = zip(q.unbind(2), k.unbind(2), v.unbind(2), strict=True), q.new_zeros(1, 1, 1)
+    weights = [(torch.baddbmm(zero, a, b.mT, beta=0, alpha=scale).softmax(-1), c) for a, b, c in heads]
+    return torch.stack([torch.bmm(a, c) for a, c in weights], 2)
 
 
 def _top_regions(q: Tensor, k: Tensor, grid: Grid, topk: int) -> Tensor:

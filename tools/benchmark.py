@@ -10,8 +10,11 @@ in a fresh process (Linux only). Both are above what the inputs take, and includ
 
 import argparse
 import csv
+import functools
+import importlib
 import json
 import multiprocessing
+import pkgutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,44 +30,11 @@ from torch import Tensor
 
 from visionattn.environment import describe
 from visionattn.errors import UserError
-from visionattn.kernels import routing_attention
 from visionattn.listing import gmacs
 
 __all__ = ["add_arguments", "main", "run"]
 
 PASSES = ("forward", "forward+backward")
-
-
-def routing_by_gather(q: Tensor, k: Tensor, v: Tensor, regions: int, topk: int, scale: float) -> Tensor:
-    """Routing attention as the textbook writes it: keys and values of the routed regions copied out by torch.gather."""
-    b, h, w, heads, dim = q.shape
-    count, tokens = regions * regions, h * w // regions**2
-
-    def by_region(x: Tensor) -> Tensor:
-        x = x.reshape(b, regions, h // regions, regions, w // regions, heads * dim)
-        return x.transpose(2, 3).reshape(b, count, tokens, heads * dim)
-
-    q, k, v = by_region(q), by_region(k), by_region(v)
-    with torch.no_grad():
-        routes = (q.mean(2) * scale @ k.mean(2).mT).topk(topk).indices
-    routes = routes[..., None, None].expand(-1, -1, -1, tokens, heads * dim)
-    k, v = (x[:, None].expand(-1, count, -1, -1, -1).gather(2, routes) for x in (k, v))
-    q, k, v = (x.reshape(b, count, -1, heads, dim).transpose(2, 3) for x in (q, k, v))
-    output = ((q * scale) @ k.mT).softmax(-1) @ v
-    output = output.view(b, regions, regions, heads, h // regions, w // regions, dim)
-    return output.permute(0, 1, 4, 2, 5, 3, 6).reshape(b, h, w, heads, dim)
-
-
-def routing_cases(size: int) -> list["Case"]:
-    """Stages 1 to 3 of biformer_tiny; 7 x 7 regions, or 8 x 8 where the maps do not divide by 7."""
-    regions = next((n for n in (7, 8) if size % (16 * n) == 0), None)
-    if regions is None:
-        raise UserError(f"--sizes {size}: routing needs a multiple of 112 (7 regions a side) or of 128 (8)")
-    stages = ((4, 2, 1), (8, 4, 4), (16, 8, 16))  # stride, heads, topk
-    return [
-        Case(f"stage {i}, {size} px", size // stride, heads, 32, (regions, topk, (32 * heads) ** -0.5))
-        for i, (stride, heads, topk) in enumerate(stages, 1)
-    ]
 
 
 @dataclass(frozen=True)
@@ -80,15 +50,34 @@ class Case:
 
 @dataclass(frozen=True)
 class Pattern:
-    """cases: of an image size. candidates: called with q, k, v and the case's arguments; the first is the peer."""
+    """What a file `_cases_<pattern>.py` of this room holds.
+
+    cases: of an image size.
+    candidates: called with q, k, v and the case's arguments; the first is the peer.
+    inference: further ones, which have no backward pass everywhere; only those that `--compare` names are run.
+    """
 
     cases: Callable[[int], list[Case]]
     candidates: dict[str, Callable[..., Tensor]]
+    inference: dict[str, Callable[..., Tensor]]
 
 
-PATTERNS = {
-    "routing": Pattern(routing_cases, {"gather": routing_by_gather, "visionattn": routing_attention}),
-}
+def _patterns() -> dict[str, Pattern]:
+    found = {}
+    for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if info.name.startswith("_cases_"):
+            module = importlib.import_module(f"{__package__}.{info.name}")
+            made = functools.partial(_made, module.cases)
+            further = getattr(module, "INFERENCE_CANDIDATES", {})
+            found[info.name.removeprefix("_cases_")] = Pattern(made, module.CANDIDATES, further)
+    return found
+
+
+def _made(cases: Callable[[int], list[tuple]], size: int) -> list[Case]:
+    return [Case(*case) for case in cases(size)]
+
+
+PATTERNS = _patterns()
 
 
 @dataclass
@@ -116,7 +105,7 @@ def kernel_call(pattern: str, case: Case, candidate: str, step: str, batch: int,
     training = step == PASSES[1]
     shape = (batch, case.side, case.side, 3, case.heads, case.dim)
     qkv = [x.requires_grad_(training) for x in torch.randn(shape, device=device).unbind(3)]
-    function = PATTERNS[pattern].candidates[candidate]
+    function = (PATTERNS[pattern].candidates | PATTERNS[pattern].inference)[candidate]
     gradient = torch.randn(shape[:3] + shape[4:], device=device) if training else None
 
     def call() -> Any:
@@ -230,10 +219,10 @@ def run_kernels(args: argparse.Namespace) -> list[Row]:
     cases = [(name, case) for name in args.pattern for size in args.sizes for case in PATTERNS[name].cases(size)]
     for name, case in cases:
         for step in PASSES:
-            makers = {
-                candidate: (kernel_call, name, case, candidate, step, args.batch, args.device)
-                for candidate in PATTERNS[name].candidates
-            }
+            candidates = list(PATTERNS[name].candidates)
+            if step == "forward":
+                candidates += [further for further in PATTERNS[name].inference if further in args.compare]
+            makers = {c: (kernel_call, name, case, c, step, args.batch, args.device) for c in candidates}
             rows += _rows(name, case.name, step, args, makers, {})
     return rows
 
@@ -299,6 +288,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels = kinds.add_parser("kernels", help="attention patterns against textbook forms")
     kernels.add_argument("--pattern", nargs="+", choices=PATTERNS, default=list(PATTERNS))
     kernels.add_argument("--sizes", nargs="+", type=int, default=[224, 512], metavar="PX", help="image sizes")
+    further = sorted({name for pattern in PATTERNS.values() for name in pattern.inference})
+    kernels.add_argument("--compare", nargs="+", choices=further, default=[], help="further peers, forward only")
     models = kinds.add_parser("models", help="whole models, by their names in timm; the first is the peer")
     models.add_argument("names", nargs="+", metavar="NAME")
     models.add_argument("--size", type=int, default=224, metavar="PX", help="image size")

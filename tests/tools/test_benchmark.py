@@ -2,13 +2,13 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
 
 from visionattn.errors import UserError
-from visionattn.kernels import routing_attention
 from visionattn.listing import gmacs
 from visionattn.tools import benchmark
 
@@ -26,12 +26,9 @@ def test_the_candidates_of_a_pattern_agree(pattern):
 @pytest.fixture
 def one_case(monkeypatch):
     """Only the smallest case, and no fresh processes."""
-    cases = benchmark.routing_cases(224)[2:]
-    monkeypatch.setitem(
-        benchmark.PATTERNS,
-        "routing",
-        benchmark.Pattern(lambda size: cases, {"gather": benchmark.routing_by_gather, "visionattn": routing_attention}),
-    )
+    pattern = benchmark.PATTERNS["routing"]
+    cases = pattern.cases(224)[2:]
+    monkeypatch.setitem(benchmark.PATTERNS, "routing", replace(pattern, cases=lambda size: cases))
     monkeypatch.setattr(benchmark, "peak_memory", lambda *arguments: 1.0)
 
 
@@ -83,7 +80,7 @@ def test_gmacs_count_attention():
 
 
 def test_peak_memory_of_a_call_is_that_of_its_tensors():
-    case = benchmark.routing_cases(448)[0]  # output of 8 images: 49 MiB
+    case = benchmark.PATTERNS["routing"].cases(448)[0]  # output of 8 images: 49 MiB
     peak = benchmark.peak_memory("cpu", benchmark.kernel_call, "routing", case, "visionattn", "forward", 8, "cpu")
     output = 8 * case.side**2 * case.heads * case.dim * 4 / 2**20
     assert output * 0.95 < peak < output + 64

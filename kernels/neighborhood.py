@@ -1,0 +1,387 @@
+"""Neighborhood attention: each query attends to the keys nearest to it, on a line, a map or a volume.
+
+Hassani et al., Neighborhood Attention Transformer, CVPR 2023, https://arxiv.org/abs/2204.07143; dilation: Hassani and
+Shi, 2022, https://arxiv.org/abs/2209.15001; stride: Hassani et al., Generalized Neighborhood Attention, 2025,
+https://arxiv.org/abs/2504.16922.
+
+On an axis of length L, with kernel k, dilation d and stride s: positions r + d * c with the same residue r are a class
+of n = ceil((L - r) / d) places c. Place c attends to the k places from clamp(leader - k // 2, 0, n - k) on, where
+leader = min(c // s * s + s // 2, n - 1): always k keys, the window shifted inwards at the borders.
+"""
+
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from visionattn.kernels._check import check_tensor
+from visionattn.kernels._dispatch import dispatch
+
+__all__ = ["neighborhood_attention"]
+
+Axes = tuple[int, ...]  # one int for each axis of the map
+
+OUTSIDE = 2**30  # in place of a place of the bias table: the key is not in the query's window
+CHUNK = 8 * 2**20  # bytes that the tiles computed at a time may take; 2 to 8 MiB are equally fast on a CPU
+
+
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    kernel_size: Axes,
+    dilation: Axes,
+    stride: Axes,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor, Tensor]:
+    size = q.shape[1:-2]
+    windows = [_windows(*axis, q.device) for axis in zip(size, kernel_size, dilation, stride, strict=True)]
+    keys, places = zip(*windows, strict=True)
+    indices = _flat(keys, size)  # [N, K]
+    q, k, v = (x.flatten(1, -3) for x in (q, k, v))  # [B, N, heads, dim]
+    logits = torch.einsum("bnhd,bnkhd->bhnk", q * scale, k[:, indices])
+    if bias is not None:
+        logits = logits + bias.flatten(1)[:, _flat(places, bias.shape[1:])]
+    weights = logits.softmax(-1)
+    output = torch.einsum("bhnk,bnkhd->bnhd", weights, v[:, indices]).unflatten(1, size)
+    if return_lse:
+        lse = logits.to(_precise(q)).logsumexp(-1).unflatten(-1, size)
+        return (output, lse), weights, indices.expand(q.shape[0], -1, -1)
+    return output, weights, indices.expand(q.shape[0], -1, -1)
+
+
+def _windows(length: int, kernel: int, dilation: int, stride: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each position of an axis its keys, and their places in the bias table: both [length, kernel]."""
+    position = torch.arange(length, device=device)
+    residue, place = position % dilation, position // dilation
+    n = (length - 1 - residue) // dilation + 1
+    leader = torch.minimum(place // stride * stride + stride // 2, n - 1)
+    start = torch.minimum((leader - kernel // 2).clamp(min=0), n - kernel)
+    keys = start[:, None] + torch.arange(kernel, device=device)
+    return residue[:, None] + dilation * keys, keys - place[:, None] + kernel - 1
+
+
+def _flat(parts: tuple[Tensor, ...], sizes: Axes) -> Tensor:
+    """Coordinates on each axis of a row-major array of `sizes` -> flat positions of all their combinations.
+
+    [N, L, ...], [P, M, ...], ... -> [N * P * ..., L * M * ..., ...]
+    """
+    flat = parts[0]
+    for part, size in zip(parts[1:], sizes[1:], strict=True):
+        flat = flat * size
+        for dim in range(part.ndim):
+            flat, part = flat.unsqueeze(2 * dim + 1), part.unsqueeze(2 * dim)
+        flat = flat + part
+        for dim in range(flat.ndim // 2):
+            flat = flat.flatten(dim, dim + 1)
+    return flat
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    kernel_size: Axes,
+    dilation: Axes,
+    stride: Axes,
+    scale: float,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    return _Neighborhood.apply(q, k, v, bias, kernel_size, dilation, stride, scale, return_lse)
+
+
+class _AxisTiles(NamedTuple):
+    """One axis cut into tiles of queries, each with the block of keys that holds their windows."""
+
+    queries: list[list[int]]  # [tiles, queries of a tile]: positions; the last query is repeated to fill its tile
+    repeated: list[list[int]]  # [tiles, queries of a tile]: 1 where a query is such a repetition
+    keys: list[list[int]]  # [tiles, keys of a block]: positions
+    kinds: list[int]  # [tiles]: rows of
+    places: list[list[list[int]]]  # [kinds, queries of a tile, keys of a block]: places in the bias table, or OUTSIDE
+
+
+@functools.lru_cache(maxsize=256)
+def _axis_tiles(length: int, kernel: int, dilation: int, stride: int, small: int) -> _AxisTiles:
+    """Tiles of about `small` queries, of twice as many where a class has at most 16 places."""
+
+    def start(place: int, n: int) -> int:
+        leader = min(place // stride * stride + stride // 2, n - 1)
+        return max(0, min(leader - kernel // 2, n - kernel))
+
+    longest = math.ceil(length / dilation)
+    most = small if longest > 16 else 2 * small
+    count = math.ceil(longest / max(stride, most // stride * stride))
+    tile = min(longest, stride * math.ceil(longest / count / stride))
+    starts = []  # class, its length, and first place, of each tile
+    for residue in range(dilation):
+        n = math.ceil((length - residue) / dilation)
+        starts += [(residue, n, first) for first in range(0, n, tile)]
+    block = max(start(min(first + tile, n) - 1, n) + kernel - start(first, n) for _, n, first in starts)
+
+    axis = _AxisTiles([], [], [], [], [])
+    for residue, n, first in starts:
+        queries = [min(place, n - 1) for place in range(first, first + tile)]
+        first_key = max(0, min(start(first, n), n - block))
+        keys = range(first_key, first_key + block)
+        places = [
+            [key - place + kernel - 1 if 0 <= key - start(place, n) < kernel else OUTSIDE for key in keys]
+            for place in queries
+        ]
+        if places not in axis.places:
+            axis.places.append(places)
+        axis.kinds.append(axis.places.index(places))
+        axis.queries.append([residue + dilation * place for place in queries])
+        axis.repeated.append([int(place >= n) for place in range(first, first + tile)])
+        axis.keys.append([residue + dilation * min(key, n - 1) for key in keys])
+    return axis
+
+
+class _Tiles(NamedTuple):
+    """The same for a map: all combinations of the tiles of its axes, flat. T tiles of Q queries and K keys."""
+
+    queries: Tensor  # [T, Q]
+    repeated: Tensor | None  # [T, Q], bool; None if no query is
+    keys: Tensor  # [T, K]
+    kinds: Tensor  # [T]
+    places: Tensor  # [kinds, Q, K]: places in the flat bias table, or one past its end
+
+
+@torch.compiler.assume_constant_result
+def _tiles_of_axes(size: Axes, kernel_size: Axes, dilation: Axes, stride: Axes) -> list[_AxisTiles]:
+    # Fastest on a CPU (kernels 3 to 11, batch 4 and 8): 4 x 4 queries at 56 and 28 px, 7 x 7 at 14 and 7 px, 16 on a
+    # line of 2048, 2 x 2 x 2 in a volume of 16 a side. Smaller tiles waste fewer products with keys that are masked.
+    small = {1: 16, 2: 4, 3: 2}[len(size)]
+    return [_axis_tiles(*axis, small) for axis in zip(size, kernel_size, dilation, stride, strict=True)]
+
+
+def _tiles(size: Axes, kernel_size: Axes, dilation: Axes, stride: Axes, device: torch.device) -> _Tiles:
+    size = tuple(operator.index(length) for length in size)  # where torch.compile has symbols, their values
+    axes = _tiles_of_axes(size, kernel_size, dilation, stride)
+
+    def flat(name: str, sizes: Axes) -> Tensor:
+        return _flat(tuple(torch.tensor(getattr(axis, name), device=device) for axis in axes), sizes)
+
+    tables = tuple(2 * kernel - 1 for kernel in kernel_size)
+    repeats = any(itertools.chain.from_iterable(row for axis in axes for row in axis.repeated))
+    return _Tiles(
+        queries=flat("queries", size),
+        repeated=flat("repeated", (1,) * len(size)) > 0 if repeats else None,
+        keys=flat("keys", size),
+        kinds=flat("kinds", tuple(len(axis.places) for axis in axes)),
+        places=flat("places", tables).clamp(max=math.prod(tables)),
+    )
+
+
+class _Chunk(NamedTuple):
+    """Tiles to compute together: t tiles of b images."""
+
+    queries: Tensor  # [b, t, Q]: rows of q as (B * N, heads, dim)
+    keys: Tensor  # [b, t, K]: rows of k and v
+    kinds: Tensor  # [t]
+    repeated: Tensor | None  # [t, 1, Q, 1]
+
+
+def _chunks(q: Tensor, tiles: _Tiles) -> Iterator[_Chunk]:
+    """Traced, a chunk holds all images: their number may be symbolic."""
+    heads, dim = q.shape[-2:]
+    queries, keys = tiles.queries.shape[1], tiles.keys.shape[1]
+    fit = CHUNK // (4 * heads * (2 * queries * keys + 2 * (queries + keys) * dim))  # tiles of one image
+    first = torch.arange(q.shape[0], device=q.device)[:, None, None] * math.prod(q.shape[1:-2])
+    images = [first] if torch.compiler.is_compiling() else first.split(max(1, fit))
+    step = max(1, fit if torch.compiler.is_compiling() else fit // max(1, q.shape[0]))
+    for first in images:
+        for start in range(0, len(tiles.kinds), step):
+            part = slice(start, start + step)
+            repeated = None if tiles.repeated is None else tiles.repeated[part, None, :, None]
+            yield _Chunk(first + tiles.queries[part], first + tiles.keys[part], tiles.kinds[part], repeated)
+
+
+def _gather(x: Tensor, rows: Tensor) -> Tensor:
+    """[B, *map, heads, dim], [b, t, Q] -> [b, t, heads, Q, dim], at least float32"""
+    x = x.flatten(0, -3).index_select(0, rows.flatten()).unflatten(0, rows.shape)
+    return x.to(_precise(x)).transpose(2, 3).contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[b, t, heads, Q, dim] -> [b * t * Q, heads, dim]"""
+    return x.transpose(2, 3).flatten(0, 2)
+
+
+def _logits(q: Tensor, k: Tensor, table: Tensor, chunk: _Chunk, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [b, t, heads, Q, K] of the chunk, its scaled queries and its keys."""
+    q, k = _gather(q, chunk.queries).mul_(scale), _gather(k, chunk.keys)
+    return (q @ k.mT).add_(table.index_select(0, chunk.kinds)), q, k
+
+
+def _table(bias: Tensor | None, tiles: _Tiles, q: Tensor, kernel_size: Axes) -> Tensor:
+    """For each kind of tile its bias, -inf outside of the windows: [kinds, heads or 1, Q, K]."""
+    if bias is None:
+        bias = q.new_zeros(1, *(2 * kernel - 1 for kernel in kernel_size))
+    bias = bias.to(_precise(q)).flatten(1).T
+    bias = torch.cat([bias, bias.new_full((1, bias.shape[1]), -math.inf)])
+    return bias.index_select(0, tiles.places.flatten()).unflatten(0, tiles.places.shape).movedim(-1, 1).contiguous()
+
+
+class _Neighborhood(torch.autograd.Function):
+    """Tile by tile: rows of q, k and v are copied, then matmul, softmax, matmul; backward does the same again.
+
+    Against fused attention on the same tiles: 5 to 15 % slower forward on a CPU, but it has the gradient of the bias.
+    """
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        kernel_size: Axes,
+        dilation: Axes,
+        stride: Axes,
+        scale: float,
+        return_lse: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        tiles = _tiles(q.shape[1:-2], kernel_size, dilation, stride, q.device)
+        table = _table(bias, tiles, q, kernel_size)
+        output = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_empty(q.shape[:-1], dtype=table.dtype) if return_lse else None
+        for chunk in _chunks(q, tiles):
+            logits, _, _ = _logits(q, k, table, chunk, scale)
+            rows = chunk.queries.flatten()
+            out = _rows(logits.softmax(-1) @ _gather(v, chunk.keys))
+            output.flatten(0, -3).index_copy_(0, rows, out.to(q.dtype))
+            if return_lse:
+                lse.flatten(0, -2).index_copy_(0, rows, _rows(logits.logsumexp(-1, keepdim=True))[..., 0])
+        return (output, lse.movedim(-1, 1)) if return_lse else output
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor | tuple[Tensor, Tensor]) -> None:
+        q, k, v, bias, *ctx.parameters, _ = inputs
+        ctx.save_for_backward(q, k, v, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, grad_lse: Tensor | None = None) -> tuple:
+        q, k, v, bias = ctx.saved_tensors
+        *window, scale = ctx.parameters
+        tiles = _tiles(q.shape[1:-2], *window, q.device)
+        table = _table(bias, tiles, q, window[0])
+        grad_table = torch.zeros_like(table)
+        grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=table.dtype, device=x.device) for x in (q, k, v))
+        if grad_lse is not None:
+            grad_lse = grad_lse.movedim(1, -1)[..., None]
+        for chunk in _chunks(q, tiles):
+            logits, q_tile, k_tile = _logits(q, k, table, chunk, scale)
+            weights = logits.softmax(-1)
+            grad_tile = _gather(grad, chunk.queries)
+            if chunk.repeated is not None:
+                grad_tile = grad_tile.masked_fill_(chunk.repeated, 0)
+            keys = chunk.keys.flatten()
+            grad_v.flatten(0, -3).index_add_(0, keys, _rows(weights.mT @ grad_tile))
+            grad_weights = grad_tile @ _gather(v, chunk.keys).mT
+            mean = (weights * grad_weights).sum(-1, keepdim=True)
+            if grad_lse is not None:
+                lse_tile = _gather(grad_lse, chunk.queries)
+                mean -= lse_tile if chunk.repeated is None else lse_tile.masked_fill_(chunk.repeated, 0)
+            grad_logits = grad_weights.sub_(mean).mul_(weights)
+            grad_q.flatten(0, -3).index_add_(0, chunk.queries.flatten(), _rows(grad_logits @ k_tile), alpha=scale)
+            grad_k.flatten(0, -3).index_add_(0, keys, _rows(grad_logits.mT @ q_tile))
+            if ctx.needs_input_grad[3]:
+                grad_table.index_add_(0, chunk.kinds, grad_logits.sum(0))
+        grad_bias = None
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad_table.new_zeros(bias[0].numel() + 1, len(bias))
+            grad_bias.index_add_(0, tiles.places.flatten(), grad_table.movedim(1, -1).flatten(0, 2))
+            grad_bias = grad_bias[:-1].T.reshape(bias.shape).to(bias.dtype)
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_bias, None, None, None, None, None
+
+
+def _per_axis(name: str, value: int | Axes, axes: int) -> Axes:
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
+    if len(values) != axes or not all(isinstance(x, int) and x >= 1 for x in values):
+        raise ValueError(f"{name}={value!r}: expected an int of at least 1, or one for each of the {axes} axes of q")
+    return values
+
+
+def _check_windows(size: Axes, kernel_size: Axes, dilation: Axes, stride: Axes) -> None:
+    for axis, (length, kernel, step, group) in enumerate(zip(size, kernel_size, dilation, stride, strict=True)):
+        if kernel * step > length:
+            raise ValueError(
+                f"kernel_size={kernel} times dilation={step} is {kernel * step}, more than the {length} positions of "
+                f"axis {axis} of the map {tuple(size)}: pad the axis to {kernel * step}, or use a smaller window"
+            )
+        if group > kernel:
+            raise ValueError(
+                f"stride={group} on axis {axis}: expected at most kernel_size={kernel}, as groups of "
+                "queries that share a window lie inside it"
+            )
+
+
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: int | Axes,
+    dilation: int | Axes = 1,
+    stride: int | Axes = 1,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    *,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of each query to the `kernel_size` keys nearest to it on each axis.
+
+    q, k, v: (B, L, heads, head_dim), (B, H, W, heads, head_dim) or (B, D, H, W, heads, head_dim), any strides.
+    kernel_size, dilation, stride: an int, or one for each axis of the map.
+        kernel_size: keys of a window; an even one has one key more before the query than after it.
+        dilation: step between the keys of a window. kernel_size * dilation may not be larger than the axis; a model
+            pads its map where it is.
+        stride: queries in groups of so many neighbours (of a dilation class) share the window of the group's middle
+            one, the right one of two middles; at most kernel_size. kernel_size itself gives separate windows.
+    bias: (heads, 2 * kernel_size - 1 for each axis), added to the logits: the place of the key less that of the query,
+        plus kernel_size - 1, counted inside the dilation class. -inf entries forbid keys; a query needs one allowed.
+    scale: multiplies q . k; head_dim ** -0.5 if None.
+    return_lse: return (output, lse), lse (B, heads, L), (B, heads, H, W) or (B, heads, D, H, W), float32 (float64 for
+        float64): log-sum-exp of the scaled and biased logits, by which results over two sets of keys merge exactly.
+
+    Returns the output, shaped like q. The torch backend multiplies masked keys near a window by zero: NaN and inf in v
+    or k reach queries a few positions beyond those that attend to them.
+    Raises ValueError for arguments that do not fit together.
+    """
+    axes = q.ndim - 3
+    if not 1 <= axes <= 3 or not q.is_floating_point() or 0 in q.shape[1:]:
+        raise ValueError(
+            f"q is {q.dtype} of {tuple(q.shape)}: expected a floating tensor of (B, L, heads, head_dim), "
+            "(B, H, W, heads, head_dim) or (B, D, H, W, heads, head_dim), no size but the batch being 0"
+        )
+    check_tensor("k", k, q.shape, q)
+    check_tensor("v", v, q.shape, q)
+    kernel_size = _per_axis("kernel_size", kernel_size, axes)
+    dilation = _per_axis("dilation", dilation, axes)
+    stride = _per_axis("stride", stride, axes)
+    _check_windows(q.shape[1:-2], kernel_size, dilation, stride)
+    if bias is not None:
+        check_tensor("bias", bias, (q.shape[-2], *(2 * kernel - 1 for kernel in kernel_size)), q)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    # The canonical arguments, for every backend, in this order:
+    #   q, k, v      (B, *map, heads, head_dim), one shape, dtype and device; any strides
+    #   bias         None or (heads, 2 * kernel_size[0] - 1, ...), dtype and device of q
+    #   kernel_size, dilation, stride   tuples of ints, one for each axis of the map (1 to 3 axes), checked as above
+    #   scale        float, multiplies q . k
+    #   return_lse   False: return output, shaped like q; True: return (output, lse), lse (B, heads, *map)
+    return dispatch(
+        "neighborhood", backend, _reference, _torch, q, k, v, bias, kernel_size, dilation, stride, scale, return_lse
+    )
