@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from visionattn.errors import UserError
 from visionattn.evaluate import load_trained, name_of, predictor
-from visionattn.images import image_files, read_image
+from visionattn.images import image_files, listed, read_image
+from visionattn.loaders import default_workers
 from visionattn.recipe import ClassificationRecipe
 from visionattn.transforms import eval_transform
 
@@ -41,13 +42,16 @@ def predict(model: Path, images: list[Path], out: Path) -> int:
         raise UserError(f"{out} exists; predictions are never overwritten: give another --out")
     if not out.parent.is_dir():
         raise UserError(f"{out}: the folder {out.parent} does not exist; make it first")
+    missing = [str(path) for path in images if not path.exists()]
+    if missing:
+        raise UserError(f"no such file or folder: {listed(missing)}")
     if next(image_files(images), None) is None:
         raise UserError(f"no images in {', '.join(map(str, images))}")
     trained = load_trained(model)
     writer = _TableWriter(out, trained.recipe.data.classes, trained.task.multi_label)
-    batches = DataLoader(
-        _Batches(images, trained.recipe), batch_size=None, num_workers=trained.recipe.data.workers or 0
-    )
+    workers = trained.recipe.data.workers
+    workers = default_workers(images) if workers is None else workers
+    batches = DataLoader(_Batches(images, trained.recipe), batch_size=None, num_workers=workers)
     predictor(trained.recipe, callbacks=[writer]).predict(trained.task, batches, return_predictions=False)
     print(f"{writer.read} images predicted, {writer.unread} unreadable: {out}")
     return writer.unread

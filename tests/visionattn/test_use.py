@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from visionattn.cli import main
@@ -66,6 +67,17 @@ def test_predictions_are_a_table_with_a_row_for_each_image(run, pictures, tmp_pa
         assert float(row["p:level"]) == pytest.approx(float(same["p:level"]), abs=1e-5)
 
 
+def test_the_order_of_rows_does_not_depend_on_workers(run, pictures, tmp_path):
+    checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    about = checkpoint["visionattn"]
+    for workers in (0, 2):
+        recipe = about["recipe"].replace("workers: 0", f"workers: {workers}").replace("batch_size: 16", "batch_size: 5")
+        torch.save(checkpoint | {"visionattn": about | {"recipe": recipe}}, tmp_path / f"{workers}.ckpt")
+        out = tmp_path / f"{workers}.csv"
+        assert main(["predict", str(tmp_path / f"{workers}.ckpt"), str(pictures), "-o", str(out)]) == 0
+    assert table(tmp_path / "0.csv") == table(tmp_path / "2.csv")
+
+
 def test_unreadable_images_are_named_and_the_others_predicted(run, pictures, tmp_path, capsys):
     folder = tmp_path / "mixed"
     shutil.copytree(pictures / "test" / "level", folder)
@@ -95,7 +107,7 @@ def test_prediction_is_refused_before_work(run, pictures, tmp_path, capsys):
     assert "make it first" in refused(capsys, "predict", run, pictures, "-o", tmp_path / "no" / "p.csv")
     (tmp_path / "empty").mkdir()
     assert "no images" in refused(capsys, "predict", run, tmp_path / "empty", "-o", tmp_path / "p.csv")
-    assert "nowhere" in refused(capsys, "predict", run, tmp_path / "nowhere", "-o", tmp_path / "p.csv")
+    assert "nowhere" in refused(capsys, "predict", run, pictures, tmp_path / "nowhere", "-o", tmp_path / "p.csv")
     assert not (tmp_path / "p.csv").exists()
 
 
