@@ -263,23 +263,26 @@ def save(rows: Sequence[Row], stem: Path) -> None:
 def _chart(rows: Sequence[Row]) -> Any:
     from matplotlib.figure import Figure
 
-    labels = [f"{row.case}, {row.candidate}" for row in rows if row.step == rows[0].step]
-    figure = Figure(figsize=(12, 1.5 + 0.3 * len(labels)), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
-    for panel, step in zip(panels[:2], PASSES, strict=True):
+    last = rows[-1].step
+    panels = {step: (step, "median_ms", "ms") for step in dict.fromkeys(row.step for row in rows)}
+    panels["memory"] = (last, "peak_mib", f"peak of {last}, MiB")
+    count = len({_label(row) for row in rows})
+    figure = Figure(figsize=(5 + 4 * len(panels), 1.5 + 0.3 * count), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True)
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row.candidate for row in rows))}
+    for axis, (step, value, unit) in zip(axes, panels.values(), strict=True):
         chosen = [row for row in rows if row.step == step]
-        _bars(panel, labels[: len(chosen)], [row.median_ms for row in chosen], f"{step}, ms")
-    last = [row for row in rows if row.step == rows[-1].step]
-    _bars(panels[2], labels, [row.peak_mib for row in last], f"peak memory of {last[0].step}, MiB")
-    panels[0].invert_yaxis()
+        labels, values = [_label(row) for row in chosen], [getattr(row, value) for row in chosen]
+        bars = axis.barh(labels, values, color=[colours[row.candidate] for row in chosen])
+        axis.bar_label(bars, fmt="%.1f", padding=2)
+        axis.margins(x=0.2, y=0.02)
+        axis.set_title(unit if value == "peak_mib" else f"{step}, {unit}")
+    axes[0].invert_yaxis()
     return figure
 
 
-def _bars(panel: Any, labels: Sequence[str], values: Sequence[float], title: str) -> None:
-    panel.set_title(title)
-    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(label.rpartition(", ")[2] for label in labels))}
-    bars = panel.barh(labels, values, color=[colours[label.rpartition(", ")[2]] for label in labels])
-    panel.bar_label(bars, fmt="%.1f")
+def _label(row: Row) -> str:
+    return f"{row.subject} {row.case}, {row.candidate}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
