@@ -1,0 +1,186 @@
+"""Attention over channels: inside a group each channel attends to the channels, its features being all tokens.
+
+Two patterns, linear in the number of tokens:
+channel_attention: Ding et al., DaViT: Dual Attention Vision Transformers, ECCV 2022, https://arxiv.org/abs/2204.03645;
+cross_covariance_attention: El-Nouby et al., XCiT: Cross-Covariance Image Transformers, NeurIPS 2021,
+    https://arxiv.org/abs/2106.09681.
+
+Both are two matmuls around a softmax over a matrix of head_dim x head_dim, and have no Triton kernel: none has been
+measured against the matmuls yet.
+
+Sizes in comments: B images, L tokens, N groups (heads), D channels of a group.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from visionattn.kernels._check import check_tensor
+from visionattn.kernels._dispatch import dispatch
+
+__all__ = ["channel_attention", "cross_covariance_attention"]
+
+EPSILON = 1e-12  # least norm, as in torch.nn.functional.normalize
+LARGE = 8 * 2**20  # bytes of a map
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, None]:
+    weights = torch.einsum("blnd,blne->bnde", q * scale, k).softmax(-1)
+    return torch.einsum("bnde,blne->blnd", weights, v), weights, None
+
+
+def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return _mix((_products(q, k) * scale).softmax(-1), v)
+
+
+def _cross_reference(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, None]:
+    q, k = (torch.nn.functional.normalize(x, dim=1, eps=EPSILON) for x in (q, k))
+    weights = (torch.einsum("blnd,blne->bnde", q, k) * temperature).softmax(-1)
+    return torch.einsum("bnde,blne->blnd", weights, v), weights, None
+
+
+def _cross_torch(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+    if not _large(q):  # laid out group by group, for norms and products alike
+        q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    # Dividing the products by the norms saves the two normalised maps.
+    products = _products(q, k) / _norm(q)[..., :, None] / _norm(k)[..., None, :]
+    return _mix((products * temperature).softmax(-1), v)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Norms over the tokens: [B, L, N, D] -> [B, N, D]"""
+    return torch.linalg.vector_norm(x, dim=1, dtype=_precise(x)).clamp_min(EPSILON)
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _large(x: Tensor) -> bool:
+    """Whether to go image by image, which on a CPU reads the maps in place and keeps no copies of them.
+
+    Matmuls of all images at once copy the maps, and keep the copies for backward. At 9 MiB and more (DaViT's first
+    stage, XCiT's patches of 8 pixels, batch 8) the two take about the same time; below, all at once is up to 2x faster.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() * x.element_size() > LARGE
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """[B, L, N, D], [B, L, N, D] -> products of the channels over the tokens, in float32 at least: [B, N, D, D]"""
+    if _large(q):
+        return _Products.apply(q, k)
+    return q.permute(0, 2, 3, 1).to(_precise(q)) @ k.transpose(1, 2).to(_precise(q))
+
+
+def _mix(weights: Tensor, v: Tensor) -> Tensor:
+    """[B, N, D, D], [B, L, N, D] -> channels mixed by the weights: [B, L, N, D]"""
+    if _large(v):
+        return _Mix.apply(weights, v)
+    return (weights.to(v.dtype) @ v.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(q: Tensor, k: Tensor) -> Tensor:
+        return _products_by_image(q, k)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = ctx.saved_tensors
+        return _mix_by_image(grad, k), _mix_by_image(grad.mT, q)
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(weights: Tensor, v: Tensor) -> Tensor:
+        return _mix_by_image(weights, v)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        weights, v = ctx.saved_tensors
+        return _products_by_image(grad, v).to(weights.dtype), _mix_by_image(weights.mT, grad)
+
+
+def _products_by_image(q: Tensor, k: Tensor) -> Tensor:
+    b, _, groups, dim = q.shape
+    products = q.new_empty(b, groups, dim, dim, dtype=_precise(q))
+    for x, y, out in zip(q, k, products, strict=True):
+        torch.bmm(x.to(out.dtype).permute(1, 2, 0), y.to(out.dtype).transpose(0, 1), out=out)
+    return products
+
+
+def _mix_by_image(weights: Tensor, v: Tensor) -> Tensor:
+    mixed = torch.empty_like(v, memory_format=torch.contiguous_format)
+    for x, w, out in zip(v, weights.mT.to(v.dtype), mixed, strict=True):
+        torch.bmm(x.transpose(0, 1), w, out=out.transpose(0, 1))
+    return mixed
+
+
+def channel_attention(
+    q: Tensor, k: Tensor, v: Tensor, groups: int, scale: float | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """Attention of channels to the channels of their group: softmax(scale * q^T k) v^T, over all tokens of an image.
+
+    q, k, v: maps (B, H, W, heads, head_dim) or sequences (B, L, heads, head_dim), any strides, of one shape.
+    groups: the channels, heads * head_dim in their order, are cut into this many groups of equal size: usually `heads`,
+        but the axes of q need not be those of the groups; (B, H, W, 1, C) works as well.
+    scale: multiplies the logits; by default (channels of a group) ** -0.5, the paper's. DaViT's published code weighs
+        by k^T v and mixes q: pass (k, v, q). Its dynamic variant scales by (number of tokens) ** -0.5.
+    backend: "auto", "reference", "torch" or "triton".
+
+    Returns q's shape. Recorded weights are those over channels: (B, groups, C / groups, C / groups), rows are q's.
+    Raises ValueError for shapes, dtypes, devices or parameters that do not fit.
+    Source: Ding et al., DaViT, https://arxiv.org/abs/2204.03645, equation 4.
+    """
+    _check(q, k, v)
+    channels = q.shape[-2] * q.shape[-1]
+    if not isinstance(groups, int) or groups < 1 or channels % groups:
+        raise ValueError(f"groups={groups!r}: expected an int that divides the {channels} channels (heads * head_dim)")
+    scale = (channels // groups) ** -0.5 if scale is None else scale
+    maps = [x.flatten(1, -3) for x in (q, k, v)]
+    if groups != q.shape[-2]:
+        maps = [x.flatten(2).unflatten(2, (groups, -1)) for x in maps]
+    return dispatch("channel", backend, _reference, _torch, *maps, scale).reshape(q.shape)
+
+
+def cross_covariance_attention(
+    q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """Attention of channels to the channels of their head by the cosine of their features over all tokens of an image.
+
+    softmax(temperature * norm(q)^T norm(k)) v^T, norm dividing each channel by its l2 norm over the tokens (1e-12 at
+    least).
+
+    q, k, v: maps (B, H, W, heads, head_dim) or sequences (B, L, heads, head_dim), any strides, of one shape.
+    temperature: (heads, 1, 1), multiplies the cosines; has a gradient.
+    backend: "auto", "reference", "torch" or "triton".
+
+    Returns q's shape. Recorded weights are those over channels: (B, heads, head_dim, head_dim), rows are q's.
+    Raises ValueError for shapes, dtypes or devices that do not fit.
+    Source: El-Nouby et al., XCiT, https://arxiv.org/abs/2106.09681, section 3.2.
+    """
+    _check(q, k, v)
+    check_tensor("temperature", temperature, (q.shape[-2], 1, 1), q, temperature.dtype)
+    maps = (x.flatten(1, -3) for x in (q, k, v))
+    output = dispatch("cross_covariance", backend, _cross_reference, _cross_torch, *maps, temperature)
+    return output.reshape(q.shape)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.ndim not in (4, 5) or 0 in q.shape[1:] or not q.is_floating_point():
+        raise ValueError(
+            f"q is {q.dtype} of {tuple(q.shape)}: expected a floating tensor of (B, H, W, heads, head_dim) or "
+            "(B, L, heads, head_dim), no size but the batch 0"
+        )
+    check_tensor("k", k, q.shape, q)
+    check_tensor("v", v, q.shape, q)

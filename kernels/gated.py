@@ -1,0 +1,133 @@
+"""Gated positional attention: a gate of each head mixes attention by content with attention by position alone.
+
+d'Ascoli et al., ConViT: Improving Vision Transformers with Soft Convolutional Inductive Biases, ICML 2021,
+https://arxiv.org/abs/2103.10697.
+
+Both attentions have rows that sum to 1, so their mixture needs no matrix of its own: the result is the mixture of the
+two results. Content is fused attention; position is the same for all images of a batch, so it is one matmul a head over
+the batch's values side by side. It has no Triton kernel: none has been measured against these two.
+
+Sizes in comments: B images, N tokens, H heads, D channels of a head.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from visionattn.kernels._check import check_tensor
+from visionattn.kernels._dispatch import dispatch
+
+__all__ = ["gated_positional_attention"]
+
+BUDGET = 64 * 2**20  # bytes of position weights at a time
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, position_logits: Tensor, gate: Tensor, scale: float
+) -> tuple[Tensor, Tensor, None]:
+    content = torch.einsum("bqhd,bkhd->bhqk", q * scale, k).softmax(-1)
+    gate = gate.sigmoid().to(content.dtype)[:, None, None]
+    weights = (1 - gate) * content + gate * position_logits.softmax(-1).to(content.dtype)
+    weights = weights / weights.sum(-1, keepdim=True)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v), weights, None
+
+
+def _torch(q: Tensor, k: Tensor, v: Tensor, position_logits: Tensor, gate: Tensor, scale: float) -> Tensor:
+    content = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)
+    position = _attend_by_position(position_logits, v)
+    return torch.lerp(content, position, gate.sigmoid().to(v.dtype)[:, None])
+
+
+def _attend_by_position(logits: Tensor, v: Tensor) -> Tensor:
+    """[H, N, N], [B, N, H, D] -> [B, N, H, D]"""
+    b, _, _, dim = v.shape
+    values = v.permute(2, 1, 0, 3).flatten(2)  # [H, N, B D]
+    if torch.compiler.is_compiling() or logits.numel() * logits.element_size() <= BUDGET:
+        mixed = logits.softmax(-1).to(v.dtype) @ values
+    else:
+        mixed = _ByPosition.apply(logits, values)
+    return mixed.unflatten(2, (b, dim)).permute(2, 1, 0, 3)
+
+
+class _ByPosition(torch.autograd.Function):
+    """softmax(logits) @ values, some rows at a time, in backward again: [H, N, N], [H, N, C] -> [H, N, C]"""
+
+    @staticmethod
+    def forward(logits: Tensor, values: Tensor) -> Tensor:
+        mixed = torch.empty_like(values)
+        for rows in _rows(logits):
+            mixed[:, rows] = _weights(logits[:, rows]).to(values.dtype) @ values
+        return mixed
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        logits, values = ctx.saved_tensors
+        grad_logits, grad_values = torch.empty_like(logits), torch.zeros_like(values)
+        for rows in _rows(logits):
+            weights = _weights(logits[:, rows])
+            grad_values += weights.mT.to(grad.dtype) @ grad[:, rows]
+            grad_weights = grad[:, rows] @ values.mT
+            grad_logits[:, rows] = torch._softmax_backward_data(
+                grad_weights.to(weights.dtype), weights, -1, weights.dtype
+            )
+        return grad_logits, grad_values
+
+
+def _weights(logits: Tensor) -> Tensor:
+    return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _rows(logits: Tensor) -> Iterator[slice]:
+    heads, tokens, _ = logits.shape
+    step = max(1, BUDGET // 4 // max(1, heads * tokens * logits.element_size()))  # several such tensors live at once
+    return (slice(start, start + step) for start in range(0, tokens, step))
+
+
+def gated_positional_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position_logits: Tensor,
+    gate: Tensor,
+    scale: float | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """(1 - g) softmax(scale q k^T) v + g softmax(position_logits) v, with g = sigmoid(gate) of each head.
+
+    q, k, v: maps (B, H, W, heads, head_dim) or sequences (B, N, heads, head_dim), any strides, of one shape; N = H W.
+    position_logits: (heads, N, N) or (1, heads, N, N), queries and keys in row-major order; the same for all images.
+    gate: (heads,), before the sigmoid.
+    scale: multiplies the products of q and k; by default `head_dim ** -0.5`.
+    backend: "auto", "reference", "torch" or "triton".
+
+    Returns q's shape; q, k, v, position_logits and gate have gradients.
+    A row of logits that is -inf throughout gives NaN.
+    Raises ValueError for shapes, dtypes or devices that do not fit.
+    Source: d'Ascoli et al., ConViT, https://arxiv.org/abs/2103.10697, equations 7 and 8.
+    """
+    if q.ndim not in (4, 5) or 0 in q.shape[1:] or not q.is_floating_point():
+        raise ValueError(
+            f"q is {q.dtype} of {tuple(q.shape)}: expected a floating tensor of (B, H, W, heads, head_dim) or "
+            "(B, N, heads, head_dim), no size but the batch 0"
+        )
+    heads, dim = q.shape[-2:]
+    tokens = q.shape[1:-2].numel()
+    if position_logits.ndim == 4 and len(position_logits) == 1:
+        position_logits = position_logits[0]
+    check_tensor("k", k, q.shape, q)
+    check_tensor("v", v, q.shape, q)
+    check_tensor("position_logits", position_logits, (heads, tokens, tokens), q, position_logits.dtype)
+    check_tensor("gate", gate, (heads,), q, gate.dtype)
+    scale = dim**-0.5 if scale is None else scale
+    maps = (x.flatten(1, -3) for x in (q, k, v))
+    output = dispatch("gated", backend, _reference, _torch, *maps, position_logits, gate, scale)
+    return output.reshape(q.shape)

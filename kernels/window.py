@@ -1,0 +1,428 @@
+"""Window attention: tokens attend to each other inside windows, cut out of the map or spread over all of it.
+
+Liu et al., Swin Transformer, ICCV 2021, https://arxiv.org/abs/2103.14030 (windows, shifted windows); Wang et al.,
+CrossFormer, ICLR 2022, https://arxiv.org/abs/2108.00154 (dilated windows: its long distance attention).
+
+An axis of length L is thought of as padded at its end to n whole windows of w places. Window i holds the positions
+i * w + p, or dilated i + p * n, of the places p < w; shifted by s, the positions (i * w + p + s) mod (n * w), and then
+positions below s, which wrapped around, and the others do not attend to each other. Padded positions are no keys.
+
+Sizes in comments: B images, N tokens of a map, T windows, Q = K tokens of a window, b images and t windows of a chunk.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from visionattn.kernels._check import check_maps, check_tensor
+from visionattn.kernels._dispatch import dispatch
+
+__all__ = ["window_attention"]
+
+Pair = tuple[int, int]  # along height and width
+Geometry = tuple[Pair, Pair, bool]  # window, shift, dilated
+
+CHUNK = 3 * 2**20  # bytes of logits to compute at a time: with the tokens they come from, they stay in a CPU's cache
+KEEP = 32 * 2**20  # bytes of weights up to which backward finds them kept: a third less time than computing them again
+
+
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    window: Pair,
+    shift: Pair,
+    dilated: bool,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor, Tensor]:
+    (height, width), device = q.shape[1:3], q.device
+    rows, columns = (_keys(*axis, dilated, device) for axis in zip((height, width), window, shift, strict=True))
+    place = (rows.place[:, None] * window[1] + columns.place).flatten()  # [N]
+    indices = (rows.keys[:, None, :, None] * width + columns.keys[:, None]).flatten(2).flatten(0, 1)  # [N, K]
+    allowed = (rows.allowed[:, None, :, None] & columns.allowed[:, None]).flatten(2).flatten(0, 1)[None]
+    if mask is not None:
+        allowed = allowed & mask.flatten(1)[:, indices]
+    q, k, v = (x.flatten(1, 2) for x in (q, k, v))  # [B, N, heads, dim]
+    logits = torch.einsum("bnhd,bnkhd->bhnk", q * scale, k[:, indices])
+    if bias is not None:
+        logits = logits + bias[:, place]
+    logits = logits.masked_fill(~allowed[:, None], -torch.inf)
+    weights = logits.softmax(-1).masked_fill(~allowed.any(-1)[:, None, :, None], 0)
+    output = torch.einsum("bhnk,bnkhd->bnhd", weights, v[:, indices]).unflatten(1, (height, width))
+    if return_lse:
+        output = output, logits.to(_precise(q)).logsumexp(-1).unflatten(-1, (height, width))
+    return output, weights, indices.expand(q.shape[0], -1, -1)
+
+
+class _Keys(NamedTuple):
+    place: Tensor  # [L]: of each position in its window
+    keys: Tensor  # [L, w]: the positions in its window; its own instead of padded ones
+    allowed: Tensor  # [L, w]: whether they are keys of it
+
+
+def _keys(length: int, window: int, shift: int, dilated: bool, device: torch.device) -> _Keys:
+    count = _count(length, window)
+    position, places = torch.arange(length, device=device), torch.arange(window, device=device)
+    which, place = _where(length, window, shift, dilated, device)
+    keys = which[:, None] + places * count if dilated else which[:, None] * window + places
+    keys = (keys + shift) % (count * window)
+    allowed = (keys < length) & ((keys < shift) == (position < shift)[:, None])
+    return _Keys(place, torch.where(keys < length, keys, position[:, None]), allowed)
+
+
+def _where(length: int, window: int, shift: int, dilated: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The window of each position, and its place there: both [L]."""
+    count = _count(length, window)
+    moved = (torch.arange(length, device=device) - shift) % (count * window)
+    return (moved % count, moved // count) if dilated else (moved // window, moved % window)
+
+
+def _count(length: int, window: int) -> int:
+    return (length + window - 1) // window
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    window: Pair,
+    shift: Pair,
+    dilated: bool,
+    scale: float,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    if window == q.shape[1:3] and shift == (0, 0) and bias is None and mask is None and not return_lse:
+        maps = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*maps, scale=scale).transpose(1, 2).unflatten(1, window)
+    trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
+    output, lse, _ = _Window.apply(q, k, v, bias, mask, (window, shift, dilated), scale, return_lse, trained)
+    return (output, lse) if return_lse else output
+
+
+class _Windows(NamedTuple):
+    """T windows of a map, of Q places; those whose tokens all attend to each other first."""
+
+    plain: int  # how many those are
+    tokens: Tensor  # [T, Q]: flat positions in the map; for a padded position that of another token of its window
+    outside: Tensor  # [T, Q]: whether the position is padded
+    wrapped: Tensor  # [T, Q]: 0 to 3: whether it wrapped around on either axis
+    slots: Tensor  # [N]: where in `tokens`, flat, each position of the map is
+
+
+def _windows(size: Pair, geometry: Geometry, device: torch.device) -> _Windows:
+    window, shift, dilated = geometry
+    axes = list(zip(size, window, shift, strict=True))
+    (y, y_outside, y_wrapped), (x, x_outside, x_wrapped) = (_places(*axis, dilated, device) for axis in axes)
+    y, y_outside, y_wrapped = (part[:, None, :, None] for part in (y, y_outside, y_wrapped))
+    x, x_outside, x_wrapped = (part[:, None] for part in (x, x_outside, x_wrapped))
+    parts = y * size[1] + x, y_outside | x_outside, 2 * y_wrapped + x_wrapped
+    rows, columns = (_plain(*axis, dilated) for axis in axes)
+    counts = [_count(length, w) for length, w, _ in axes]
+    number = torch.arange(counts[0] * counts[1], device=device)
+    grid = number.view(counts)
+    order = torch.cat([grid[:rows, :columns].flatten(), grid[:rows, columns:].flatten(), grid[rows:].flatten()])
+    rank = torch.empty_like(order).index_copy(0, order, number)
+    (y, y_place), (x, x_place) = (_where(*axis, dilated, device) for axis in axes)
+    slots = rank[y[:, None] * counts[1] + x] * (window[0] * window[1]) + y_place[:, None] * window[1] + x_place
+    return _Windows(rows * columns, *(part.flatten(2).flatten(0, 1)[order] for part in parts), slots.flatten())
+
+
+def _places(length: int, window: int, shift: int, dilated: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Position, whether it is padded, and whether it wrapped around, of each place: (windows, places)."""
+    padded = _count(length, window) * window
+    position = torch.arange(padded, device=device)
+    position = position.view(window, -1).T if dilated else position.view(-1, window)
+    position = (position + shift) % padded
+    outside = position >= length
+    first = position.masked_fill(outside, padded).amin(1, keepdim=True)
+    return torch.where(outside, first, position), outside, position < shift
+
+
+def _plain(length: int, window: int, shift: int, dilated: bool) -> int:
+    """How many windows, from the first on, have all their positions in the map and none that wrapped around."""
+    if dilated:
+        return max(0, length - (window - 1) * _count(length, window))
+    return max(0, length - shift) // window
+
+
+class _Chunk(NamedTuple):
+    """Windows to compute together: t windows of b images; t is less than all only of one image."""
+
+    tokens: Tensor  # [b * t * Q]: rows of q, k and v as (B * N, heads * dim)
+    shape: tuple[int, int, int]  # b, t, Q
+    slot: slice  # which windows these are of B * T
+    parts: list[slice]  # of the Q queries, to compute at a time
+    start: int  # the first of the t windows that `mask` is for
+    mask: Tensor | None  # [1 or b, windows, 1, Q, K]: 0 or -inf, to add to logits
+    idle: Tensor | None  # [1 or b, windows, 1, Q, 1]: queries without a key; to have finite logits they are given all
+    unused: Tensor | None  # [1 or b, windows, 1, Q, 1]: queries that are idle or padded
+
+
+def _chunks(q: Tensor, mask: Tensor | None, windows: _Windows) -> Iterator[tuple[slice, list[_Chunk]]]:
+    """Images, and the chunks that their windows are computed in. Traced, all images: their number may be symbolic."""
+    (count, places), (batch, height, width, heads, _) = windows.tokens.shape, q.shape
+    tracing = torch.compiler.is_compiling()
+    fit = max(1, CHUNK // (4 * heads * places**2))  # windows
+    blocks = _split(count, count if tracing or fit >= count else fit)
+    parts = _split(places, places if tracing else max(1, CHUNK // (4 * heads * places)))
+    image = torch.arange(batch, device=q.device)[:, None, None] * (height * width)
+    done = 0
+    for images in [slice(None)] if tracing else _split(batch, max(1, fit // count)):
+        first, chunks = image[images], []
+        for block in blocks:
+            shape = first.shape[0], block.stop - block.start, places
+            tokens = (first + windows.tokens[block]).flatten()
+            slot = slice(done, done + shape[0] * shape[1])
+            start = 0 if mask is not None else max(0, windows.plain - block.start)
+            masks = None, None, None
+            if start < shape[1]:
+                rest = slice(block.start + start, block.stop)
+                masks = _masks(windows, rest, mask if mask is None or len(mask) == 1 else mask[images], _precise(q))
+            chunks.append(_Chunk(tokens, shape, slot, parts, start, *masks))
+            done = slot.stop
+        yield images, chunks
+
+
+def _split(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _masks(windows: _Windows, some: slice, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """mask, idle and unused of a `_Chunk`."""
+    wrapped, outside = windows.wrapped[some], windows.outside[some]
+    allowed = ((wrapped[:, :, None] == wrapped[:, None]) & ~outside[:, None])[None]
+    if mask is not None:
+        allowed = allowed & mask.flatten(1)[:, windows.tokens[some]][:, :, None]
+    idle = ~allowed.any(-1, keepdim=True)
+    forbidden = ~(allowed | idle)
+    values = torch.zeros_like(forbidden, dtype=dtype).masked_fill_(forbidden, -torch.inf)
+    return values[:, :, None], idle[:, :, None], (idle | outside[None, :, :, None])[:, :, None]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, H, W, heads, dim) -> (B * N, heads * dim), without a copy of slices of one packed qkv"""
+    return x.flatten(0, 2).flatten(1)
+
+
+def _gather(rows: Tensor, chunk: _Chunk, heads: int) -> Tensor:
+    """Copy [b * t, heads, Q, dim], at least float32"""
+    b, t, places = chunk.shape
+    tile = rows.index_select(0, chunk.tokens).view(b * t, places, heads, -1).transpose(1, 2)
+    return tile.to(_precise(rows)).contiguous()
+
+
+def _fill(tile: Tensor, chunk: _Chunk, part: slice, which: Tensor | None, value: float) -> Tensor:
+    """Sets what belongs to those queries of [b * t, heads, q, dim], in place."""
+    if which is not None:
+        tile.view(*chunk.shape[:2], *tile.shape[1:])[:, chunk.start :].masked_fill_(which[..., part, :], value)
+    return tile
+
+
+def _put(total: Tensor, images: slice, tiles: list[Tensor], windows: _Windows) -> None:
+    """Writes tiles [b * t, heads, Q, dim] of all windows of some images to (B, H, W, heads, dim)."""
+    target = total[images]
+    rows = torch.cat([tile.transpose(1, 2).flatten(2).flatten(0, 1) for tile in tiles])
+    first = torch.arange(target.shape[0], device=total.device)[:, None] * windows.tokens.numel()
+    target.copy_(rows.index_select(0, (first + windows.slots).flatten()).view(target.shape))
+
+
+def _logits(q: Tensor, k: Tensor, bias: Tensor | None, chunk: _Chunk, part: slice) -> Tensor:
+    """[b * t, heads, q, K] of the scaled queries of a part, and all keys."""
+    logits = q[:, :, part] @ k.mT
+    if bias is not None:
+        logits += bias[:, part]
+    if chunk.mask is not None:
+        logits.view(*chunk.shape[:2], *logits.shape[1:])[:, chunk.start :].add_(chunk.mask[..., part, :])
+    return logits
+
+
+class _Window(torch.autograd.Function):
+    """Chunk by chunk of windows: rows of q, k and v are copied, then matmul, softmax, matmul, and rows copied back; as
+    fast as fused attention would be without the copies, in windows of 49 tokens on a CPU."""
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        geometry: Geometry,
+        scale: float,
+        return_lse: bool,
+        trained: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Output, lse, and weights if they are kept: [B * T, heads, Q, K]"""
+        heads, windows = q.shape[3], _windows(q.shape[1:3], geometry, q.device)
+        kept = _room(q, windows) if trained else None
+        output = torch.empty_like(v, memory_format=torch.contiguous_format)
+        lse = q.new_empty(*q.shape[:4], 1, dtype=_precise(q)) if return_lse else None
+        maps = [_rows(x) for x in (q, k, v)]
+        for images, chunks in _chunks(q, mask, windows):
+            outputs, sums = [], []
+            for chunk in chunks:
+                q_tile, k_tile, v_tile = (_gather(rows, chunk, heads) for rows in maps)
+                q_tile.mul_(scale)
+                for part in chunk.parts:
+                    logits = _logits(q_tile, k_tile, bias, chunk, part)
+                    weights = torch.softmax(logits, -1, out=None if kept is None else kept[chunk.slot, :, part])
+                    outputs.append(_fill(weights @ v_tile, chunk, part, chunk.idle, 0))
+                    if return_lse:
+                        sums.append(_fill(logits.logsumexp(-1, keepdim=True), chunk, part, chunk.idle, -torch.inf))
+            _put(output, images, outputs, windows)
+            if return_lse:
+                _put(lse, images, sums, windows)
+        return output, lse[..., 0].movedim(-1, 1).contiguous() if return_lse else None, kept
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, outputs: tuple) -> None:
+        *tensors, ctx.geometry, ctx.scale, _, _ = inputs
+        kept = outputs[2]
+        if kept is not None:
+            ctx.mark_non_differentiable(kept)
+        ctx.save_for_backward(*tensors, kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, grad_lse: Tensor | None, _: None) -> tuple:
+        q, k, v, bias, mask, kept = ctx.saved_tensors
+        heads, windows = q.shape[3], _windows(q.shape[1:3], ctx.geometry, q.device)
+        grads = [x.new_empty(x.shape) for x in (q, k, v)]
+        grad_bias = torch.zeros_like(bias, dtype=_precise(q)) if ctx.needs_input_grad[3] else None
+        maps = [_rows(x) for x in (q, k, v, grad)]
+        grad_lse = None if grad_lse is None else _rows(grad_lse.movedim(1, -1)[..., None])
+        for images, chunks in _chunks(q, mask, windows):
+            found = [], [], []  # tiles of each of `grads`
+            for chunk in chunks:
+                q_tile, k_tile, v_tile, grad_tile = (_gather(rows, chunk, heads) for rows in maps)
+                q_tile.mul_(ctx.scale)
+                grad_k, grad_v = [], []
+                for part in chunk.parts:
+                    if kept is None:
+                        weights = _logits(q_tile, k_tile, bias, chunk, part).softmax(-1)
+                    else:
+                        weights = kept[chunk.slot, :, part]
+                    grad_part = _fill(grad_tile[:, :, part], chunk, part, chunk.unused, 0)
+                    grad_logits = grad_part @ v_tile.mT
+                    grad_logits = torch._softmax_backward_data(grad_logits, weights, -1, weights.dtype)
+                    if grad_lse is not None:
+                        lse_part = _gather(grad_lse, chunk, heads)[:, :, part]
+                        grad_logits.addcmul_(weights, _fill(lse_part, chunk, part, chunk.unused, 0))
+                    if grad_bias is not None:
+                        grad_bias[:, part] += grad_logits.sum(0)
+                    found[0].append((grad_logits @ k_tile).mul_(ctx.scale))
+                    grad_k.append(grad_logits.mT @ q_tile[:, :, part])
+                    grad_v.append(weights.mT @ grad_part)
+                found[1].append(functools.reduce(Tensor.add_, grad_k))
+                found[2].append(functools.reduce(Tensor.add_, grad_v))
+            for total, tiles in zip(grads, found, strict=True):
+                _put(total, images, tiles, windows)
+        return *grads, None if grad_bias is None else grad_bias.to(bias.dtype), *[None] * 5
+
+
+def _room(q: Tensor, windows: _Windows) -> Tensor | None:
+    """For the weights of all windows, if KEEP allows."""
+    if torch.compiler.is_compiling():
+        return None
+    count, places = windows.tokens.shape
+    shape, dtype = (q.shape[0] * count, q.shape[3], places, places), _precise(q)
+    return q.new_empty(shape, dtype=dtype) if math.prod(shape) * dtype.itemsize <= KEEP else None
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: int | tuple[int, int],
+    shift: int | tuple[int, int] = 0,
+    dilated: bool = False,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    *,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of each token to the tokens of its window.
+
+    The map may have any size: it is thought of as padded at the bottom and right to whole windows, and what is padded
+    is no key of any query (a window larger than the map holds all of it).
+
+    Args:
+        q: (B, H, W, heads, head_dim) queries, any strides.
+        k: (B, H, W, heads, head_dim) keys.
+        v: (B, H, W, heads, value_dim) values.
+        window_size: tokens of a window on a side, or (height, width).
+        shift: 0 to window_size - 1, or (down, right): the windows start that many tokens further down and right. What
+            is before the first of them joins the last windows, where it attends to itself only (Swin's cyclic shift).
+        dilated: a window takes its tokens at equal steps from the whole map, as many tokens apart as there are windows
+            on the axis (CrossFormer's long distance attention); without `shift`.
+        bias: (heads, tokens of a window, the same), added to the logits: of each query (first) and key, row-major.
+        mask: (B or 1, H, W) bool, False where a token is no key. A query without any key yields 0, and -inf as lse.
+        scale: factor of q . k, by default head_dim ** -0.5.
+        return_lse: also return the log-sum-exp of each query's logits, to merge this with attention to other keys.
+        backend: "auto", "reference", "torch" or "triton".
+
+    Returns:
+        (B, H, W, heads, value_dim) in the dtype of q, or that of autocast; with `return_lse` also (B, heads, H, W) in
+        float32 (float64 for float64). Their gradients can be taken once.
+
+    Raises:
+        ValueError: an argument does not fit, or the backend asked for cannot run.
+
+    `record_attention` keeps weights (B, heads, H * W, tokens of a window) and the flat positions of those tokens (B,
+    H * W, tokens of a window); padded ones have the weight 0 and the position of another.
+    """
+    window, shift = _check(q, k, v, window_size, shift, dilated)
+    tokens = window[0] * window[1]
+    if bias is not None:
+        check_tensor("bias", bias, (q.shape[3], tokens, tokens), q)
+    if mask is not None:
+        images = 1 if mask.shape[:1] == (1,) else q.shape[0]
+        check_tensor("mask", mask, (images, *q.shape[1:3]), q, torch.bool)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return dispatch(
+        "window", backend, _reference, _torch, q, k, v, bias, mask, window, shift, dilated, scale, return_lse
+    )
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: int | tuple[int, int],
+    shift: int | tuple[int, int],
+    dilated: bool,
+) -> tuple[Pair, Pair]:
+    """Raises ValueError for arguments that do not fit together; returns window and shift as pairs."""
+    window, shifts = _pair("window_size", window_size, 1), _pair("shift", shift, 0)
+    if any(s >= w for s, w in zip(shifts, window, strict=True)):
+        raise ValueError(f"shift={shift}: expected less than window_size={window_size}")
+    if dilated and shifts != (0, 0):
+        raise ValueError(f"shift={shift} with dilated=True: expected one of them; dilated windows cannot be shifted")
+    check_maps(q, k, v)
+    if k.shape != q.shape:
+        raise ValueError(f"k is of {tuple(k.shape)}: expected the shape of q, {tuple(q.shape)}")
+    return window, shifts
+
+
+def _pair(name: str, value: int | tuple[int, int], least: int) -> Pair:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or not all(isinstance(x, int) and x >= least for x in pair):
+        raise ValueError(f"{name}={value!r}: expected an int of at least {least}, or two: (height, width)")
+    return pair
