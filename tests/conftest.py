@@ -1,5 +1,6 @@
 """What every test shares: two threads, tiny made pictures, the smallest recipe for them, and a run trained by it."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from PIL import Image
 from visionattn.cli import main
 
 torch.set_num_threads(2)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
 RECIPE = """\
 task: classification

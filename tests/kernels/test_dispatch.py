@@ -91,6 +91,15 @@ def test_a_triton_sibling_is_found_and_used_where_it_supports_the_call(sibling):
     assert run(2, "torch") == "torch"
 
 
+def test_auto_leaves_alone_what_no_gpu_has_run(sibling, monkeypatch):
+    monkeypatch.setattr(_dispatch, "UNTRIED", {"fake"})
+    with pytest.warns(UserWarning, match="has not been tried on a GPU yet; backend='triton' runs it"):
+        assert run(2) == "torch"
+    assert run(2, "triton") == "triton"
+    with set_backend("triton"):
+        assert run(2) == "triton"
+
+
 def test_auto_falls_back_with_one_warning_for_each_reason(sibling, recwarn):
     assert [run(1), run(1), run(3)] == ["torch"] * 3
     assert [str(w.message).partition(": ")[2] for w in recwarn] == [

@@ -1,0 +1,237 @@
+"""Neighborhood attention in Triton, dilated and strided, with bias: tiles of queries, keys from the box around them.
+
+Positions are counted inside a dilation class (the tokens that lie a multiple of `dilation` apart), on each axis; a tile
+of queries, or of keys, is a box in one class. Maps of one axis are maps of one row.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from visionattn.kernels._attention_triton import (
+    LOG2E,
+    PATTERNS,
+    Functions,
+    Pattern,
+    Plan,
+    attend,
+    constant,
+    unsupported_tensors,
+)
+
+
+class Axis(NamedTuple):
+    length: Any
+    kernel: Any
+    dilation: Any
+    stride: Any
+    tile: Any  # tokens of a tile along this axis
+    tiles: Any  # along this axis, in one class
+
+
+class Geometry(NamedTuple):
+    bias: Any  # (heads, 2 * kernel - 1, 2 * kernel - 1), contiguous, or None
+    y: Any
+    x: Any
+
+
+@triton.jit
+def _places(axis, residue):
+    """Number of tokens in a class."""
+    return (axis.length - residue + axis.dilation - 1) // axis.dilation
+
+
+@triton.jit
+def _start(axis, places, place):
+    """First key of the query at a place."""
+    if axis.stride > 1:
+        place = tl.minimum(place // axis.stride * axis.stride + axis.stride // 2, places - 1)
+    return tl.minimum(tl.maximum(place - axis.kernel // 2, 0), places - axis.kernel)
+
+
+@triton.jit
+def _split(g, tile):
+    """Class residues and first places of a tile."""
+    x = tile % (g.x.tiles * g.x.dilation)
+    y = tile // (g.x.tiles * g.x.dilation)
+    return y // g.y.tiles, x // g.x.tiles, y % g.y.tiles * g.y.tile, x % g.x.tiles * g.x.tile
+
+
+@triton.jit
+def _own_at(g, batch, tile, n):
+    residue_y, residue_x, first_y, first_x = _split(g, tile)
+    y, x = first_y + n // g.x.tile, first_x + n % g.x.tile
+    valid = (y < _places(g.y, residue_y)) & (x < _places(g.x, residue_x))
+    return y * g.y.dilation + residue_y, x * g.x.dilation + residue_x, valid
+
+
+@triton.jit
+def _keys_of(axis, residue, first):
+    """First key, and number of keys, of a tile's queries along an axis."""
+    places = _places(axis, residue)
+    last = tl.minimum(first + axis.tile, places) - 1
+    start = _start(axis, places, first)
+    stop = _start(axis, places, last) + axis.kernel
+    return start, tl.where(first < places, stop - start, 0)
+
+
+@triton.jit
+def _askers_of(axis, residue, first):
+    """First query, and number of queries, that may attend to a tile's keys along an axis."""
+    places = _places(axis, residue)
+    last = tl.minimum(first + axis.tile, places) - 1
+    start = first - axis.kernel + 1
+    stop = last + axis.kernel // 2 + 1
+    if axis.stride > 1:
+        stop += axis.stride
+        start -= axis.stride
+    start = tl.where(first < axis.kernel, 0, start + axis.kernel // 2)
+    stop = tl.where(last >= places - axis.kernel, places, tl.minimum(stop, places))
+    return tl.maximum(start, 0), tl.where(first < places, stop - tl.maximum(start, 0), 0)
+
+
+@triton.jit
+def _box_at(g, residue_y, residue_x, start_y, start_x, height, width, n):
+    """The n-th token of a box in a class."""
+    y, x = start_y + n // width, start_x + n % width
+    return y * g.y.dilation + residue_y, x * g.x.dilation + residue_x, n < height * width
+
+
+@triton.jit
+def _key_count(g, batch, tile):
+    residue_y, residue_x, first_y, first_x = _split(g, tile)
+    _, height = _keys_of(g.y, residue_y, first_y)
+    _, width = _keys_of(g.x, residue_x, first_x)
+    return height * width
+
+
+@triton.jit
+def _key_at(g, batch, tile, n):
+    residue_y, residue_x, first_y, first_x = _split(g, tile)
+    start_y, height = _keys_of(g.y, residue_y, first_y)
+    start_x, width = _keys_of(g.x, residue_x, first_x)
+    return _box_at(g, residue_y, residue_x, start_y, start_x, height, width, n)
+
+
+@triton.jit
+def _asker_count(g, batch, tile):
+    residue_y, residue_x, first_y, first_x = _split(g, tile)
+    _, height = _askers_of(g.y, residue_y, first_y)
+    _, width = _askers_of(g.x, residue_x, first_x)
+    return height * width
+
+
+@triton.jit
+def _asker_at(g, batch, tile, n):
+    residue_y, residue_x, first_y, first_x = _split(g, tile)
+    start_y, height = _askers_of(g.y, residue_y, first_y)
+    start_x, width = _askers_of(g.x, residue_x, first_x)
+    return _box_at(g, residue_y, residue_x, start_y, start_x, height, width, n)
+
+
+@triton.jit
+def _frame_at(g, batch, tile, n):
+    """All places within kernel - 1 of the tile, row by row."""
+    residue_y, residue_x, first_y, first_x = _split(g, tile)
+    height, width = g.y.tile + 2 * g.y.kernel - 2, g.x.tile + 2 * g.x.kernel - 2
+    y, x = first_y - g.y.kernel + 1 + n // width, first_x - g.x.kernel + 1 + n % width
+    valid = (y >= 0) & (y < _places(g.y, residue_y)) & (x >= 0) & (x < _places(g.x, residue_x)) & (n < height * width)
+    return y * g.y.dilation + residue_y, x * g.x.dilation + residue_x, valid
+
+
+@triton.jit
+def _near(axis, position, key_position):
+    """Whether a query, which must be in the map, has a key along an axis, and its place in the bias table."""
+    place, key_place = position // axis.dilation, key_position // axis.dilation
+    places = _places(axis, position % axis.dilation)
+    start = _start(axis, places, place)
+    near = (place < places) & (key_place >= start) & (key_place < start + axis.kernel)
+    return near, key_place - place + axis.kernel - 1
+
+
+@triton.jit
+def _logits(g, logits, batch, head, y, x, key_y, key_x, valid):
+    near_y, bias_y = _near(g.y, y, key_y)
+    near_x, bias_x = _near(g.x, x, key_x)
+    near = near_y & near_x & valid
+    if g.bias is not None:
+        width: tl.constexpr = 2 * g.x.kernel - 1
+        row = g.bias + head * ((2 * g.y.kernel - 1) * width)
+        logits += tl.load(row + bias_y * width + bias_x, mask=near, other=0.0).to(tl.float32) * LOG2E
+    return tl.where(near, logits, float("-inf"))
+
+
+def _plan(q, k, bias, table, parameters, own: int, walk: int, inverse: bool) -> Plan:
+    sizes, kernels, dilations, strides = q.shape[1:3], parameters[:2], parameters[2:4], parameters[4:]
+    places = [triton.cdiv(size, dilation) for size, dilation in zip(sizes, dilations, strict=True)]
+    tiles = _tile(own, *map(triton.next_power_of_2, places))
+    counts = [triton.cdiv(place, tile) for place, tile in zip(places, tiles, strict=True)]
+    constants = zip(kernels, dilations, strides, tiles, strict=True)
+    axes = [Axis(size, *map(constant, c), count) for size, c, count in zip(sizes, constants, counts, strict=True)]
+    geometry = Geometry(None if bias is None else bias.contiguous(), *axes)
+    height, width = (tile + 2 * kernel - 2 for tile, kernel in zip(tiles, kernels, strict=True))
+    return Plan(geometry, math.prod(counts) * math.prod(dilations), math.prod(tiles), walk, height * width)
+
+
+def _tile(tokens: int, height: int, width: int) -> tuple[int, int]:
+    """Height and width of a tile of 16 to `tokens` tokens (powers of two), as square as a map of that size allows."""
+    rows = min(height, 2 ** ((tokens.bit_length() - 1) // 2))
+    columns = min(tokens // rows, max(16 // rows, width))
+    return min(tokens // columns, max(16 // columns, height)), columns
+
+
+def _fold_bias(sums: Tensor, layout: Plan, bias: Tensor) -> Tensor:
+    """Adds up (heads, queries of a tile, keys of its frame) along equal distances of key and query."""
+    axes = layout.geometry.y, layout.geometry.x
+    rows, columns = (axis.tile.value for axis in axes)
+    height, width = (axis.tile.value + 2 * axis.kernel.value - 2 for axis in axes)
+    sums = sums.contiguous()
+    frame = height * width
+    step = (sums.stride(0), width, 1, columns * frame + width, frame + 1)
+    return sums.as_strided((*bias.shape, rows, columns), step).sum((3, 4))
+
+
+PATTERNS["neighborhood"] = Pattern(
+    Functions(_own_at, _key_count, _key_at, _own_at, _asker_count, _asker_at, _logits, _frame_at), _plan, _fold_bias
+)
+
+
+def unsupported(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    kernel_size: tuple[int, ...],
+    dilation: tuple[int, ...],
+    stride: tuple[int, ...],
+    scale: float,
+    return_lse: bool,
+) -> str | None:
+    if len(kernel_size) > 2:
+        return f"the map has {len(kernel_size)} axes, 1 and 2 are supported"
+    return unsupported_tensors(q, k, v)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    kernel_size: tuple[int, ...],
+    dilation: tuple[int, ...],
+    stride: tuple[int, ...],
+    scale: float,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    line = len(kernel_size) == 1
+    if line:
+        q, k, v = (x.unsqueeze(1) for x in (q, k, v))
+        bias = None if bias is None else bias.unsqueeze(1)
+        kernel_size, dilation, stride = ((1, *x) for x in (kernel_size, dilation, stride))
+    output, lse = attend("neighborhood", q, k, v, (*kernel_size, *dilation, *stride), scale, bias)
+    if line:
+        output, lse = output.squeeze(1), lse.squeeze(2)
+    return (output, lse) if return_lse else output

@@ -1,0 +1,151 @@
+"""Routing attention in Triton: the kernels read the table of routed regions, and its inverse in backward."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from visionattn.kernels._attention_triton import (
+    PATTERNS,
+    Functions,
+    Pattern,
+    Plan,
+    attend,
+    tile_size,
+    unsupported_tensors,
+)
+
+
+class Geometry(NamedTuple):
+    routes: Any  # (B, R, K): regions that a region attends to
+    order: Any  # (B, R * K): pairs (region, route), sorted by the region routed to
+    starts: Any  # (B, R + 1): where the pairs of a region start in that order
+    regions: Any
+    topk: Any
+    columns: Any  # regions of a row of the grid
+    query_width: Any  # tokens of a region
+    query_tokens: Any
+    key_width: Any
+    key_tokens: Any
+    region_tiles: Any  # tiles of a region
+    tile: Any  # tokens of a tile
+
+
+@triton.jit
+def _token(g, region, n, width, tokens):
+    """Place in the map of the n-th token of a region."""
+    return region // g.columns * (tokens // width) + n // width, region % g.columns * width + n % width
+
+
+@triton.jit
+def _own(g, tile, n, width, tokens):
+    place = tile % g.region_tiles * g.tile + n
+    y, x = _token(g, tile // g.region_tiles, place, width, tokens)
+    return y, x, place < tokens
+
+
+@triton.jit
+def _query_at(g, batch, tile, n):
+    return _own(g, tile, n, g.query_width, g.query_tokens)
+
+
+@triton.jit
+def _key_count(g, batch, tile):
+    return g.topk * g.key_tokens
+
+
+@triton.jit
+def _key_at(g, batch, tile, n):
+    valid = n < g.topk * g.key_tokens
+    routes = g.routes + (batch * g.regions + tile // g.region_tiles) * g.topk
+    region = tl.load(routes + n // g.key_tokens, mask=valid, other=0).to(tl.int32)
+    y, x = _token(g, region, n % g.key_tokens, g.key_width, g.key_tokens)
+    return y, x, valid
+
+
+@triton.jit
+def _own_key_at(g, batch, tile, n):
+    return _own(g, tile, n, g.key_width, g.key_tokens)
+
+
+@triton.jit
+def _starts(g, batch, tile):
+    starts = g.starts + batch * (g.regions + 1) + tile // g.region_tiles
+    return tl.load(starts), tl.load(starts + 1)
+
+
+@triton.jit
+def _asker_count(g, batch, tile):
+    start, stop = _starts(g, batch, tile)
+    return (stop - start) * g.query_tokens
+
+
+@triton.jit
+def _asker_at(g, batch, tile, n):
+    start, stop = _starts(g, batch, tile)
+    pair = start + n // g.query_tokens
+    valid = pair < stop
+    region = tl.load(g.order + batch * g.regions * g.topk + pair, mask=valid, other=0).to(tl.int32) // g.topk
+    y, x = _token(g, region, n % g.query_tokens, g.query_width, g.query_tokens)
+    return y, x, valid
+
+
+@triton.jit
+def _logits(g, logits, batch, head, y, x, key_y, key_x, valid):
+    return tl.where(valid, logits, float("-inf"))
+
+
+def _plan(q, k, bias, routes, parameters, own: int, walk: int, inverse: bool) -> Plan:
+    rows, columns = parameters
+    b, regions, topk = routes.shape
+    (query_height, query_width), (key_height, key_width) = ((x.shape[1] // rows, x.shape[2] // columns) for x in (q, k))
+    query_tokens, key_tokens = query_height * query_width, key_height * key_width
+    own_tokens, walk_tokens = (key_tokens, query_tokens) if inverse else (query_tokens, topk * key_tokens)
+    own, walk = tile_size(own_tokens, own), tile_size(walk_tokens, walk) if not inverse else walk
+    region_tiles = triton.cdiv(own_tokens, own)
+    order = starts = routes
+    if inverse:
+        pairs, order = routes.flatten(1).sort(stable=True)
+        edges = torch.arange(regions + 1, device=routes.device, dtype=pairs.dtype).expand(b, -1).contiguous()
+        order, starts = order.int(), torch.searchsorted(pairs, edges, out_int32=True)
+    geometry = Geometry(
+        routes.contiguous(), order, starts, regions, topk, columns,
+        query_width, query_tokens, key_width, key_tokens, region_tiles, own,
+    )  # fmt: skip
+    return Plan(geometry, regions * region_tiles, own, walk)
+
+
+PATTERNS["routing"] = Pattern(
+    Functions(_query_at, _key_count, _key_at, _own_key_at, _asker_count, _asker_at, _logits), _plan
+)
+
+
+def unsupported(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    route_weights: Tensor | None,
+    grid: tuple[int, int],
+    scale: float,
+    return_lse: bool = False,
+) -> str | None:
+    if route_weights is not None:
+        return "route_weights are given"
+    return unsupported_tensors(q, k, v)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    route_weights: None,
+    grid: tuple[int, int],
+    scale: float,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    output, lse = attend("routing", q, k, v, grid, scale, table=routes)
+    return (output, lse) if return_lse else output
