@@ -7,7 +7,7 @@ from torch import Tensor
 
 from visionattn.kernels import channel_attention
 
-__all__ = ["CANDIDATES", "cases"]
+__all__ = ["CANDIDATES", "cases", "macs"]
 
 
 def channel_by_matmul(q: Tensor, k: Tensor, v: Tensor, groups: int, scale: float) -> Tensor:
@@ -25,6 +25,11 @@ def cases(size: int) -> list[tuple[str, int, int, int, tuple]]:
         (f"stage {i}, {size} px", size // stride, groups, 32, (groups, 32**-0.5))
         for i, (stride, groups) in enumerate(stages, 1)
     ]
+
+
+def macs(side: int, heads: int, dim: int, groups: int, scale: float) -> float:
+    """Multiply-adds of one image: two products of each channel with those of its group."""
+    return 2 * side**2 * (heads * dim) ** 2 / groups
 
 
 CANDIDATES = {"timm": channel_by_matmul, "visionattn": channel_attention}

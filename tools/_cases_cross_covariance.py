@@ -9,7 +9,7 @@ from torch import Tensor
 
 from visionattn.kernels import cross_covariance_attention
 
-__all__ = ["CANDIDATES", "cases"]
+__all__ = ["CANDIDATES", "cases", "macs"]
 
 
 def _channels_first(*maps: Tensor) -> list[Tensor]:
@@ -40,6 +40,11 @@ def cross_covariance(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Te
 def cases(size: int) -> list[tuple[str, int, int, int, tuple]]:
     """Name, side, heads, head_dim and arguments: xcit_small with patches of 16 and of 8 pixels."""
     return [(f"patch {patch}, {size} px", size // patch, 8, 48, (torch.ones(8, 1, 1),)) for patch in (16, 8)]
+
+
+def macs(side: int, heads: int, dim: int, temperature: Tensor) -> float:
+    """Multiply-adds of one image: two products of each channel with those of its head."""
+    return 2 * side**2 * heads * dim**2
 
 
 CANDIDATES = {

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from visionattn.kernels import gated_positional_attention
 
-__all__ = ["CANDIDATES", "cases"]
+__all__ = ["CANDIDATES", "cases", "macs"]
 
 
 def gated_by_matmul(q: Tensor, k: Tensor, v: Tensor, position_logits: Tensor, gate: Tensor) -> Tensor:
@@ -37,6 +37,11 @@ def cases(size: int) -> list[tuple[str, int, int, int, tuple]]:
         (f"{name}, {size} px", side, heads, 48, (-squares.expand(heads, -1, -1), torch.ones(heads)))
         for name, heads in (("tiny", 4), ("small", 9), ("base", 16))
     ]
+
+
+def macs(side: int, heads: int, dim: int, position_logits: Tensor, gate: Tensor) -> float:
+    """Multiply-adds of one image: two products of each query with all tokens."""
+    return 2 * side**4 * heads * dim
 
 
 CANDIDATES = {"timm": gated_by_matmul, "visionattn": gated}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from visionattn.kernels import halo_attention
 
-__all__ = ["CANDIDATES", "cases"]
+__all__ = ["CANDIDATES", "cases", "macs"]
 
 BLOCK = 8
 # Model, stride of the map, heads, head_dim, halo: the stages at 256 px, but the last of halonet50ts in both.
@@ -31,6 +31,12 @@ def cases(size: int) -> list[tuple[str, int, int, int, tuple]]:
         tables = torch.randn(2, 2 * (BLOCK + 2 * halo) - 1, dim, generator=generator) * dim**-0.5
         found.append((f"{model} / {step}, {size} px", size // step, heads, dim, (BLOCK, halo, *tables)))
     return found
+
+
+def macs(side: int, heads: int, dim: int, block_size: int, halo_size: int, *_: object) -> float:
+    """Multiply-adds of one image: two products of each query with its block and halo, one with a row of each table."""
+    window = block_size + 2 * halo_size
+    return 2 * side**2 * heads * dim * (window**2 + window)
 
 
 def _relative(q: Tensor, table: Tensor, side: int) -> Tensor:

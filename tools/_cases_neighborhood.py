@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from visionattn.kernels import neighborhood_attention
 
-__all__ = ["CANDIDATES", "INFERENCE_CANDIDATES", "cases"]
+__all__ = ["CANDIDATES", "INFERENCE_CANDIDATES", "cases", "macs"]
 
 KERNEL, HEAD_DIM = 7, 32
 
@@ -28,6 +28,11 @@ def cases(size: int) -> list[tuple[str, int, int, int, tuple]]:
             name = f"stage {stage}, {size} px, dilation {dilation}"
             found.append((name, side, heads, HEAD_DIM, (KERNEL, dilation, 1, bias)))
     return found
+
+
+def macs(side: int, heads: int, dim: int, kernel_size: int, dilation: int, stride: int, bias: Tensor) -> float:
+    """Multiply-adds of one image: two products of each query with its window."""
+    return 2 * side**2 * heads * dim * kernel_size**2
 
 
 def _starts(length: int, kernel: int, dilation: int, device: torch.device | str) -> Tensor:

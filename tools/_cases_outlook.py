@@ -10,7 +10,7 @@ from torch import Tensor
 
 from visionattn.kernels import outlook_attention
 
-__all__ = ["CANDIDATES", "cases"]
+__all__ = ["CANDIDATES", "cases", "macs"]
 
 
 def _logits(q: Tensor, k: Tensor, kernel_size: int, stride: int) -> Tensor:
@@ -45,6 +45,11 @@ def outlook(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, stride: int, scal
 def cases(size: int) -> list[tuple[str, int, int, int, tuple]]:
     """Name, side, heads, head_dim and arguments: the first stage of volo_d1 and volo_d3."""
     return [(f"{name}, {size} px", size // 8, heads, 32, (3, 2, 32**-0.5)) for name, heads in (("d1", 6), ("d3", 8))]
+
+
+def macs(side: int, heads: int, dim: int, kernel_size: int, stride: int, scale: float) -> float:
+    """Multiply-adds of one image: the weights of each window with its values."""
+    return (side / stride) ** 2 * heads * dim * kernel_size**4
 
 
 CANDIDATES = {"timm": outlook_by_unfold, "visionattn": outlook}

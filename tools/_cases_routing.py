@@ -9,7 +9,7 @@ from torch import Tensor
 from visionattn.errors import UserError
 from visionattn.kernels import routing_attention
 
-__all__ = ["CANDIDATES", "cases"]
+__all__ = ["CANDIDATES", "cases", "macs"]
 
 
 def routing_by_gather(q: Tensor, k: Tensor, v: Tensor, regions: int, topk: int, scale: float) -> Tensor:
@@ -45,6 +45,11 @@ def cases(size: int) -> list[tuple[str, int, int, int, tuple]]:
         (f"stage {i}, {size} px", size // stride, heads, 32, (regions, topk, (32 * heads) ** -0.5))
         for i, (stride, heads, topk) in enumerate(stages, 1)
     ]
+
+
+def macs(side: int, heads: int, dim: int, regions: int, topk: int, scale: float) -> float:
+    """Multiply-adds of one image: two products of each query with the tokens of topk regions."""
+    return 2 * side**2 * heads * dim * topk * (side / regions) ** 2
 
 
 CANDIDATES = {"gather": routing_by_gather, "visionattn": routing_attention}

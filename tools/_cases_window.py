@@ -11,7 +11,7 @@ from torch import Tensor
 
 from visionattn.kernels import window_attention
 
-__all__ = ["CANDIDATES", "cases"]
+__all__ = ["CANDIDATES", "cases", "macs"]
 
 WINDOW, HEAD_DIM = 7, 32
 
@@ -28,6 +28,11 @@ def cases(size: int) -> list[tuple[str, int, int, int, tuple]]:
         for name, shift, table in (("shifted", WINDOW // 2, bias), ("biased", 0, bias), ("plain", 0, None)):
             found.append((f"stage {stage}, {size} px, {name}", side, heads, HEAD_DIM, (WINDOW, shift, False, table)))
     return found
+
+
+def macs(side: int, heads: int, dim: int, window_size: int, *_: object) -> float:
+    """Multiply-adds of one image: two products of each query with its window."""
+    return 2 * side**2 * heads * dim * window_size**2
 
 
 def _partition(x: Tensor, window: int) -> Tensor:

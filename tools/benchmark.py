@@ -1,15 +1,19 @@
 """Times attention kernels and whole models against their peers, and measures their peak memory.
 
-    visionattn benchmark kernels --sizes 224 512 --threads 2
-    visionattn benchmark models biformer_tiny swin_tiny_patch4_window7_224 --train
+    visionattn benchmark kernels --sizes 224 512 1024 --threads 2
+    visionattn benchmark models swin_tiny_patch4_window7_224 biformer_tiny --train
+    visionattn benchmark models --pattern 'va_davit_*' --compile
 
 Time: candidates take turns in one process, so that other load meets all of them; median and quartiles over the rounds.
+Roofline: the share of the speed that the device allows, for the pattern's multiply-adds (three times as many with the
+backward pass) and for reading and writing each map once.
 Memory: on CUDA the peak of the allocator during one call; on a CPU the growth of the resident set during the first call
 in a fresh process (Linux only). Both are above what the inputs take, and include outputs and gradients.
 """
 
 import argparse
 import csv
+import fnmatch
 import functools
 import importlib
 import json
@@ -31,10 +35,12 @@ from torch import Tensor
 from visionattn.environment import describe
 from visionattn.errors import UserError
 from visionattn.listing import gmacs
+from visionattn.tools._roofline import measure
 
 __all__ = ["add_arguments", "main", "run"]
 
 PASSES = ("forward", "forward+backward")
+PREFIX = "va_"  # of our models that have a twin in timm, by the name without it
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,13 @@ class Pattern:
     """What a file `_cases_<pattern>.py` of this room holds.
 
     cases: of an image size.
+    macs: of the forward pass of one image of a case.
     candidates: called with q, k, v and the case's arguments; the first is the peer.
     inference: further ones, which have no backward pass everywhere; only those that `--compare` names are run.
     """
 
     cases: Callable[[int], list[Case]]
+    macs: Callable[[Case], float]
     candidates: dict[str, Callable[..., Tensor]]
     inference: dict[str, Callable[..., Tensor]]
 
@@ -67,14 +75,18 @@ def _patterns() -> dict[str, Pattern]:
     for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if info.name.startswith("_cases_"):
             module = importlib.import_module(f"{__package__}.{info.name}")
-            made = functools.partial(_made, module.cases)
+            made, macs = functools.partial(_made, module.cases), functools.partial(_macs, module.macs)
             further = getattr(module, "INFERENCE_CANDIDATES", {})
-            found[info.name.removeprefix("_cases_")] = Pattern(made, module.CANDIDATES, further)
+            found[info.name.removeprefix("_cases_")] = Pattern(made, macs, module.CANDIDATES, further)
     return found
 
 
 def _made(cases: Callable[[int], list[tuple]], size: int) -> list[Case]:
     return [Case(*case) for case in cases(size)]
+
+
+def _macs(macs: Callable[..., float], case: Case) -> float:
+    return macs(case.side, case.heads, case.dim, *case.arguments)
 
 
 PATTERNS = _patterns()
@@ -97,6 +109,7 @@ class Row:
     ms_per_gmac: float | None = None
     speedup: float = 1.0
     memory_ratio: float = 1.0
+    roofline: float | None = None  # share of what the device allows
 
 
 def kernel_call(pattern: str, case: Case, candidate: str, step: str, batch: int, device: str) -> Callable[[], Any]:
@@ -116,10 +129,12 @@ def kernel_call(pattern: str, case: Case, candidate: str, step: str, batch: int,
     return call
 
 
-def model_call(name: str, step: str, batch: int, size: int, device: str) -> Callable[[], Any]:
+def model_call(name: str, step: str, batch: int, size: int, device: str, compiled: bool = False) -> Callable[[], Any]:
     """A function without arguments that runs the model once: inference, or a training step without the optimizer."""
     model = _model(name, size).to(device)
     model.train(step == PASSES[1])
+    if compiled:
+        model.compile()
     images = torch.randn(batch, 3, size, size, device=device)
 
     def call() -> Any:
@@ -191,9 +206,16 @@ def _peak_resident(threads: int, make: Callable[..., Callable[[], Any]], *argume
 
 
 def _rows(
-    subject: str, case: str, step: str, args: argparse.Namespace, makers: dict[str, tuple], macs: dict[str, float]
+    subject: str,
+    case: str,
+    step: str,
+    args: argparse.Namespace,
+    makers: dict[str, tuple],
+    macs: dict[str, float] | None = None,
+    least_seconds: float | None = None,
 ) -> list[Row]:
     """Time and memory of the candidates of one case; `makers` holds what `peak_memory` takes."""
+    macs = macs or {}
     times = take_turns({name: make(*rest) for name, (make, *rest) in makers.items()}, args.rounds, args.device)
     rows = []
     for name, values in times.items():
@@ -202,13 +224,16 @@ def _rows(
         row.peak_mib = peak_memory(args.device, *makers[name])
         if name in macs:
             row.gmacs, row.ms_per_gmac = macs[name], row.median_ms / args.batch / macs[name]
+        if least_seconds is not None:
+            row.roofline = 1e3 * least_seconds / row.median_ms
         first = rows[0] if rows else row
         row.speedup, row.memory_ratio = first.median_ms / row.median_ms, row.peak_mib / max(first.peak_mib, 1e-9)
         rows.append(row)
         print(
             f"{subject:<12} {case:<18} {step:<17} {name:<32} {row.median_ms:9.2f} ms "
             f"[{row.quartile1_ms:.2f}, {row.quartile3_ms:.2f}]  {row.speedup:5.2f}x  {row.peak_mib:8.1f} MiB"
-            + (f"  {row.gmacs:.2f} GMAC" if row.gmacs else ""),
+            + (f"  {row.gmacs:.2f} GMAC" if row.gmacs else "")
+            + (f"  {row.roofline:.0%} of roofline" if row.roofline else ""),
             flush=True,
         )
     return rows
@@ -223,23 +248,55 @@ def run_kernels(args: argparse.Namespace) -> list[Row]:
             if step == "forward":
                 candidates += [further for further in PATTERNS[name].inference if further in args.compare]
             makers = {c: (kernel_call, name, case, c, step, args.batch, args.device) for c in candidates}
-            rows += _rows(name, case.name, step, args, makers, {})
+            rows += _rows(name, case.name, step, args, makers, least_seconds=_least_seconds(name, case, step, args))
     return rows
 
 
+def _least_seconds(pattern: str, case: Case, step: str, args: argparse.Namespace) -> float:
+    """Of q, k, v, the output and, in backward, their gradients: 4 maps, or 11 in all."""
+    passes, maps = (1, 4) if step == "forward" else (3, 11)
+    moved = maps * 4 * args.batch * case.side**2 * case.heads * case.dim
+    return measure(args.device).seconds(2 * passes * args.batch * PATTERNS[pattern].macs(case), moved)
+
+
 def run_models(args: argparse.Namespace) -> list[Row]:
+    rows = []
+    for names in _rivals(args):
+        for size in args.sizes:
+            macs = {name: gmacs(_model(name, size).eval(), (3, size, size)) for name in names}
+            for step in PASSES if args.train else PASSES[:1]:
+                makers = {name: (model_call, name, step, args.batch, size, args.device) for name in names}
+                if args.compile:
+                    makers |= {f"{name}, compiled": (*make, True) for name, make in makers.items()}
+                    macs |= {f"{name}, compiled": macs[name] for name in names}
+                rows += _rows(
+                    "models", f"{names[-1]}, {size} px" if args.pattern else f"{size} px", step, args, makers, macs
+                )
+    if args.pattern:
+        for step in dict.fromkeys(row.step for row in rows):
+            speedups = [row.speedup for row in rows if row.step == step and row.candidate.startswith(PREFIX)]
+            print(f"{step}: geometric mean {statistics.geometric_mean(speedups):.2f}x, least {min(speedups):.2f}x")
+    return rows
+
+
+def _rivals(args: argparse.Namespace) -> list[list[str]]:
+    """Lists of models to compare, the peer of each first."""
     import timm
 
     unknown = [name for name in args.names if not timm.is_model(name)]
     if unknown:
         raise UserError(f"no model called {', '.join(unknown)}: `visionattn list` shows ours, timm.list_models() all")
-    shape = (3, args.size, args.size)
-    macs = {name: gmacs(_model(name, args.size).eval(), shape) for name in args.names}
-    rows = []
-    for step in PASSES if args.train else PASSES[:1]:
-        makers = {name: (model_call, name, step, args.batch, args.size, args.device) for name in args.names}
-        rows += _rows("models", f"{args.size} px", step, args, makers, macs)
-    return rows
+    if not args.pattern:
+        if not args.names:
+            raise UserError("benchmark models: give names of models, or --pattern 'va_*'")
+        return [args.names]
+    twins = [
+        name for name in timm.list_models() if name.startswith(PREFIX) and timm.is_model(name.removeprefix(PREFIX))
+    ]
+    chosen = fnmatch.filter(twins, args.pattern)
+    if not chosen:
+        raise UserError(f"--pattern {args.pattern}: none of our models with a twin in timm, {PREFIX}*, is called so")
+    return [[name.removeprefix(PREFIX), name] for name in chosen]
 
 
 def save(rows: Sequence[Row], stem: Path) -> None:
@@ -294,9 +351,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     further = sorted({name for pattern in PATTERNS.values() for name in pattern.inference})
     kernels.add_argument("--compare", nargs="+", choices=further, default=[], help="further peers, forward only")
     models = kinds.add_parser("models", help="whole models, by their names in timm; the first is the peer")
-    models.add_argument("names", nargs="+", metavar="NAME")
-    models.add_argument("--size", type=int, default=224, metavar="PX", help="image size")
+    models.add_argument("names", nargs="*", default=[], metavar="NAME")
+    models.add_argument(
+        "--pattern", metavar="GLOB", help=f"each of our models called so, {PREFIX}*, against timm's twin"
+    )
+    models.add_argument("--sizes", nargs="+", type=int, default=[224], metavar="PX", help="image sizes")
     models.add_argument("--train", action="store_true", help="measure a training step too")
+    models.add_argument("--compile", action="store_true", help="measure each model compiled too")
     for command in (kernels, models):
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         command.add_argument("--batch", type=int, default=8)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from visionattn.errors import UserError
 from visionattn.listing import gmacs
@@ -63,11 +64,27 @@ def test_results_are_never_overwritten(tmp_path):
 
 def test_models_are_timed_per_gmac(monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "peak_memory", lambda *arguments: 1.0)
-    arguments = ["models", "test_vit", "test_resnet", "--size", "160", "--batch", "1", "--rounds", "2", "--train"]
+    arguments = ["models", "test_vit", "test_resnet", "--sizes", "160", "--batch", "1", "--rounds", "2", "--train"]
     benchmark.main([*arguments, "--out", str(tmp_path)])
     rows = list(csv.DictReader(next(tmp_path.glob("*.csv")).read_text().splitlines()))
     assert [row["candidate"] for row in rows] == ["test_vit", "test_resnet"] * 2
     assert all(float(row["gmacs"]) > 0 and float(row["ms_per_gmac"]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize("pattern", benchmark.PATTERNS)
+def test_multiply_adds_of_a_pattern_are_those_of_its_textbook_form(pattern):
+    """Products with keys or weights; what mixes copies of the map, or tables, may add a little."""
+    (first, *_), case = benchmark.PATTERNS[pattern].candidates, benchmark.PATTERNS[pattern].cases(224)[0]
+    call = benchmark.kernel_call(pattern, case, first, "forward", 1, "cpu")
+    with FlopCounterMode(display=False) as counter:
+        call()
+    assert benchmark.PATTERNS[pattern].macs(case) == pytest.approx(counter.get_total_flops() / 2, rel=0.08)
+
+
+def test_no_candidate_passes_the_roofline(one_case, tmp_path):
+    benchmark.main([*KERNELS, str(tmp_path)])
+    rows = csv.DictReader(next(tmp_path.glob("*.csv")).read_text().splitlines())
+    assert all(0 < float(row["roofline"]) < 1 for row in rows)
 
 
 def test_gmacs_count_attention():
@@ -90,6 +107,8 @@ REFUSED = [
     ([*KERNELS[:3], "--sizes", "200"], "--sizes 200: routing needs a multiple of 112"),
     (["kernels", "--rounds", "1"], "--rounds 1: expected at least 2"),
     (["kernels", "--batch", "0"], "--batch 0: expected at least 1"),
+    (["models"], "give names of models, or --pattern"),
+    (["models", "--pattern", "no_*"], "--pattern no_.: none of our models"),
     (["models", "no_such_model"], "no model called no_such_model"),
 ]
 
