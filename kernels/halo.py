@@ -118,10 +118,10 @@ def _torch(
 class _Chunk(NamedTuple):
     """Blocks to compute together: t blocks of b images."""
 
-    queries: Tensor  # [b, t, Q]: rows of q as (B * N, heads, dim); not all of a block at once where it is large
-    spare: Tensor  # [t, 1, Q, 1]: queries outside of the map
+    queries: Tensor  # [b, t, Q]: rows of q as (B * N, heads * dim); not all of a block at once where it is large
+    spare: Tensor | None  # queries outside of the map, as `_rows_outside` has them
     keys: Tensor  # [b, t, K]: rows of k and v
-    outside: Tensor  # [t, 1, K, 1]: keys outside of the map
+    outside: Tensor | None  # keys outside of the map
     entries: Tensor  # [Q, 2 * side]: of the products of the chunk's Q queries with both tables, those for their keys
 
 
@@ -136,6 +136,7 @@ def _chunks(q: Tensor, k: Tensor, block_size: int, halo_size: int) -> Iterator[_
     images, step = (q.shape[0], max(1, fit)) if tracing else (max(1, fit), max(1, fit // max(1, q.shape[0])))
     part = max(1, CHUNK // (8 * heads * per_query))  # queries of one block
     entries = _entries(height.rows, width.rows).split(part)
+    whole = all(length % axis.queries.shape[1] == 0 for length, axis in zip(q.shape[1:3], (height, width), strict=True))
     image = torch.arange(q.shape[0], device=q.device)[:, None, None]
     for first in image.split(images) if not tracing else [image]:
         for start in range(0, len(queries), step):
@@ -145,11 +146,19 @@ def _chunks(q: Tensor, k: Tensor, block_size: int, halo_size: int) -> Iterator[_
                 places = blocks, slice(i * part, (i + 1) * part)
                 yield _Chunk(
                     first * (q.shape[1] * q.shape[2]) + queries[places],
-                    spare[places][:, None, :, None],
+                    None if whole else _rows_outside(spare[places], first),
                     rows,
-                    outside[blocks][:, None, :, None],
+                    _rows_outside(outside[blocks], first),
                     entry,
                 )
+
+
+def _rows_outside(outside: Tensor, images: Tensor) -> Tensor:
+    """[t, Q] -> of the rows (b * t * Q, ...) of some images those outside of the map: their numbers, as which they are
+    cleared much faster on a CPU, or, where asking for numbers would wait for a device or break a trace, a bool each."""
+    outside = outside.expand(images.shape[0], -1, -1).flatten()
+    by_number = outside.device.type == "cpu" and not torch.compiler.is_compiling()
+    return outside.nonzero().flatten() if by_number else outside[:, None]
 
 
 def _entries(height: Tensor, width: Tensor) -> Tensor:
@@ -160,16 +169,23 @@ def _entries(height: Tensor, width: Tensor) -> Tensor:
     )
 
 
-def _gather(x: Tensor, rows: Tensor, without: Tensor) -> Tensor:
+def _gather(x: Tensor, rows: Tensor, without: Tensor | None) -> Tensor:
     """(B, H, W, heads, dim), [b, t, Q] -> copy [b, t, heads, Q, dim] with zeros where `without`, at least float32"""
-    x = x.flatten(0, 2).index_select(0, rows.flatten()).unflatten(0, rows.shape)
-    return x.to(_precise(x)).transpose(2, 3).contiguous().masked_fill_(without, 0)
+    copy = _clear(x.flatten(0, 2).flatten(1).index_select(0, rows.flatten()), without)
+    return copy.to(_precise(x)).view(*rows.shape, *x.shape[3:]).transpose(2, 3).contiguous()
 
 
-def _add(total: Tensor, rows: Tensor, x: Tensor, without: Tensor) -> None:
+def _clear(rows: Tensor, without: Tensor | None) -> Tensor:
+    """Zeros, in place, in those of the rows."""
+    if without is None:
+        return rows
+    return rows.masked_fill_(without, 0) if without.dtype == torch.bool else rows.index_fill_(0, without, 0)
+
+
+def _add(total: Tensor, rows: Tensor, x: Tensor, without: Tensor | None) -> None:
     """Adds [b, t, heads, Q, dim] to the rows of (B, H, W, heads, dim), but where `without`."""
-    x = x.masked_fill_(without, 0).transpose(2, 3).flatten(0, 2)
-    total.flatten(0, 2).index_add_(0, rows.flatten(), x.to(total.dtype))
+    x = _clear(x.transpose(2, 3).flatten(3).flatten(0, 2), without)
+    total.flatten(0, 2).flatten(1).index_add_(0, rows.flatten(), x.to(total.dtype))
 
 
 def _places(entries: Tensor, rows: int) -> Tensor:
