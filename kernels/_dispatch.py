@@ -57,6 +57,7 @@ def set_backend(name: str) -> Iterator[None]:
 def dispatch(pattern: str, backend: str, reference: Callable, torch_form: Callable, *arguments: Any) -> Tensor:
     """Run the pattern on `arguments` (the first a tensor) with the backend asked for, or the best one for "auto"."""
     _check_name(backend)
+    _refuse_vmap(pattern, arguments)
     if autocasting(arguments[0]):
         device = arguments[0].device.type
         arguments = _autocast(device, arguments)
@@ -91,6 +92,15 @@ def describe_backends() -> list[str]:
 def _check_name(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
+
+
+def _refuse_vmap(pattern: str, arguments: tuple) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if any(isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x) for x in arguments):
+        raise RuntimeError(
+            f"torch.func.vmap over {pattern} attention is not supported: fold the mapped axis into the batch axis"
+        )
 
 
 def _choose(pattern: str, backend: str, arguments: tuple) -> str:
