@@ -40,11 +40,18 @@ def _cross_reference(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> tu
 
 
 def _cross_torch(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
-    if not _large(q):  # laid out group by group, for norms and products alike
-        q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
-    # Dividing the products by the norms saves the two normalised maps.
-    products = _products(q, k) / _norm(q)[..., :, None] / _norm(k)[..., None, :]
-    return _mix((products * temperature).softmax(-1), v)
+    return _mix((_cosines(q, k) * temperature).softmax(-1), v)
+
+
+def _cosines(q: Tensor, k: Tensor) -> Tensor:
+    """[B, L, N, D], [B, L, N, D] -> cosines of the channels over the tokens: [B, N, D, D]
+
+    Dividing the products by the norms saves the two normalised maps.
+    """
+    if _large(q):
+        return _Cosines.apply(q, k)
+    q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))  # group by group, as all that follows reads
+    return _products(q, k) / _norm(q)[..., :, None] / _norm(k)[..., None, :]
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -109,6 +116,29 @@ class _Mix(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         weights, v = ctx.saved_tensors
         return _products_by_image(grad, v).to(weights.dtype), _mix_by_image(weights.mT, grad)
+
+
+class _Cosines(torch.autograd.Function):
+    @staticmethod
+    def forward(q: Tensor, k: Tensor) -> Tensor:
+        return _products_by_image(q, k) / _norm(q)[..., :, None] / _norm(k)[..., None, :]
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, cosines = ctx.saved_tensors
+        grad_products, shares = grad / _norm(q)[..., :, None] / _norm(k)[..., None, :], grad * cosines
+        grads = _mix_by_image(grad_products, k), _mix_by_image(grad_products.mT, q)
+        for x, total, share in zip((q, k), grads, (shares.sum(-1), shares.sum(-2)), strict=True):
+            norm = _norm(x)
+            share = torch.where(norm > EPSILON, share / norm.square(), 0)  # a norm at its least does not change
+            for image, out, part in zip(x, total, share, strict=True):
+                out.addcmul_(image, part.to(out.dtype), value=-1)
+        return grads
 
 
 def _products_by_image(q: Tensor, k: Tensor) -> Tensor:

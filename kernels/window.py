@@ -28,7 +28,7 @@ __all__ = ["window_attention"]
 Pair = tuple[int, int]  # along height and width
 Geometry = tuple[Pair, Pair, bool]  # window, shift, dilated
 
-CHUNK = 3 * 2**20  # bytes of logits to compute at a time: with the tokens they come from, they stay in a CPU's cache
+CHUNK = 2 * 2**20  # bytes of logits to compute at a time: with the tokens they come from, they stay in a CPU's cache
 KEEP = 32 * 2**20  # bytes of weights up to which backward finds them kept: a third less time than computing them again
 
 
@@ -163,9 +163,9 @@ def _plain(length: int, window: int, shift: int, dilated: bool) -> int:
 class _Chunk(NamedTuple):
     """Windows to compute together: t windows of b images; t is less than all only of one image."""
 
-    tokens: Tensor  # [b * t * Q]: rows of q, k and v as (B * N, heads * dim)
-    shape: tuple[int, int, int]  # b, t, Q
-    slot: slice  # which windows these are of B * T
+    images: slice
+    block: slice  # of the windows
+    tokens: Tensor  # [b, t, Q]: rows of q, k and v as (B * N, heads * dim)
     parts: list[slice]  # of the Q queries, to compute at a time
     start: int  # the first of the t windows that `mask` is for
     mask: Tensor | None  # [1 or b, windows, 1, Q, K]: 0 or -inf, to add to logits
@@ -181,20 +181,15 @@ def _chunks(q: Tensor, mask: Tensor | None, windows: _Windows) -> Iterator[tuple
     blocks = _split(count, count if tracing or fit >= count else fit)
     parts = _split(places, places if tracing else max(1, CHUNK // (4 * heads * places)))
     image = torch.arange(batch, device=q.device)[:, None, None] * (height * width)
-    done = 0
     for images in [slice(None)] if tracing else _split(batch, max(1, fit // count)):
-        first, chunks = image[images], []
+        chunks = []
         for block in blocks:
-            shape = first.shape[0], block.stop - block.start, places
-            tokens = (first + windows.tokens[block]).flatten()
-            slot = slice(done, done + shape[0] * shape[1])
-            start = 0 if mask is not None else max(0, windows.plain - block.start)
-            masks = None, None, None
-            if start < shape[1]:
+            start, masks = 0 if mask is not None else max(0, windows.plain - block.start), (None, None, None)
+            if start < block.stop - block.start:
                 rest = slice(block.start + start, block.stop)
                 masks = _masks(windows, rest, mask if mask is None or len(mask) == 1 else mask[images], _precise(q))
-            chunks.append(_Chunk(tokens, shape, slot, parts, start, *masks))
-            done = slot.stop
+            tokens = image[images] + windows.tokens[block]
+            chunks.append(_Chunk(images, block, tokens, parts, start, *masks))
         yield images, chunks
 
 
@@ -220,34 +215,45 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _gather(rows: Tensor, chunk: _Chunk, heads: int) -> Tensor:
-    """Copy [b * t, heads, Q, dim], at least float32"""
-    b, t, places = chunk.shape
-    tile = rows.index_select(0, chunk.tokens).view(b * t, places, heads, -1).transpose(1, 2)
-    return tile.to(_precise(rows)).contiguous()
+    """Copy [b, t, heads, Q, dim], at least float32"""
+    tile = rows.index_select(0, chunk.tokens.flatten()).view(*chunk.tokens.shape, heads, -1)
+    return tile.transpose(2, 3).to(_precise(rows)).contiguous()
 
 
 def _fill(tile: Tensor, chunk: _Chunk, part: slice, which: Tensor | None, value: float) -> Tensor:
-    """Sets what belongs to those queries of [b * t, heads, q, dim], in place."""
+    """Sets what belongs to those queries of [b, t, heads, q, dim], in place."""
     if which is not None:
-        tile.view(*chunk.shape[:2], *tile.shape[1:])[:, chunk.start :].masked_fill_(which[..., part, :], value)
+        tile[:, chunk.start :].masked_fill_(which[..., part, :], value)
     return tile
 
 
-def _put(total: Tensor, images: slice, tiles: list[Tensor], windows: _Windows) -> None:
-    """Writes tiles [b * t, heads, Q, dim] of all windows of some images to (B, H, W, heads, dim)."""
-    target = total[images]
-    rows = torch.cat([tile.transpose(1, 2).flatten(2).flatten(0, 1) for tile in tiles])
-    first = torch.arange(target.shape[0], device=total.device)[:, None] * windows.tokens.numel()
-    target.copy_(rows.index_select(0, (first + windows.slots).flatten()).view(target.shape))
+class _Stage:
+    """Collects tiles of all windows of some images, then writes them to a map (B, H, W, heads, dim)."""
+
+    def __init__(self, total: Tensor, windows: _Windows) -> None:
+        self.total, self.windows, self.rows = total, windows, None
+
+    def put(self, chunk: _Chunk, part: slice, tile: Tensor) -> None:
+        """[b, t, heads, q, dim]"""
+        if self.rows is None:  # the first images are the most
+            shape = chunk.tokens.shape[0], *self.windows.tokens.shape
+            self.rows = self.total.new_empty(*shape, *self.total.shape[3:])
+        self.rows[: tile.shape[0], chunk.block, part] = tile.transpose(2, 3)
+
+    def write(self, images: slice) -> None:
+        target = self.total[images]
+        first = torch.arange(target.shape[0], device=target.device)[:, None] * self.windows.tokens.numel()
+        slots = (first + self.windows.slots).flatten()
+        target.copy_(self.rows.flatten(0, 2).flatten(1).index_select(0, slots).view(target.shape))
 
 
 def _logits(q: Tensor, k: Tensor, bias: Tensor | None, chunk: _Chunk, part: slice) -> Tensor:
-    """[b * t, heads, q, K] of the scaled queries of a part, and all keys."""
-    logits = q[:, :, part] @ k.mT
+    """[b, t, heads, q, K] of the scaled queries of a part, and all keys."""
+    logits = q[:, :, :, part] @ k.mT
     if bias is not None:
         logits += bias[:, part]
     if chunk.mask is not None:
-        logits.view(*chunk.shape[:2], *logits.shape[1:])[:, chunk.start :].add_(chunk.mask[..., part, :])
+        logits[:, chunk.start :] += chunk.mask[..., part, :]
     return logits
 
 
@@ -267,26 +273,28 @@ class _Window(torch.autograd.Function):
         return_lse: bool,
         trained: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Output, lse, and weights if they are kept: [B * T, heads, Q, K]"""
+        """Output, lse, and weights if they are kept: [B, T, heads, Q, K]"""
         heads, windows = q.shape[3], _windows(q.shape[1:3], geometry, q.device)
         kept = _room(q, windows) if trained else None
         output = torch.empty_like(v, memory_format=torch.contiguous_format)
         lse = q.new_empty(*q.shape[:4], 1, dtype=_precise(q)) if return_lse else None
-        maps = [_rows(x) for x in (q, k, v)]
+        maps, outputs = [_rows(x) for x in (q, k, v)], _Stage(output, windows)
+        sums = _Stage(lse, windows) if return_lse else None
         for images, chunks in _chunks(q, mask, windows):
-            outputs, sums = [], []
             for chunk in chunks:
                 q_tile, k_tile, v_tile = (_gather(rows, chunk, heads) for rows in maps)
                 q_tile.mul_(scale)
                 for part in chunk.parts:
                     logits = _logits(q_tile, k_tile, bias, chunk, part)
-                    weights = torch.softmax(logits, -1, out=None if kept is None else kept[chunk.slot, :, part])
-                    outputs.append(_fill(weights @ v_tile, chunk, part, chunk.idle, 0))
+                    room = None if kept is None else kept[images, chunk.block, :, part]
+                    weights = torch.softmax(logits, -1, out=room)
+                    outputs.put(chunk, part, _fill(weights @ v_tile, chunk, part, chunk.idle, 0))
                     if return_lse:
-                        sums.append(_fill(logits.logsumexp(-1, keepdim=True), chunk, part, chunk.idle, -torch.inf))
-            _put(output, images, outputs, windows)
+                        total = logits.logsumexp(-1, keepdim=True)
+                        sums.put(chunk, part, _fill(total, chunk, part, chunk.idle, -torch.inf))
+            outputs.write(images)
             if return_lse:
-                _put(lse, images, sums, windows)
+                sums.write(images)
         return output, lse[..., 0].movedim(-1, 1).contiguous() if return_lse else None, kept
 
     @staticmethod
@@ -304,10 +312,9 @@ class _Window(torch.autograd.Function):
         heads, windows = q.shape[3], _windows(q.shape[1:3], ctx.geometry, q.device)
         grads = [x.new_empty(x.shape) for x in (q, k, v)]
         grad_bias = torch.zeros_like(bias, dtype=_precise(q)) if ctx.needs_input_grad[3] else None
-        maps = [_rows(x) for x in (q, k, v, grad)]
+        maps, stages = [_rows(x) for x in (q, k, v, grad)], [_Stage(x, windows) for x in grads]
         grad_lse = None if grad_lse is None else _rows(grad_lse.movedim(1, -1)[..., None])
         for images, chunks in _chunks(q, mask, windows):
-            found = [], [], []  # tiles of each of `grads`
             for chunk in chunks:
                 q_tile, k_tile, v_tile, grad_tile = (_gather(rows, chunk, heads) for rows in maps)
                 q_tile.mul_(ctx.scale)
@@ -316,22 +323,22 @@ class _Window(torch.autograd.Function):
                     if kept is None:
                         weights = _logits(q_tile, k_tile, bias, chunk, part).softmax(-1)
                     else:
-                        weights = kept[chunk.slot, :, part]
-                    grad_part = _fill(grad_tile[:, :, part], chunk, part, chunk.unused, 0)
+                        weights = kept[images, chunk.block, :, part]
+                    grad_part = _fill(grad_tile[:, :, :, part], chunk, part, chunk.unused, 0)
                     grad_logits = grad_part @ v_tile.mT
                     grad_logits = torch._softmax_backward_data(grad_logits, weights, -1, weights.dtype)
                     if grad_lse is not None:
-                        lse_part = _gather(grad_lse, chunk, heads)[:, :, part]
+                        lse_part = _gather(grad_lse, chunk, heads)[:, :, :, part]
                         grad_logits.addcmul_(weights, _fill(lse_part, chunk, part, chunk.unused, 0))
                     if grad_bias is not None:
-                        grad_bias[:, part] += grad_logits.sum(0)
-                    found[0].append((grad_logits @ k_tile).mul_(ctx.scale))
-                    grad_k.append(grad_logits.mT @ q_tile[:, :, part])
+                        grad_bias[:, part] += grad_logits.sum((0, 1))
+                    stages[0].put(chunk, part, (grad_logits @ k_tile).mul_(ctx.scale))
+                    grad_k.append(grad_logits.mT @ q_tile[:, :, :, part])
                     grad_v.append(weights.mT @ grad_part)
-                found[1].append(functools.reduce(Tensor.add_, grad_k))
-                found[2].append(functools.reduce(Tensor.add_, grad_v))
-            for total, tiles in zip(grads, found, strict=True):
-                _put(total, images, tiles, windows)
+                for stage, parts in zip(stages[1:], (grad_k, grad_v), strict=True):
+                    stage.put(chunk, slice(None), functools.reduce(Tensor.add_, parts))
+            for stage in stages:
+                stage.write(images)
         return *grads, None if grad_bias is None else grad_bias.to(bias.dtype), *[None] * 5
 
 
@@ -340,7 +347,7 @@ def _room(q: Tensor, windows: _Windows) -> Tensor | None:
     if torch.compiler.is_compiling():
         return None
     count, places = windows.tokens.shape
-    shape, dtype = (q.shape[0] * count, q.shape[3], places, places), _precise(q)
+    shape, dtype = (q.shape[0], count, q.shape[3], places, places), _precise(q)
     return q.new_empty(shape, dtype=dtype) if math.prod(shape) * dtype.itemsize <= KEEP else None
 
 
