@@ -5,7 +5,7 @@ https://arxiv.org/abs/2103.10697.
 
 Both attentions have rows that sum to 1, so their mixture needs no matrix of its own: the result is the mixture of the
 two results. Content is fused attention; position is the same for all images of a batch, so it is one matmul a head over
-the batch's values side by side. It has no Triton kernel: none has been measured against these two.
+the batch's values side by side, or one for each axis. It has no Triton kernel: none was measured against these two.
 
 Sizes in comments: B images, N tokens, H heads, D channels of a head.
 """
@@ -26,19 +26,31 @@ BUDGET = 64 * 2**20  # bytes of position weights at a time
 
 
 def _reference(
-    q: Tensor, k: Tensor, v: Tensor, position_logits: Tensor, gate: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, logits: Tensor, columns: Tensor | None, gate: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, None]:
+    if columns is not None:
+        logits = (logits[:, :, None, :, None] + columns[:, None, :, None]).flatten(3).flatten(1, 2)
     content = torch.einsum("bqhd,bkhd->bhqk", q * scale, k).softmax(-1)
     gate = gate.sigmoid().to(content.dtype)[:, None, None]
-    weights = (1 - gate) * content + gate * position_logits.softmax(-1).to(content.dtype)
+    weights = (1 - gate) * content + gate * logits.softmax(-1).to(content.dtype)
     weights = weights / weights.sum(-1, keepdim=True)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v), weights, None
 
 
-def _torch(q: Tensor, k: Tensor, v: Tensor, position_logits: Tensor, gate: Tensor, scale: float) -> Tensor:
+def _torch(
+    q: Tensor, k: Tensor, v: Tensor, logits: Tensor, columns: Tensor | None, gate: Tensor, scale: float
+) -> Tensor:
     content = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)
-    position = _attend_by_position(position_logits, v)
+    position = _attend_by_position(logits, v) if columns is None else _attend_by_axis(logits, columns, v)
     return torch.lerp(content, position, gate.sigmoid().to(v.dtype)[:, None])
+
+
+def _attend_by_axis(rows: Tensor, columns: Tensor, v: Tensor) -> Tensor:
+    """[H, Y, Y], [H, X, X], [B, N, H, D] -> [B, N, H, D]: the softmax of a sum is the product of two softmaxes."""
+    values = v.unflatten(1, (rows.shape[1], -1)).permute(0, 1, 3, 2, 4)  # [B, Y, H, X, D]
+    mixed = columns.softmax(-1).to(v.dtype) @ values
+    mixed = rows.softmax(-1).to(v.dtype) @ mixed.permute(0, 2, 1, 3, 4).flatten(3)  # [B, H, Y, X * D]
+    return mixed.unflatten(3, (columns.shape[1], -1)).flatten(2, 3).transpose(1, 2)
 
 
 def _attend_by_position(logits: Tensor, v: Tensor) -> Tensor:
@@ -95,7 +107,7 @@ def gated_positional_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    position_logits: Tensor,
+    position_logits: Tensor | tuple[Tensor, Tensor],
     gate: Tensor,
     scale: float | None = None,
     *,
@@ -105,6 +117,8 @@ def gated_positional_attention(
 
     q, k, v: maps (B, H, W, heads, head_dim) or sequences (B, N, heads, head_dim), any strides, of one shape; N = H W.
     position_logits: (heads, N, N) or (1, heads, N, N), queries and keys in row-major order; the same for all images.
+        Where those of two places are a sum over the axes, as in ConViT, pass the summands, (heads, H, H) and (heads, W,
+        W), with maps: the cost by position then grows with N (H + W), not with N ** 2.
     gate: (heads,), before the sigmoid.
     scale: multiplies the products of q and k; by default `head_dim ** -0.5`.
     backend: "auto", "reference", "torch" or "triton".
@@ -120,14 +134,21 @@ def gated_positional_attention(
             "(B, N, heads, head_dim), no size but the batch 0"
         )
     heads, dim = q.shape[-2:]
-    tokens = q.shape[1:-2].numel()
-    if position_logits.ndim == 4 and len(position_logits) == 1:
-        position_logits = position_logits[0]
     check_tensor("k", k, q.shape, q)
     check_tensor("v", v, q.shape, q)
-    check_tensor("position_logits", position_logits, (heads, tokens, tokens), q, position_logits.dtype)
+    columns = None
+    if isinstance(position_logits, Tensor):
+        logits = position_logits[0] if position_logits.ndim == 4 and len(position_logits) == 1 else position_logits
+        tokens = q.shape[1:-2].numel()
+        check_tensor("position_logits", logits, (heads, tokens, tokens), q, logits.dtype)
+    else:
+        if q.ndim != 5 or len(position_logits) != 2:
+            raise ValueError(f"position_logits in {len(position_logits)} parts: expected two, with q of (B, H, W, ...)")
+        logits, columns = position_logits
+        for axis, part in ((1, logits), (2, columns)):
+            check_tensor("position_logits", part, (heads, q.shape[axis], q.shape[axis]), q, part.dtype)
     check_tensor("gate", gate, (heads,), q, gate.dtype)
     scale = dim**-0.5 if scale is None else scale
     maps = (x.flatten(1, -3) for x in (q, k, v))
-    output = dispatch("gated", backend, _reference, _torch, *maps, position_logits, gate, scale)
+    output = dispatch("gated", backend, _reference, _torch, *maps, logits, columns, gate, scale)
     return output.reshape(q.shape)

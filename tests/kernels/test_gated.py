@@ -79,6 +79,22 @@ def test_chunks_of_any_size_give_the_same(call, budget):
         agree(call, torch.float64, 1e-11)
 
 
+@SETTINGS
+@given(st.integers(0, 3), st.integers(1, 7), st.integers(1, 7), st.integers(1, 3))
+def test_logits_by_axis_are_their_sum(batch, height, width, heads):
+    *maps, _, gate = made(batch, (height, width), heads, 16)
+    rows, columns = torch.randn(heads, height, height).double(), torch.randn(heads, width, width).double()
+    inputs = [x.detach().requires_grad_() for x in (*maps, rows, columns, gate)]
+    q, k, v, rows, columns, gate = inputs
+    summed = (rows[:, :, None, :, None] + columns[:, None, :, None]).reshape(heads, height * width, height * width)
+    expected = gated_positional_attention(q, k, v, summed, gate, backend="reference")
+    expected_gradients = gradients(expected, inputs)
+    for backend in ("torch", "reference"):
+        found = gated_positional_attention(q, k, v, (rows, columns), gate, backend=backend)
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(gradients(found, inputs), expected_gradients, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("budget", [2**26, 2**12])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_close_to_the_reference_in_float64(dtype, budget, monkeypatch):
@@ -193,6 +209,8 @@ MISUSE = [
     ({"gate": torch.zeros(3)}, r"gate is .*: expected the shape \(2,\)"),
     ({"gate": torch.zeros(2, device="meta")}, r"gate is on meta: expected cpu"),
     ({"backend": "triton"}, r"backend='triton' cannot run this gated call: .*use backend='auto' or 'torch'"),
+    ({"position_logits": (torch.zeros(2, 6, 6), torch.zeros(2, 5, 6))}, r"position_logits is .*: expected the shape"),
+    ({"position_logits": (torch.zeros(2, 6, 6),)}, r"position_logits in 1 parts: expected two"),
 ]
 
 
