@@ -109,7 +109,8 @@ def check(pattern: str, arguments: list, dtype: torch.dtype = torch.float32) -> 
     expected += torch.autograd.grad(expected, leaves(exact), [x.double() for x in gradients])
     for result, right in zip(results, expected, strict=True):
         assert result.shape == right.shape
-        error = (result.double() - right).norm() / right.norm().clamp_min(1e-3)
+        least = 0.1 * right.numel() ** 0.5  # with one key alone, the gradients of q and k are nothing but rounding
+        error = (result.double() - right).norm() / right.norm().clamp_min(least)
         assert error < TOLERANCES[dtype], f"relative error {error:.1e} of {tuple(right.shape)}"
 
 
