@@ -187,7 +187,7 @@ def _chunks(q: Tensor, mask: Tensor | None, windows: _Windows) -> Iterator[tuple
             start, masks = 0 if mask is not None else max(0, windows.plain - block.start), (None, None, None)
             if start < block.stop - block.start:
                 rest = slice(block.start + start, block.stop)
-                masks = _masks(windows, rest, mask if mask is None or len(mask) == 1 else mask[images], _precise(q))
+                masks = _masks(windows, rest, mask if mask is None or mask.shape[0] == 1 else mask[images], _precise(q))
             tokens = image[images] + windows.tokens[block]
             chunks.append(_Chunk(images, block, tokens, parts, start, *masks))
         yield images, chunks

@@ -35,7 +35,7 @@ def fill_value(key: str, shape: list[int]) -> np.ndarray:
 
 def filled_state_dict(record: dict) -> dict[str, Tensor]:
     """The state dict of the reference, filled; integer buffers are zero and those it keeps as built are left out."""
-    kept = set(record.get("kept_buffers", ()))
+    kept = {buffer["key"] if isinstance(buffer, dict) else buffer for buffer in record.get("kept_buffers", ())}
     return {
         key: torch.zeros(shape, dtype=torch.int64) if "int" in dtype else torch.from_numpy(fill_value(key, shape))
         for key, shape, _, dtype in record["state"]

@@ -6,17 +6,20 @@ are loaded through `timm.create_model(pretrained=True)`, `LAYERS` for single mod
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from golden_records import NAMES, assert_same, case_input, filled_state_dict, load_record
 from torch import Tensor, nn
 
 import visionattn  # noqa: F401 - registers the models
-from visionattn.backbones import biformer
-from visionattn.kernels import record_attention
+from visionattn.backbones import biformer, crossformer, nat, nat_isotropic, ninformer
+from visionattn.kernels import record_attention, set_backend, window_attention
 
-FULL_SIZE = ("biformer_tiny",)  # whole networks that the default run affords, one a family; micro ones all run
+# Whole networks that the default run affords, one a family; micro ones all run
+FULL_SIZE = ("biformer_tiny", "crossformer_tiny", "nat_mini", "ninformer_cifar10", "ninformer_mnist")
 
 
 def _biformer(kwargs: dict) -> tuple[str, dict]:
@@ -34,11 +37,43 @@ def _biformer_dense(kwargs: dict) -> tuple[str, dict]:
     return "biformer_tiny", {**_biformer(kwargs)[1], "extra_norms": True, "features_only": True}
 
 
+def _crossformer(kwargs: dict) -> tuple[str, dict]:
+    without_effect = ("qkv_bias", "qk_scale", "patch_norm", "use_checkpoint")  # always at their defaults
+    return "crossformer_tiny", {key: value for key, value in kwargs.items() if key not in without_effect}
+
+
+def _crossformer_dense(kwargs: dict) -> tuple[str, dict]:
+    return "crossformer_tiny", {**_crossformer(kwargs)[1], "features_only": True}
+
+
+def _nat(name: str) -> Callable[[dict], tuple[str, dict]]:
+    return lambda kwargs: (name, {key: value for key, value in kwargs.items() if key != "qkv_bias"})
+
+
+def _nat_isotropic(kwargs: dict) -> tuple[str, dict]:
+    ours = {key: value for key, value in kwargs.items() if key not in ("img_size", "patch_size", "layer")}
+    if kwargs["layer"] == "VisionTransformerLayer":
+        ours["kernel_size"] = kwargs["img_size"] // kwargs["patch_size"]
+    return "nat_isotropic_small", ours
+
+
+def _ninformer(kwargs: dict) -> tuple[str, dict]:
+    ours = {"image_size": "img_size", "in_channels": "in_chans"}
+    return "ninformer_tiny_patch4_32", {ours.get(key, key): kwargs[key] for key in kwargs if key != "seq_len"}
+
+
 MODELS: dict[str, Callable[[dict], tuple[str, dict]]] = {
     "BiFormer": _biformer,
     "BiFormerSTL": _biformer_stl("biformer_stl"),
     "nchwBiFormerSTL": _biformer_stl("biformer_stl_nchw"),
     "BiFormer_mm": _biformer_dense,
+    "CrossFormer": _crossformer,
+    "models.crossformer_backbone_seg.CrossFormer": _crossformer_dense,
+    "NAT": _nat("nat_mini"),
+    "DiNAT": _nat("dinat_mini"),
+    "DiNAT_s": _nat("dinat_s_tiny"),
+    "NATIsotropic": _nat_isotropic,
+    "train.NiNformerImageClassification": _ninformer,
 }
 
 
@@ -51,6 +86,17 @@ class ChannelsLast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Tokens(nn.Module):
+    """A layer on maps (B, H, W, C), of `size` or made from images, for a record that has tokens (B, L, C)."""
+
+    def __init__(self, layer: nn.Module, size: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.layer, self.size = layer, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x if self.size is None else x.unflatten(1, self.size)).flatten(1, 2)
 
 
 def _bra(kwargs: dict) -> nn.Module:
@@ -67,6 +113,13 @@ def _block(kwargs: dict) -> nn.Module:
     return biformer.Block(kwargs["dim"], attn, kwargs["mlp_ratio"], before_attn_dwconv=kwargs["before_attn_dwconv"])
 
 
+def _cross_block(kwargs: dict) -> nn.Module:
+    dim, interval = kwargs["dim"], kwargs["interval"] if kwargs["lsda_flag"] else 1
+    attn = crossformer.GroupAttention(dim, kwargs["num_heads"], kwargs["group_size"], interval)
+    block = crossformer.Block(dim, attn, kwargs["mlp_ratio"], kwargs["use_extra_conv"])
+    return Tokens(block, kwargs["input_resolution"])
+
+
 LAYERS: dict[str, Callable[[dict], nn.Module]] = {
     "ops.bra_legacy.BiLevelRoutingAttention": _bra,
     "ops.bra_nchw.nchwBRA": _bra_nchw,
@@ -76,6 +129,25 @@ LAYERS: dict[str, Callable[[dict], nn.Module]] = {
         biformer.GlobalAttention(**kwargs, side_dwconv=5, lepe_of="v")
     ),
     "models.biformer.Block": _block,
+    "models.crossformer.Attention": lambda kwargs: Tokens(
+        crossformer.GroupAttention(kwargs["dim"], kwargs["num_heads"], kwargs["group_size"][0]), kwargs["group_size"]
+    ),
+    "models.crossformer.DynamicPosBias": lambda kwargs: crossformer.DynamicPosBias(**kwargs),
+    "models.crossformer.CrossFormerBlock": _cross_block,
+    "models.crossformer.PatchEmbed": lambda kwargs: Tokens(
+        crossformer.PatchEmbed(kwargs["in_chans"], kwargs["embed_dim"], kwargs["patch_size"]), None
+    ),
+    "models.crossformer.PatchMerging": lambda kwargs: Tokens(
+        crossformer.PatchMerging(kwargs["dim"], kwargs["patch_size"]), kwargs["input_resolution"]
+    ),
+    "ninformer.MixerBlock": lambda kwargs: Tokens(
+        ninformer.Mixer(kwargs["dim"], (7, 7), kwargs["token_dim"], kwargs["channel_dim"]), (7, 7)
+    ),
+    "ninformer.MixerGatingUnit": lambda kwargs: Tokens(
+        ninformer.MixerGatingUnit(kwargs["dim"], (7, 7), kwargs["token_dim"], kwargs["channel_dim"]), (7, 7)
+    ),
+    "ninformer.NiNBlock": lambda kwargs: Tokens(ninformer.Block(kwargs["d_model"], kwargs["d_ffn"], (7, 7)), (7, 7)),
+    "NeighborhoodAttention2D": lambda kwargs: nat.NeighborhoodAttention(**kwargs),
 }
 
 
@@ -88,6 +160,10 @@ def network_records() -> Iterator:
         if reference_class(name) in MODELS:
             fast = "micro" in name or "pico" in name or name in FULL_SIZE
             yield pytest.param(name, marks=[] if fast else pytest.mark.slow)
+
+
+def has_gradients(name: str) -> bool:
+    return any(key.startswith("grad_") for key in load_record(name)["cases"][0]["outputs"])
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +189,9 @@ def test_network(name, tmp_path):
     for case in record["cases"]:
         outputs = network_outputs(model, case_input(case))
         for key, expected in case["outputs"].items():
-            assert_same(outputs[key], expected, f"{name}, {key} of input {case['input']['shape']}")
+            tokens = len(expected["shape"]) == 3  # (B, L, C) of a map
+            actual = outputs[key].flatten(2).mT if tokens and outputs[key].ndim == 4 else outputs[key]
+            assert_same(actual, expected, f"{name}, {key} of input {case['input']['shape']}")
 
 
 @torch.no_grad()
@@ -122,19 +200,50 @@ def network_outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
         return {f"feat{i}": feature for i, feature in enumerate(model(image))}
     features, stages = model.forward_intermediates(image)
     outputs = {f"feat{i}": stage for i, stage in enumerate(stages)}
-    return {**outputs, "norm": features, "logits": model.forward_head(features)}
+    outputs |= {"norm": features, "logits": model.forward_head(features)}
+    if isinstance(model, nat.NAT):
+        outputs["stem"] = model.patch_embed(image).permute(0, 3, 1, 2)
+        outputs["pooled"] = model.forward_head(features, pre_logits=True)
+        if isinstance(model, nat_isotropic.NATIsotropic):
+            outputs |= {f"block{i}": stage for i, stage in enumerate(stages)}
+        else:
+            outputs["norm"] = features.permute(0, 2, 3, 1)
+    elif isinstance(model, ninformer.NiNformer):
+        outputs["patches"] = model.patch_embed(image).permute(0, 3, 1, 2)
+    return outputs
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if reference_class(name) in LAYERS])
 def test_layer(name):
     record = load_record(name)
     layer = LAYERS[reference_class(name)](record["reference"]["kwargs"]).eval()
-    inner = layer.layer if isinstance(layer, ChannelsLast) else layer
-    inner.load_state_dict(biformer.checkpoint_filter_fn(filled_state_dict(record), inner))
+    inner = layer.layer if isinstance(layer, ChannelsLast | Tokens) else layer
+    family = ninformer if type(inner).__module__ == ninformer.__name__ else biformer
+    inner.load_state_dict(family.checkpoint_filter_fn(filled_state_dict(record), inner))
     for case in record["cases"]:
         outputs = layer_outputs(layer, case_input(case))
         for key in case["outputs"]:
-            assert_same(outputs[key], case["outputs"][key], f"{name}, {key}")
+            if not key.startswith("grad_"):
+                assert_same(outputs[key], case["outputs"][key], f"{name}, {key}")
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("name", [name for name in NAMES if has_gradients(name)])
+def test_layer_with_gradients(name, backend):
+    """Gradients of sum(out * w) for the record's w, with every backend that runs on a CPU."""
+    record = load_record(name)
+    layer = LAYERS[reference_class(name)](record["reference"]["kwargs"]).eval()
+    layer.load_state_dict(filled_state_dict(record))
+    for case in record["cases"]:
+        layer.zero_grad()
+        x = case_input(case).requires_grad_()
+        with set_backend(backend):
+            out = layer(x)
+            out.backward(torch.from_numpy(np.random.RandomState(22).standard_normal(out.shape)))
+        actual = {f"grad_{key.replace('.', '_')}": p.grad for key, p in layer.named_parameters()}
+        actual |= {"grad_x": x.grad, "out": out}
+        for key in actual.keys() & case["outputs"].keys():
+            assert_same(actual[key], case["outputs"][key], f"{name}, {key}")
 
 
 def layer_outputs(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -158,7 +267,36 @@ def layer_outputs(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
             padded = biformer.pad_to_multiple(qkv, *size).shape[1:3]
             grid = (padded[0] // size[0], padded[1] // size[1])
             outputs["attn"] = attention_by_region(attention, routes, padded, padded, grid).transpose(1, 2)
+        elif isinstance(layer, Tokens) and isinstance(layer.layer, crossformer.GroupAttention):
+            outputs["pos"] = layer.layer.pos(torch.cartesian_prod(*[torch.arange(-6.0, 7.0)] * 2))
+        elif isinstance(layer, Tokens) and isinstance(layer.layer, crossformer.Block):
+            outputs |= cross_groups(layer.layer.attn, layer.layer.norm1(x.unflatten(1, layer.size)))
+        elif isinstance(layer, nat.NeighborhoodAttention):
+            height, width = (max(side, layer.kernel_size * layer.dilation) for side in x.shape[1:3])
+            attn = attention.weights.unflatten(2, (height, width))
+            outputs["attn"] = attn[:, :, : x.shape[1], : x.shape[2]]
     return outputs
+
+
+def cross_groups(attn: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """A map (B, H, W, C) and attention on it as the reference has them: padded, and cut into groups that fill up.
+
+    Padded queries have results there, which we compute from the groups; those of the others are ours on the map.
+    """
+    size, interval = attn.group_size, attn.interval
+
+    def cut(x: Tensor) -> Tensor:
+        side = size * interval
+        x = F.pad(x, (0, 0, 0, -x.shape[2] % side, 0, -x.shape[1] % side))
+        x = x.unflatten(2, (-1, size, interval)).unflatten(1, (-1, size, interval))
+        return x.permute(0, 1, 4, 3, 6, 2, 5, 7).flatten(0, 4)  # (groups, size, size, C)
+
+    groups, real = cut(x), cut(torch.ones_like(x[..., :1]))
+    q, k, v = attn.qkv(groups).unflatten(-1, (3, attn.num_heads, -1)).unbind(3)
+    out = window_attention(q, k, v, size, bias=attn.bias((size, size)), mask=real[..., 0].bool())
+    out = attn.proj(out.flatten(3))
+    torch.testing.assert_close(cut(attn(x)), out * real, rtol=1e-9, atol=1e-9)
+    return {"groups_in": groups.flatten(1, 2), "groups_out": out.flatten(1, 2)}
 
 
 def attention_by_region(

@@ -1,0 +1,366 @@
+"""ConViT: a vision transformer whose first blocks start as convolutions, and can learn to forget it.
+
+d'Ascoli et al., ConViT: Improving Vision Transformers with Soft Convolutional Inductive Biases, ICML 2021,
+https://arxiv.org/abs/2103.10697. Same functions, argument names and state-dict keys as timm's `convit_*`, from
+https://github.com/facebookresearch/convit. Special:
+- in the first blocks a gate of each head mixes attention by content with attention by relative position alone;
+- each of these heads starts by attending to a neighbour of its own, as an entry of a convolution's kernel does;
+- the class token joins after them, and the last blocks have plain attention.
+
+Any size of image. It is zero padded below and to the right to whole patches. Relative positions are counted in patches,
+so that a head's neighbour stays its neighbour. The table of absolute positions is taken for a picture of the image (see
+`layers.position_embedding`); at the size it was made for it is used as it is.
+
+Maps are (B, H, W, C), tokens (B, 1 + H * W, C) with the class token first.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import (
+    DropPath,
+    PatchEmbed,
+    calculate_drop_path_rates,
+    register_notrace_module,
+    resample_abs_pos_embed_nhwc,
+    to_2tuple,
+    trunc_normal_,
+)
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
+from visionattn.backbones.layers import (
+    Mlp,
+    TokenClassifier,
+    check_image_size,
+    check_in_chans,
+    check_pool,
+    position_embedding,
+)
+from visionattn.kernels import gated_positional_attention, routing_attention
+
+__all__ = ["ConViT"]
+
+PATCH = 16  # pixels
+
+
+@register_notrace_module
+class GatedPositionalAttention(nn.Module):
+    """Attention on a map (B, H, W, dim) by content and by relative position, mixed by a gate of each head.
+
+    locality_strength: how sharply a head attends to its neighbour before training.
+    """
+
+    def __init__(self, dim: int, num_heads: int, locality_strength: float = 1.0) -> None:
+        super().__init__()
+        self.num_heads, self.locality_strength = num_heads, locality_strength
+        self.qk = nn.Linear(dim, 2 * dim, bias=False)
+        self.v = nn.Linear(dim, dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+        self.pos_proj = nn.Linear(3, num_heads)
+        self.gating_param = nn.Parameter(torch.ones(num_heads))
+
+    @torch.no_grad()
+    def local_init(self) -> None:
+        """Values pass unchanged, and each head attends around a neighbour: one of the places of a square kernel.
+
+        Heads are numbered down the kernel's columns. Those beyond the largest square keep what they have.
+        """
+        nn.init.eye_(self.v.weight)
+        side = int(self.num_heads**0.5)
+        places = torch.arange(side) - (side - 1) / 2
+        weight = self.pos_proj.weight
+        weight[: side**2, 0] = 2 * places.repeat_interleave(side)
+        weight[: side**2, 1] = 2 * places.repeat(side)
+        weight[: side**2, 2] = -1
+        weight *= self.locality_strength
+
+    def position_logits(self, height: int, width: int) -> Tensor:
+        """(heads, H * W, H * W), queries first: linear in the steps from query to key and in their squared length."""
+        weight = self.pos_proj.weight[:, :, None, None]
+        down, right = (_steps(length, weight) for length in (height, width))
+        rows = weight[:, 1] * down + weight[:, 2] * down**2 + self.pos_proj.bias[:, None, None]  # [heads, H, H]
+        columns = weight[:, 0] * right + weight[:, 2] * right**2
+        return (rows[:, :, None, :, None] + columns[:, None, :, None]).flatten(3).flatten(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.qk(x).unflatten(-1, (2, self.num_heads, -1)).unbind(3)
+        v = self.v(x).unflatten(-1, (self.num_heads, -1))
+        x = gated_positional_attention(q, k, v, self.position_logits(*x.shape[1:3]), self.gating_param)
+        return self.proj(x.flatten(3))
+
+
+def _steps(length: int, like: Tensor) -> Tensor:
+    """From each position (rows) to each (columns)."""
+    place = torch.arange(length, device=like.device, dtype=like.dtype)
+    return place - place[:, None]
+
+
+@register_notrace_module
+class Attention(nn.Module):
+    """Each of the tokens (B, N, dim) attends to all."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x[:, :, None]).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        return self.proj(routing_attention(q, k, v, regions=1, topk=1)[:, :, 0].flatten(2))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with a residual: (..., dim) -> (..., dim)."""
+
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = attn
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class ConViT(TokenClassifier):
+    """ConViT for classification, and as a backbone with a map at stride 16 after every block.
+
+    Takes images (B, in_chans, H, W) of any size from 32 x 32.
+
+    Args:
+        embed_dim: channels of each head.
+        depth, num_heads: blocks, and heads of each.
+        local_up_to_layer: the first blocks, with gated positional attention; the class token joins after them.
+        locality_strength: how sharply their heads attend to their neighbours before training.
+        global_pool: `token` (the class token), `avg` (all others) or "" (no pooling).
+        img_size: the size that the table of absolute positions is made for; any other size works too.
+        mlp_ratio: hidden channels of the MLP over channels.
+        drop_rate, pos_drop_rate: dropout before the head, and after the position embedding.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 48,
+        depth: int = 12,
+        num_heads: int = 4,
+        local_up_to_layer: int = 10,
+        locality_strength: float = 1.0,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_in_chans(in_chans)
+        if not 0 <= local_up_to_layer < depth:
+            raise ValueError(
+                f"local_up_to_layer={local_up_to_layer} of {depth} blocks: expected 0 to {depth - 1}, so that the class"
+                " token meets the others"
+            )
+        dim = embed_dim * num_heads
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.global_pool = check_pool(global_pool)
+        self.num_features = self.head_hidden_size = dim
+        self.local_up_to_layer = local_up_to_layer
+        self.grad_checkpointing = False
+        self.feature_info = [{"num_chs": dim, "reduction": PATCH, "module": f"blocks.{i}"} for i in range(depth)]
+        self.grid = _grid(img_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], dim))
+        self.patch_embed = PatchEmbed(None, PATCH, in_chans, dim, output_fmt="NHWC", dynamic_img_pad=True)
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.blocks = nn.Sequential()
+        for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth)):
+            local = i < local_up_to_layer
+            attn = GatedPositionalAttention(dim, num_heads, locality_strength) if local else Attention(dim, num_heads)
+            self.blocks.append(Block(dim, attn, mlp_ratio, rate))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        trunc_normal_(self.pos_embed, std=0.02)
+        trunc_normal_(self.cls_token, std=0.02)
+        self.apply(_init_weights)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", "cls_token"}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        return {
+            "stem": r"^(?:cls_token|pos_embed|patch_embed)",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Resample the table of absolute positions for images of another size, as a new parameter."""
+        table = _resample(self.pos_embed.detach(), self.grid, _grid(img_size))
+        self.pos_embed, self.grid = nn.Parameter(table.clone()), _grid(img_size)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps after the blocks, and the final features unless intermediates_only.
+
+        Args:
+            indices: blocks whose maps to return; the last n for an int, all for None.
+            norm: apply the final norm to the maps.
+            stop_early: do not run what follows the last index; the final features are then the map there.
+            output_fmt: `NCHW` or `NLC` (tokens without the class token), of the maps returned for the blocks.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NLC'")
+        take, last = feature_take_indices(len(self.blocks), indices)
+        end = last + 1 if stop_early else len(self.blocks)
+        x = self._embed(x)
+        height, width = x.shape[1:3]
+        maps = []
+        for i, block in enumerate(self.blocks[:end]):
+            if i == self.local_up_to_layer:
+                x = self._join(x)
+            x = self._run(block, x)
+            y = x if i < self.local_up_to_layer else x[:, 1:].unflatten(1, (height, width))
+            if i in take:
+                z = self.norm(y) if norm else y
+                maps.append(z.permute(0, 3, 1, 2) if output_fmt == "NCHW" else z.flatten(1, 2))
+        if intermediates_only:
+            return maps
+        if end < len(self.blocks):
+            return y.permute(0, 3, 1, 2), maps
+        return self._finish(x), maps
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what `forward_intermediates(indices=...)` does not need."""
+        take, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if last < self.local_up_to_layer:
+            self.cls_token = None
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head or (self.cls_token is None and self.global_pool == "token"):
+            self.reset_classifier(0, "")
+        return take
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """Images -> the map that enters the blocks."""
+        check_image_size(x)
+        table = position_embedding(self.pos_embed.unflatten(1, self.grid), x.shape[-2], x.shape[-1], PATCH)
+        return self.pos_drop(self.patch_embed(x) + table)
+
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(block, x) if self.grad_checkpointing else block(x)
+
+    def _join(self, x: Tensor) -> Tensor:
+        """Map -> tokens with the class token."""
+        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1)
+
+    def _finish(self, x: Tensor) -> Tensor:
+        """What leaves the last block, a map if the blocks with a class token were pruned -> normalised tokens."""
+        return self.norm(x.flatten(1, 2) if self.cls_token is None else x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self._embed(x)
+        for i, block in enumerate(self.blocks):
+            if i == self.local_up_to_layer:
+                x = self._join(x)
+            x = self._run(block, x)
+        return self._finish(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _grid(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the table of absolute positions."""
+    size = to_2tuple(img_size)
+    if min(size) < 32:
+        raise ValueError(f"img_size={img_size}: expected at least 32 x 32 pixels")
+    return size[0] // PATCH, size[1] // PATCH
+
+
+def _resample(table: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """(1, places, C) -> (1, other places, C)"""
+    return resample_abs_pos_embed_nhwc(table.unflatten(1, source), target).flatten(1, 2)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, GatedPositionalAttention):
+        module.local_init()
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: ConViT) -> dict[str, Tensor]:
+    """The authors' or timm's checkpoint, bare or wrapped; a table for square images is resampled to the model's size.
+
+    Raises ValueError for a checkpoint of a network of other widths or depths.
+    """
+    state_dict = dict(unwrap(state_dict))
+    table = state_dict.get("pos_embed")
+    if table is not None and table.shape[1] != model.pos_embed.shape[1]:
+        side = round(table.shape[1] ** 0.5)
+        state_dict["pos_embed"] = _resample(table, (side, side), model.grid)
+    check_checkpoint(state_dict, model)
+    return state_dict
+
+
+PAPER = {
+    "origin_url": "https://github.com/facebookresearch/convit",
+    "paper_name": "ConViT: Improving Vision Transformers with Soft Convolutional Inductive Biases",
+    "paper_ids": "arXiv:2103.10697",
+}
+default_cfgs = generate_default_cfgs(
+    {
+        name: cfg
+        for size in ("tiny", "small", "base")
+        for name, cfg in twin_cfgs(f"convit_{size}", fixed_input_size=False, pool_size=(14, 14), **PAPER).items()
+    }
+)
+
+
+def _create_convit(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    return build_model_with_cfg(
+        ConViT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+@register_model
+def va_convit_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    return _create_convit("va_convit_tiny", pretrained, **kwargs)
+
+
+@register_model
+def va_convit_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    return _create_convit("va_convit_small", pretrained, **{"num_heads": 9, **kwargs})
+
+
+@register_model
+def va_convit_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    return _create_convit("va_convit_base", pretrained, **{"num_heads": 16, **kwargs})

@@ -1,0 +1,394 @@
+"""NiNformer: a transformer whose attention is replaced by a small mixer network that gates what it looks at.
+
+Abdullah et al., NiNformer: A Network in Network Transformer with Token Mixing Generated Gating Function, 2024,
+https://arxiv.org/abs/2403.02411. Same functions and argument names as the authors' code,
+https://github.com/Abdullah-88/NiNformer (BSD 3-clause licence). Special:
+- a whole MLP-mixer block makes the gate: an element-wise factor, without sigmoid, of a linear projection;
+- no positions and no class token: the mixer's weights belong to places of the map;
+- one norm for both halves of a block, none at the end.
+
+Any size of image: the weights that mix places are a map for each hidden unit. For images that make another map than
+`img_size` does they are resized to it (bicubic), and those that sum over places divided by how many more these are. At
+`img_size` itself nothing is resized. `set_input_size` resizes them for good, and checkpoints of another size are
+resized as they are loaded.
+
+Maps are (B, H, W, C) inside the network, and (B, C, H, W) where it returns them.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.layers import (
+    DropPath,
+    Mlp,
+    PatchEmbed,
+    calculate_drop_path_rates,
+    create_classifier,
+    get_device_dtype,
+    register_notrace_function,
+    register_notrace_module,
+    to_2tuple,
+)
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+__all__ = ["NiNformer"]
+
+Size = tuple[int, int]
+
+
+def resize_mixing(read: Tensor, write: Tensor, bias: Tensor, grid: Size, size: Size) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights (hidden, places), (places, hidden) and (places,) for maps of `grid`, resized to those for `size`."""
+
+    def resize(weight: Tensor) -> Tensor:
+        maps = weight.unflatten(1, grid)[None]
+        return F.interpolate(maps, size, mode="bicubic", antialias=True)[0].flatten(1)
+
+    more = math.prod(size) / math.prod(grid)
+    return resize(read) / more, resize(write.T).T, resize(bias[None])[0]
+
+
+@register_notrace_module
+class TokenMlp(nn.Module):
+    """MLP over the places of a map (B, H, W, dim), the same for every channel. grid: the map it has weights for."""
+
+    def __init__(self, grid: Size, hidden: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.grid = grid
+        self.fc1 = nn.Linear(math.prod(grid), hidden)
+        self.fc2 = nn.Linear(hidden, math.prod(grid))
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = tuple(x.shape[1:3])
+        read, write, bias = self.resized(size)
+        y = self.drop(F.gelu(F.linear(x.flatten(1, 2).mT, read, self.fc1.bias)))
+        return self.drop(F.linear(y, write, bias)).mT.unflatten(1, size)
+
+    def resized(self, size: Size) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights for a map of this size: (hidden, places), (places, hidden) and the bias (places,)"""
+        weights = self.fc1.weight, self.fc2.weight, self.fc2.bias
+        return weights if size == self.grid else resize_mixing(*weights, self.grid, size)
+
+    def set_grid(self, size: Size) -> None:
+        read, write, bias = (nn.Parameter(weight.detach().clone()) for weight in self.resized(size))
+        self.grid = size
+        self.fc1.weight, self.fc2.weight, self.fc2.bias = read, write, bias
+        self.fc1.in_features = self.fc2.out_features = math.prod(size)
+
+
+class Mixer(nn.Module):
+    """An MLP-mixer block on a map (B, H, W, dim): mixes places, then channels, each with a residual."""
+
+    def __init__(self, dim: int, grid: Size, token_dim: int, channel_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.token_norm = nn.LayerNorm(dim)
+        self.token_mlp = TokenMlp(grid, token_dim, dropout)
+        self.channel_norm = nn.LayerNorm(dim)
+        self.channel_mlp = Mlp(dim, channel_dim, drop=dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.token_mlp(self.token_norm(x))
+        return x + self.channel_mlp(self.channel_norm(x))
+
+
+class MixerGatingUnit(nn.Module):
+    """A linear projection of a map (B, H, W, dim), gated by what a mixer makes of the same map."""
+
+    def __init__(self, dim: int, grid: Size, token_dim: int, channel_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.mixer = Mixer(dim, grid, token_dim, channel_dim, dropout)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x) * self.mixer(x)
+
+
+class Block(nn.Module):
+    """Gating unit and MLP on a map (B, H, W, dim), each with a residual; both normalised by the same layer."""
+
+    def __init__(self, dim: int, hidden: int, grid: Size, dropout: float = 0.0, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.mgu = MixerGatingUnit(dim, grid, hidden, hidden, dropout)
+        self.mlp = Mlp(dim, hidden, drop=dropout)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.mgu(self.norm(x)))
+        return x + self.drop_path(self.mlp(self.norm(x)))
+
+
+@register_notrace_function
+def check_image_size(x: Tensor, least: int) -> None:
+    height, width = x.shape[-2:]
+    if height < least or width < least:
+        raise ValueError(
+            f"input of {height} x {width} pixels: expected at least {least} x {least}; enlarge or pad the images"
+        )
+
+
+class NiNformer(nn.Module):
+    """NiNformer for classification, and as a backbone with a map at stride `patch_size` after every block.
+
+    Takes images (B, in_chans, H, W) of any size from 32 x 32, or from img_size if that is smaller; other sizes than
+    img_size by resized mixing weights (see the top of this file). Images that patches do not divide are zero padded
+    below and to the right.
+
+    Args:
+        img_size: size of image that the mixing weights are made for.
+        patch_size: pixels on a side of a patch.
+        d_model: channels.
+        d_ffn: hidden units of every MLP, those over places too.
+        num_layers: number of blocks.
+        dropout: inside and after every MLP. The authors train with 0.5.
+        drop_path_rate: stochastic depth; the authors have none.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Size = 32,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        global_pool: str = "avg",
+        d_model: int = 256,
+        d_ffn: int = 512,
+        num_layers: int = 4,
+        dropout: float = 0.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if in_chans < 1:
+            raise ValueError(f"in_chans={in_chans}: expected at least 1")
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.num_features = self.head_hidden_size = d_model
+        self.grad_checkpointing = False
+        self.feature_info = [
+            {"num_chs": d_model, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(num_layers)
+        ]
+        self.patch_size = patch_size
+        grid = self._grid(img_size)
+        self.least = min(32, *to_2tuple(img_size))
+        self.patch_embed = PatchEmbed(
+            None, patch_size, in_chans, d_model, flatten=False, output_fmt="NHWC", dynamic_img_pad=True
+        )
+        rates = calculate_drop_path_rates(drop_path_rate, num_layers)
+        self.blocks = nn.ModuleList(Block(d_model, d_ffn, grid, dropout, rate) for rate in rates)
+        self.global_pool, self.head_drop, self.head = create_classifier(
+            d_model, num_classes, global_pool, drop_rate=drop_rate
+        )
+
+    def _grid(self, img_size: int | Size) -> Size:
+        if min(to_2tuple(img_size)) < self.patch_size:
+            raise ValueError(f"img_size={img_size}: expected at least a patch, {self.patch_size} pixels")
+        return tuple(math.ceil(side / self.patch_size) for side in to_2tuple(img_size))
+
+    def set_input_size(self, img_size: int | Size) -> None:
+        """Resize the mixing weights for images of this size, for good: their number changes, so before training."""
+        grid = self._grid(img_size)
+        self.least = min(32, *to_2tuple(img_size))
+        for block in self.blocks:
+            block.mgu.mixer.token_mlp.set_grid(grid)
+
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        return {"stem": r"^patch_embed", "blocks": r"^blocks\.(\d+)"}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one for num_classes, or by nothing for 0; global_pool "" leaves maps."""
+        self.num_classes = num_classes
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool, **get_device_dtype(self))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps after the blocks, and the final features unless intermediates_only.
+
+        Args:
+            indices: blocks to return; the last n for an int, all for None.
+            norm: accepted, but there is no final norm.
+            stop_early: do not run the blocks after the last index.
+            output_fmt: `NCHW` or `NHWC`, of the maps returned for the blocks.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NHWC'")
+        take, last = feature_take_indices(len(self.blocks), indices)
+        check_image_size(x, self.least)
+        x = self.patch_embed(x)
+        intermediates = []
+        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+            if i in take:
+                intermediates.append(x if output_fmt == "NHWC" else x.permute(0, 3, 1, 2))
+        return intermediates if intermediates_only else (x.permute(0, 3, 1, 2), intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what `forward_intermediates(indices=...)` does not need."""
+        take, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        check_image_size(x, self.least)
+        x = self.patch_embed(x)
+        for block in self.blocks:
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+        return x.permute(0, 3, 1, 2)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+FROM_AUTHORS = {
+    r"^model\.": "blocks.",
+    r"\bMixer\.": "mixer.",
+    r"\btoken_mix\.0\.": "token_norm.",
+    r"\btoken_mix\.2\.net\.0\.": "token_mlp.fc1.",
+    r"\btoken_mix\.2\.net\.3\.": "token_mlp.fc2.",
+    r"\bchannel_mix\.0\.": "channel_norm.",
+    r"\bchannel_mix\.1\.net\.0\.": "channel_mlp.fc1.",
+    r"\bchannel_mix\.1\.net\.3\.": "channel_mlp.fc2.",
+    r"\bffn\.net\.0\.": "mlp.fc1.",
+    r"\bffn\.net\.3\.": "mlp.fc2.",
+    r"^patcher\.": "patch_embed.proj.",
+    r"^classifier\.": "head.",
+}
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """The authors' checkpoint, bare or wrapped, with our key names, its mixing weights resized to those of the model.
+
+    Raises ValueError for a checkpoint of a network of other widths or depth, or whose weights are not for square maps.
+    """
+    for wrapper in ("state_dict_ema", "state_dict", "model"):
+        state_dict = state_dict.get(wrapper, state_dict)
+    renamed = {}
+    for key, value in state_dict.items():
+        for theirs, ours in FROM_AUTHORS.items():
+            key = re.sub(theirs, ours, key)
+        renamed[key] = value
+    theirs, ours = _configuration(renamed), _configuration(model.state_dict())
+    if theirs != ours:
+        raise ValueError(
+            f"the checkpoint is of a network with {theirs}, expected {ours}: create the model that it belongs to, or"
+            " pass its arguments"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, TokenMlp):
+            keys = [f"{name}.{key}" for key in ("fc1.weight", "fc2.weight", "fc2.bias")]
+            if all(key in renamed for key in keys):
+                weights = _fit([renamed[key] for key in keys], module.grid)
+                renamed.update(zip(keys, weights, strict=True))
+    return renamed
+
+
+def _fit(weights: list[Tensor], size: Size) -> Sequence[Tensor]:
+    """Mixing weights of a checkpoint, for a map of this size."""
+    places = weights[0].shape[1]
+    side = math.isqrt(places)
+    if places == math.prod(size):
+        return weights
+    if side**2 != places:
+        raise ValueError(
+            f"the checkpoint mixes {places} places, which are no square map: give img_size as it was trained, and call"
+            " set_input_size after loading"
+        )
+    return resize_mixing(*weights, (side, side), size)
+
+
+def _configuration(state_dict: dict[str, Tensor]) -> str:
+    norm, fc1 = (state_dict.get(f"blocks.0.{name}.weight") for name in ("norm", "mlp.fc1"))
+    d_model, d_ffn = (None if weight is None else len(weight) for weight in (norm, fc1))
+    num_layers = sum(bool(re.fullmatch(r"blocks\.\d+\.norm\.weight", key)) for key in state_dict)
+    return f"{d_model=}, {d_ffn=}, {num_layers=}"
+
+
+def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "input_size": (3, size, size),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "bsd-3-clause",
+        "origin_url": "https://github.com/Abdullah-88/NiNformer",
+        "paper_name": "NiNformer: A Network in Network Transformer with Token Mixing Generated Gating Function",
+        "paper_ids": "arXiv:2403.02411",
+        **kwargs,
+    }
+
+
+HALF = {"mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD}
+default_cfgs = generate_default_cfgs(
+    {
+        "ninformer_tiny_patch4_32": _cfg(32, num_classes=10, pool_size=(8, 8), **HALF),
+        "ninformer_small_patch16_224": _cfg(224, num_classes=1000, pool_size=(14, 14), **HALF),
+    }
+)
+
+
+def _create_ninformer(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    if pretrained and not (cfg.has_weights or cfg.state_dict):
+        raise RuntimeError(
+            f"pretrained=True: the authors have published no weights of {variant}; add"
+            " pretrained_cfg_overlay=dict(file=PATH) for a file of your own, or use pretrained=False"
+        )
+    indices = kwargs.pop("out_indices", 3)
+    return build_model_with_cfg(
+        NiNformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": indices, "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+@register_model
+def ninformer_tiny_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The authors' for CIFAR-10: 2.7 M parameters, 0.2 GMACs at 32 x 32."""
+    return _create_ninformer("ninformer_tiny_patch4_32", pretrained, **kwargs)
+
+
+@register_model
+def ninformer_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Ours, for ImageNet: 13.8 M parameters, 3.1 GMACs at 224 x 224."""
+    args = {"img_size": 224, "patch_size": 16, "d_model": 384, "d_ffn": 768, "num_layers": 8}
+    return _create_ninformer("ninformer_small_patch16_224", pretrained, **{**args, **kwargs})

@@ -1,0 +1,400 @@
+"""XCiT: a transformer on one map whose attention is over channels, so that its cost grows with the image, not faster.
+
+El-Nouby et al., XCiT: Cross-Covariance Image Transformers, NeurIPS 2021, https://arxiv.org/abs/2106.09681. Same
+functions, argument names and state-dict keys as timm's `xcit_*`, from https://github.com/facebookresearch/xcit
+(Apache-2.0). Special:
+- cross-covariance attention: channels ask channels of their head, by the cosine of what they have in all tokens;
+- tokens talk only through two depthwise convolutions in each block (local patch interaction);
+- sine waves of each token's place as a fraction of height and width, projected, say where it is;
+- two class attention blocks at the end: only the class token asks.
+
+Any size of image, as in timm: convolutions of stride 2 make the patches, of 16 or of 8 pixels, and round up.
+
+Maps are (B, H, W, C), tokens (B, 1 + H * W, C) with the class token first.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, register_notrace_module, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
+from visionattn.backbones.layers import Mlp, TokenClassifier, check_image_size, check_in_chans, check_pool, conv_norm
+from visionattn.kernels import cross_covariance_attention, routing_attention
+
+__all__ = ["XCiT"]
+
+WAVES = 32  # channels of sines and cosines for each axis
+
+
+@register_notrace_module
+class PositionEncoding(nn.Module):
+    """Adds to a map (B, H, W, dim) a projection of waves over its rows and columns."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.token_projection = nn.Conv2d(2 * WAVES, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.token_projection.weight.flatten(1), self.token_projection.bias
+        rows, columns = (self._waves(length).to(weight.dtype) for length in x.shape[1:3])
+        of_rows, of_columns = weight.split(WAVES, 1)
+        return x + (F.linear(rows, of_rows)[:, None] + F.linear(columns, of_columns, bias))
+
+    def _waves(self, length: int) -> Tensor:
+        """(length, WAVES) in float32, which the published numbers come from."""
+        device = self.token_projection.weight.device
+        place = torch.arange(1, length + 1, device=device, dtype=torch.float32)
+        place = place / (place[-1:] + 1e-6) * (2 * math.pi)
+        pair = torch.arange(WAVES, device=device, dtype=torch.float32).div(2, rounding_mode="floor")
+        angles = place[:, None] / 10000 ** (2 * pair / WAVES)
+        return torch.stack([angles[:, 0::2].sin(), angles[:, 1::2].cos()], 2).flatten(1)
+
+
+@register_notrace_module
+class PatchEmbed(nn.Module):
+    """Image (B, in_chans, H, W) -> map (B, H / patch_size, W / patch_size, dim), rounded up."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        if patch_size not in (8, 16):
+            raise ValueError(f"patch_size={patch_size}: expected 8 or 16")
+        self.proj = nn.Sequential()
+        source = in_chans
+        for target in (dim // 8, dim // 4, dim // 2, dim) if patch_size == 16 else (dim // 4, dim // 2, dim):
+            if len(self.proj):
+                self.proj.append(nn.GELU())
+            conv = nn.Conv2d(source, target, 3, stride=2, padding=1, bias=False)
+            self.proj.append(nn.Sequential(conv, nn.BatchNorm2d(target)))
+            source = target
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        for layer in self.proj:
+            x = conv_norm(x, *layer) if isinstance(layer, nn.Sequential) else layer(x)
+        return x.permute(0, 2, 3, 1)
+
+
+class LocalPatchInteraction(nn.Module):
+    """Two depthwise convolutions of a map (B, H, W, dim)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.act = nn.GELU()
+        self.bn = nn.BatchNorm2d(dim)
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x.permute(0, 3, 1, 2))
+        return self.conv2(self.bn(self.act(x))).permute(0, 2, 3, 1)
+
+
+@register_notrace_module
+class CrossCovarianceAttention(nn.Module):
+    """Attention over the channels of each head of a map (B, H, W, dim)."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        return self.proj(cross_covariance_attention(q, k, v, self.temperature).flatten(3))
+
+
+@register_notrace_module
+class ClassAttention(nn.Module):
+    """The class token attends to itself and all others: tokens (B, N, dim) -> (B, 1, dim)."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, :, None]
+        q, k, v = self.q(x[:, :1]), self.k(x), self.v(x)
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
+        return self.proj(routing_attention(q, k, v, regions=1, topk=1)[:, :, 0].flatten(2))
+
+
+class Block(nn.Module):
+    """Attention, local patch interaction and MLP on a map (B, H, W, dim), each with a scaled residual."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, eta: float, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = CrossCovarianceAttention(dim, num_heads)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm3 = nn.LayerNorm(dim, eps=1e-6)
+        self.local_mp = LocalPatchInteraction(dim)
+        self.drop_path3 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.gamma1 = nn.Parameter(torch.full((dim,), eta))
+        self.gamma3 = nn.Parameter(torch.full((dim,), eta))
+        self.gamma2 = nn.Parameter(torch.full((dim,), eta))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.addcmul(x, self.gamma1, self.drop_path1(self.attn(self.norm1(x))))
+        x = torch.addcmul(x, self.gamma3, self.drop_path3(self.local_mp(self.norm3(x))))
+        return torch.addcmul(x, self.gamma2, self.drop_path2(self.mlp(self.norm2(x))))
+
+
+class ClassBlock(nn.Module):
+    """Class attention and MLP for the class token, as published: tokens (B, N, dim) -> (B, N, dim).
+
+    The others do not pass unchanged: their norm is added to them, and what comes of it doubled.
+    tokens_norm: the second norm is for all tokens; if False, for the class token.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, eta: float, tokens_norm: bool) -> None:
+        super().__init__()
+        self.tokens_norm = tokens_norm
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = ClassAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.gamma1 = nn.Parameter(torch.full((dim,), eta))
+        self.gamma2 = nn.Parameter(torch.full((dim,), eta))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm1(x)
+        x = torch.addcmul(x, self.gamma1, torch.cat([self.attn(norm), norm[:, 1:]], 1))
+        if self.tokens_norm:
+            x = self.norm2(x)
+            token = x[:, :1]
+        else:
+            token = self.norm2(x[:, :1])
+        return torch.cat([torch.addcmul(token, self.gamma2, self.mlp(token)), 2 * x[:, 1:]], 1)
+
+
+class XCiT(TokenClassifier):
+    """XCiT for classification, and as a backbone with a map of one stride after every block.
+
+    Takes images (B, in_chans, H, W) of any size from 32 x 32.
+
+    Args:
+        patch_size: 16 or 8 pixels, the stride of the map.
+        embed_dim, depth, num_heads: channels, blocks before the two of class attention, heads of each.
+        global_pool: `token` (the class token), `avg` (all others) or "" (no pooling).
+        mlp_ratio: hidden channels of the MLP over embed_dim.
+        eta: initial value of the learned scale of each residual branch.
+        tokens_norm: see `ClassBlock`.
+        drop_rate, pos_drop_rate: dropout before the head, and after the position encoding.
+        drop_path_rate: stochastic depth, the same in all blocks.
+        img_size: accepted and not used: any size will do.
+    """
+
+    def __init__(
+        self,
+        patch_size: int = 16,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        mlp_ratio: float = 4.0,
+        eta: float = 1.0,
+        tokens_norm: bool = False,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        img_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        check_in_chans(in_chans)
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.global_pool = check_pool(global_pool)
+        self.num_features = self.head_hidden_size = embed_dim
+        self.grad_checkpointing = False
+        self.feature_info = [
+            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(depth)
+        ]
+        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = PositionEncoding(embed_dim)
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.blocks = nn.Sequential(
+            *(Block(embed_dim, num_heads, mlp_ratio, eta, drop_path_rate) for _ in range(depth))
+        )
+        self.cls_attn_blocks = nn.Sequential(
+            *(ClassBlock(embed_dim, num_heads, mlp_ratio, eta, tokens_norm) for _ in range(2))
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        trunc_normal_(self.cls_token, std=0.02)
+        self.apply(_init_weights)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"cls_token", "pos_embed.token_projection.weight", "pos_embed.token_projection.bias"}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        return {
+            "stem": r"^(?:cls_token|pos_embed|patch_embed)",
+            "blocks": r"^blocks\.(\d+)",
+            "class_blocks": [(r"^cls_attn_blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps after the blocks, and the final features unless intermediates_only.
+
+        Args:
+            indices: blocks whose maps to return; the last n for an int, all for None.
+            norm: apply the final norm to the maps.
+            stop_early: do not run what follows the last index; the final features are then the map there.
+            output_fmt: `NCHW` or `NLC` (tokens without the class token), of the maps returned for the blocks.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NLC'")
+        take, last = feature_take_indices(len(self.blocks), indices)
+        end = last + 1 if stop_early else len(self.blocks)
+        x = self._embed(x)
+        maps = []
+        for i, block in enumerate(self.blocks[:end]):
+            x = self._run(block, x)
+            if i in take:
+                y = self.norm(x) if norm else x
+                maps.append(y.permute(0, 3, 1, 2) if output_fmt == "NCHW" else y.flatten(1, 2))
+        if intermediates_only:
+            return maps
+        return (self._ask(x) if end == len(self.blocks) else x.permute(0, 3, 1, 2)), maps
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what `forward_intermediates(indices=...)` does not need."""
+        take, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.cls_attn_blocks = self.cls_token = None
+            self.reset_classifier(0, "")
+        return take
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """Images -> the map that enters the blocks."""
+        check_image_size(x)
+        return self.pos_drop(self.pos_embed(self.patch_embed(x)))
+
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(block, x) if self.grad_checkpointing else block(x)
+
+    def _ask(self, x: Tensor) -> Tensor:
+        """The last map -> normalised tokens with the class token, if there is one."""
+        x = x.flatten(1, 2)
+        if self.cls_attn_blocks is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
+            for block in self.cls_attn_blocks:
+                x = self._run(block, x)
+        return self.norm(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self._embed(x)
+        for block in self.blocks:
+            x = self._run(block, x)
+        return self._ask(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """The authors' checkpoint, bare or wrapped, with timm's key names, which are ours; timm's passes unchanged.
+
+    Raises ValueError for a checkpoint of a network of other widths or depths.
+    """
+    renamed = {}
+    for key, value in unwrap(state_dict).items():
+        if key.startswith("cls_attn_blocks.") and ".attn.qkv." in key:
+            for name, part in zip("qkv", value.chunk(3), strict=True):
+                renamed[key.replace(".qkv.", f".{name}.")] = part
+        else:
+            renamed[key.replace("pos_embeder.", "pos_embed.")] = value
+    check_checkpoint(renamed, model)
+    return renamed
+
+
+SIZES = {
+    "nano_12": {"embed_dim": 128, "depth": 12, "num_heads": 4},
+    "tiny_12": {"embed_dim": 192, "depth": 12, "num_heads": 4, "tokens_norm": True},
+    "tiny_24": {"embed_dim": 192, "depth": 24, "num_heads": 4, "tokens_norm": True, "eta": 1e-5},
+    "small_12": {"embed_dim": 384, "depth": 12, "num_heads": 8, "tokens_norm": True},
+    "small_24": {"embed_dim": 384, "depth": 24, "num_heads": 8, "tokens_norm": True, "eta": 1e-5},
+    "medium_24": {"embed_dim": 512, "depth": 24, "num_heads": 8, "tokens_norm": True, "eta": 1e-5},
+    "large_24": {"embed_dim": 768, "depth": 24, "num_heads": 16, "tokens_norm": True, "eta": 1e-5},
+}
+VARIANTS = {  # xcit_SIZE_pPATCH_PIXELS -> arguments; PIXELS tell the weights apart
+    f"xcit_{size}_p{patch}_{pixels}": {"patch_size": patch, **arguments}
+    for size, arguments in SIZES.items()
+    for patch in (16, 8)
+    for pixels in (224, 384)
+}
+PAPER = {
+    "origin_url": "https://github.com/facebookresearch/xcit",
+    "paper_name": "XCiT: Cross-Covariance Image Transformers",
+    "paper_ids": "arXiv:2106.09681",
+}
+
+
+def _cfgs(twin: str) -> dict[str, Any]:
+    side = int(twin.rsplit("_", 1)[1]) // VARIANTS[twin]["patch_size"]
+    return twin_cfgs(twin, fixed_input_size=False, pool_size=(side, side), **PAPER)
+
+
+default_cfgs = generate_default_cfgs({name: cfg for twin in VARIANTS for name, cfg in _cfgs(twin).items()})
+
+
+def _register(variant: str, arguments: dict[str, Any]) -> None:
+    """Make the entry point of a variant, a function of this module by the variant's name."""
+
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build_model_with_cfg(
+            XCiT,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+            **{**arguments, **kwargs},
+        )
+
+    create.__name__ = create.__qualname__ = variant
+    globals()[variant] = register_model(create)
+
+
+for _twin, _arguments in VARIANTS.items():
+    _register(f"va_{_twin}", _arguments)
