@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["record_attention"]
+__all__ = ["accelerate", "record_attention"]
 
 
 class _RegisterAfterTimm(importlib.abc.MetaPathFinder):
@@ -43,6 +43,7 @@ else:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "record_attention":
-        return importlib.import_module("visionattn.kernels").record_attention
+    home = {"accelerate": "visionattn.acceleration", "record_attention": "visionattn.kernels"}.get(name)
+    if home is not None:
+        return getattr(importlib.import_module(home), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

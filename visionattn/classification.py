@@ -1,16 +1,25 @@
 """The classification task: one step for training and validation, the losses, and prediction with views averaged."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from visionattn.metrics import overall_metrics
-from visionattn.task import Task
+from visionattn import recipe
+from visionattn.data import LabelledImages, find_labelled, prepare
+from visionattn.datamodule import ClassificationDataModule
+from visionattn.errors import UserError
+from visionattn.metrics import headline, overall_metrics
+from visionattn.recipe import ClassificationRecipe
+from visionattn.results import evaluate_split
+from visionattn.task import Task, make_network, own_statistics
 
-__all__ = ["ClassificationLoss", "Classifier"]
+__all__ = ["ClassificationLoss", "Classifier", "build", "evaluate_split", "labelled", "restore"]
 
 
 class ClassificationLoss(nn.Module):
@@ -92,3 +101,87 @@ def _views(image: Tensor, tta: list[str]) -> list[Tensor]:
         else:
             views += [view.flip(3 if name == "hflip" else 2) for view in views]
     return views
+
+
+def build(
+    spec: ClassificationRecipe,
+) -> tuple[ClassificationRecipe, LabelledImages, ClassificationDataModule, Classifier]:
+    """The resolved recipe, its images, their loaders and the task, for `visionattn.fit`.
+
+    Raises:
+        UserError: anything that cannot be trained.
+    """
+    images, data = prepare(spec.data)
+    seed_everything(spec.train.seed, verbose=False)
+    size = data.image_size if isinstance(data.image_size, list) else [data.image_size] * 2
+    network = make_network(spec.model, len(images.classes), data.channels, (size[0], size[1]))
+    data = data.model_copy(update={"classes": images.classes} | own_statistics(spec, network, data.channels))
+    spec = spec.model_copy(update={"data": data})
+    loss = spec.loss.name or ("bce" if images.multi_label else "cross_entropy")
+    if loss == "cross_entropy" and images.multi_label:
+        raise UserError("loss.name is cross_entropy, but the images have several labels each; allowed: bce, focal")
+    task = Classifier(
+        network,
+        ClassificationLoss(
+            loss, len(images.classes), spec.loss.label_smoothing, _class_weights(spec, images, loss), spec.loss.gamma
+        ),
+        images.classes,
+        images.multi_label,
+        spec.evaluate.tta,
+        optim=spec.optim,
+        train=spec.train,
+        freeze=spec.model.freeze,
+        monitored=f"val/{spec.train.monitor or headline(images.multi_label)}",
+        names=images.splits["train"].names.__getitem__,
+        provenance={"format": 1, "recipe": recipe.dump(spec), "multi_label": images.multi_label},
+    )
+    return spec, images, ClassificationDataModule(images, data, spec.train.seed), task
+
+
+def restore(spec: ClassificationRecipe, about: dict[str, Any]) -> Classifier:
+    """The task of a checkpoint without its weights, to evaluate and predict with."""
+    start = spec.model.model_copy(update={"pretrained": False, "checkpoint": None})
+    size = spec.data.image_size if isinstance(spec.data.image_size, list) else [spec.data.image_size] * 2
+    classes = spec.data.classes
+    return Classifier(
+        make_network(start, len(classes), spec.data.channels, (size[0], size[1])),
+        ClassificationLoss("bce" if about["multi_label"] else "cross_entropy", len(classes)),
+        classes,
+        about["multi_label"],
+        spec.evaluate.tta,
+        optim=spec.optim,
+        train=spec.train.model_copy(update={"grad_checkpointing": False}),
+        freeze=None,
+        monitored="val/loss",
+        names=str,
+        provenance=about,
+    )
+
+
+def labelled(task: Classifier, spec: ClassificationRecipe, other: Path | None) -> ClassificationDataModule:
+    """Images to evaluate on: the recipe's own, or others.
+
+    Raises:
+        UserError: they are not labelled as the recipe's.
+    """
+    images = find_labelled(spec.data, other)
+    if images.multi_label != task.multi_label:
+        kinds = {True: "several labels an image", False: "one class an image"}
+        raise UserError(f"{other}: has {kinds[images.multi_label]}, the model gives {kinds[task.multi_label]}")
+    return ClassificationDataModule(images, spec.data)
+
+
+def _class_weights(spec: ClassificationRecipe, images: LabelledImages, loss: str) -> Tensor | None:
+    """Given weights, or balanced ones: inverse frequency (cross-entropy, focal), negatives per positive (bce)."""
+    wanted, labels = spec.loss.class_weights, images.splits["train"].labels
+    if wanted is None:
+        return None
+    if wanted == "balanced":
+        counts = labels.sum(0) if images.multi_label else np.bincount(labels, minlength=len(images.classes))
+        weights = (len(labels) - counts) / counts if loss == "bce" else counts.sum() / (len(counts) * counts)
+        return torch.as_tensor(weights, dtype=torch.float32)
+    if len(wanted) != len(images.classes):
+        raise UserError(
+            f"loss.class_weights has {len(wanted)} numbers, expected one for each of {len(images.classes)} classes"
+        )
+    return torch.tensor(wanted)

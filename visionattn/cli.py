@@ -96,17 +96,21 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("predict", help="write the probabilities of images to a table")
+    command = commands.add_parser("predict", help="write the probabilities of images to a table, or their masks")
     command.add_argument("model", type=Path, metavar="RUN|CHECKPOINT")
     command.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER")
-    command.add_argument("-o", "--out", type=Path, required=True, metavar="FILE.csv", help="table to write")
+    command.add_argument(
+        "-o", "--out", type=Path, required=True, help="table to write (.csv); for masks the folder to make"
+    )
+    command.add_argument("--polygons", action="store_true", help="of scenes: write a GeoPackage too")
     command.set_defaults(function=_predict)
 
 
 def _predict(arguments: argparse.Namespace) -> int:
     from visionattn.predict import predict
 
-    return 1 if predict(arguments.model, arguments.images, arguments.out) else 0
+    unread = predict(arguments.model, arguments.images, arguments.out, arguments.polygons)
+    return 1 if unread else 0
 
 
 def _add_check(commands: argparse._SubParsersAction) -> None:
@@ -117,8 +121,10 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     loaded = recipe.load(arguments.recipe, arguments.overrides)
-    from visionattn.check import check, format_findings
-
+    if loaded.task == "segmentation":
+        from visionattn.segcheck import check, format_findings
+    else:
+        from visionattn.check import check, format_findings
     findings = check(loaded.data)
     print(format_findings(findings))
     return 1 if findings.problems else 0
@@ -127,13 +133,17 @@ def _check(arguments: argparse.Namespace) -> int:
 def _add_list(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("list", help="our models: size, cost, weights, licence, paper")
     command.add_argument("pattern", nargs="?", default="*", help="shell pattern, such as 'biformer*'")
+    command.add_argument("--decoders", action="store_true", help="the decoders that a segmenter can have instead")
     command.set_defaults(function=_list)
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    from visionattn.listing import format_table, models
+    from visionattn.listing import decoder_table, format_table, models
 
-    print(format_table(list(models(arguments.pattern))))
+    if arguments.decoders:
+        print(decoder_table(arguments.pattern))
+    else:
+        print(format_table(list(models(arguments.pattern))))
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:

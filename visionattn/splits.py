@@ -40,7 +40,7 @@ def draw(
         stay, out = train_test_split(np.arange(len(strata)), test_size=held, random_state=seed, stratify=strata)
         return np.sort(stay), np.sort(out)
     if len(np.unique(groups)) < 2:
-        raise UserError(f"data.group_column: {len(np.unique(groups))} group; at least 2 are needed to draw a split")
+        raise UserError(f"{len(np.unique(groups))} group; at least 2 are needed to draw a split")
     member = _one_hot(labels)
     splitter = GroupShuffleSplit(GROUP_DRAWS, test_size=fraction, random_state=seed)
     return min(splitter.split(member, groups=groups), key=lambda parts: _uneven(member, parts[1], fraction))

@@ -4,10 +4,12 @@ Configuration stops here: networks, losses and metrics take plain parameters.
 """
 
 import difflib
+import importlib
 import os
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,7 +26,10 @@ import visionattn.recipe as schema
 from visionattn.errors import UserError
 from visionattn.loaders import seed_of
 
-__all__ = ["AtomicCheckpointIO", "Task", "check_names", "load_checkpoint", "make_network"]
+__all__ = [
+    *("AtomicCheckpointIO", "Task", "check_names", "load_checkpoint", "make_network", "module_of", "own_statistics"),
+    "start_from",
+]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -55,7 +60,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a checkpoint of tensors and plain data ({reason})") from None
 
 
-def check_names(spec: schema.ClassificationRecipe) -> None:
+def module_of(spec: schema.Recipe) -> ModuleType:
+    """`visionattn.classification` or `visionattn.segmentation`: each has `build`, `restore`, `labelled` and
+    `evaluate_split`."""
+    return importlib.import_module(f"visionattn.{spec.task}")
+
+
+def check_names(spec: schema.Recipe) -> None:
     """Refuse, before any image is read, a model or an optimizer that timm does not have."""
     if not timm.is_model(spec.model.name):
         near = difflib.get_close_matches(spec.model.name, timm.list_models(), n=3, cutoff=0.5)
@@ -87,11 +98,19 @@ def make_network(spec: schema.Model, num_classes: int, channels: int, image_size
     except (TypeError, ValueError, RuntimeError, OSError) as error:
         raise UserError(f"model {spec.name} cannot be made with {arguments or 'its defaults'}: {error}") from None
     if spec.checkpoint is not None:
-        _start_from(network, spec, num_classes)
+        start_from(network, spec, num_classes)
     return network
 
 
-def _start_from(network: nn.Module, spec: schema.Model, num_classes: int) -> None:
+def own_statistics(spec: schema.Recipe, network: nn.Module, channels: int) -> dict[str, list[float]]:
+    """Mean and std that published weights were trained with, unless the recipe says otherwise."""
+    cfg = network.pretrained_cfg
+    if not spec.model.pretrained or spec.data.mean is not None or len(cfg["mean"]) != channels:
+        return {}
+    return {"mean": list(cfg["mean"]), "std": list(cfg["std"])}
+
+
+def start_from(network: nn.Module, spec: schema.Model, num_classes: int) -> None:
     """Load a checkpoint into the network; the head may differ in its class count, nothing else may."""
     path = spec.checkpoint.expanduser()
     state = load_checkpoint(path)
@@ -134,6 +153,8 @@ class Task(pl.LightningModule):
         names: the name of a training image from its index, for messages.
         provenance: plain data saved with every checkpoint (the recipe, the classes), enough to use it without its run.
     """
+
+    evaluates_last = False  # besides the best weights
 
     def __init__(
         self,
@@ -260,7 +281,8 @@ def _freeze(network: nn.Module, freeze: str | list[str] | None) -> None:
         return
     if freeze == "backbone":
         head = {id(p) for p in network.get_classifier().parameters()}
-        frozen = [p for p in network.parameters() if id(p) not in head]
+        backbone = getattr(network, "encoder", network)
+        frozen = [p for p in backbone.parameters() if id(p) not in head]
     else:
         names = dict(network.named_parameters())
         useless = [pattern for pattern in freeze if not any(fnmatch(name, pattern) for name in names)]

@@ -1,0 +1,238 @@
+"""GeoTIFF scenes: windows, missing pixels, masks, and what does not fit together."""
+
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from visionattn.errors import UserError
+from visionattn.items import IGNORE
+from visionattn.recipe import GeotiffData
+
+rasterio = pytest.importorskip("rasterio")
+from visionattn import rasters  # noqa: E402
+
+SIZE = (40, 50)
+UTM = "EPSG:32633"
+PLACE = rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000)
+
+
+def bands(count: int = 4, dtype: str = "uint16") -> np.ndarray:
+    return np.random.default_rng(count).integers(1, 200, (count, *SIZE)).astype(dtype)
+
+
+def numbers() -> np.ndarray:
+    return np.random.default_rng(9).integers(0, 3, SIZE).astype(np.uint8)
+
+
+def save(path: Path, array: np.ndarray, crs=UTM, transform=PLACE, valid: np.ndarray | None = None, **keys) -> Path:
+    """A GeoTIFF of (bands, H, W) or (H, W); `valid` (H, W) becomes an internal mask."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = array[None] if array.ndim == 2 else array
+    profile = {"driver": "GTiff", "count": len(array), "height": array.shape[1], "width": array.shape[2]}
+    with (
+        rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
+        rasters.open_quietly(path, "w", **profile, dtype=array.dtype, crs=crs, transform=transform, **keys) as sink,
+    ):
+        sink.write(array)
+        if valid is not None:
+            sink.write_mask(valid)
+    return path
+
+
+def section(root: Path, **keys) -> GeotiffData:
+    return GeotiffData(format="geotiff", root=root, **{"classes": ["other", "water", "road"]} | keys)
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    save(tmp_path / "images/a.tif", bands())
+    save(tmp_path / "masks/a.tif", numbers())
+    return tmp_path
+
+
+def only(root: Path, **keys) -> rasters.Scene:
+    (item,), problems = rasters.scan(section(root, **keys))
+    assert problems == []
+    return item
+
+
+def test_a_scene_is_read_by_windows(root):
+    item = only(root)
+    assert (item.name, item.case, item.group, item.size, item.channels) == ("a", "a", "a", SIZE, 4)
+    np.testing.assert_array_equal(item.image(), bands())
+    np.testing.assert_array_equal(item.mask(), numbers())
+    assert (item.image().dtype, item.mask().dtype) == (np.float32, np.int64)
+    window = slice(3, 20), slice(11, 50)
+    np.testing.assert_array_equal(item.image(window), bands()[:, *window])
+    np.testing.assert_array_equal(item.mask(window), numbers()[window])
+    assert (item.crs, item.resolution) == (UTM, (10.0, 10.0))
+
+
+def test_items_can_be_sent_to_another_process(root):
+    item = only(root)
+    again = pickle.loads(pickle.dumps(item))
+    assert again == item
+    np.testing.assert_array_equal(again.image(), bands())
+
+
+def test_bands_are_chosen_by_number(root):
+    item = only(root, bands=[4, 1])
+    assert item.channels == 2
+    np.testing.assert_array_equal(item.image(), bands()[[3, 0]])
+
+
+def test_nodata_is_nan_in_images_and_ignored_in_masks(tmp_path):
+    image = bands()
+    image[:, :10] = 0  # no band has data
+    image[1, 20:30] = 0  # one band has none
+    save(tmp_path / "images/a.tif", image, nodata=0)
+    save(tmp_path / "masks/a.tif", numbers())
+    item = only(tmp_path)
+    np.testing.assert_array_equal(np.isnan(item.image()), image == 0)
+    assert (item.mask()[:10] == IGNORE).all()
+    np.testing.assert_array_equal(item.mask()[10:], numbers()[10:])
+
+
+def test_the_recipe_says_what_is_nodata(root):
+    item = only(root, nodata=7)
+    np.testing.assert_array_equal(np.isnan(item.image()), bands() == 7)
+
+
+def test_internal_masks_are_obeyed(tmp_path):
+    valid = np.ones(SIZE, dtype=bool)
+    valid[:, 30:] = False
+    save(tmp_path / "images/a.tif", bands(3), valid=valid)
+    save(tmp_path / "masks/a.tif", numbers(), valid=np.roll(valid, 5, axis=1))
+    item = only(tmp_path)
+    np.testing.assert_array_equal(np.isnan(item.image()).all(0), ~valid)
+    np.testing.assert_array_equal(item.mask() == IGNORE, ~valid | ~np.roll(valid, 5, axis=1))
+
+
+def test_a_fourth_band_called_alpha_is_data_unless_it_is_left_out(tmp_path):
+    image = bands(4, "uint8")
+    image[3, :15] = 0
+    save(tmp_path / "images/a.tif", image, photometric="rgb", alpha="yes")
+    save(tmp_path / "masks/a.tif", numbers())
+    np.testing.assert_array_equal(only(tmp_path).image(), image)
+    without = only(tmp_path, bands=[1, 2, 3])
+    np.testing.assert_array_equal(np.isnan(without.image()), np.broadcast_to(image[3] == 0, (3, *SIZE)))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32"])
+def test_nodata_of_a_mask_is_no_label(root, dtype):
+    mask = numbers().astype(dtype)
+    mask[5:9] = 99
+    save(root / "masks/a.tif", mask, nodata=99)
+    assert (only(root).mask()[5:9] == IGNORE).all()
+    np.testing.assert_array_equal(only(root).mask()[9:], numbers()[9:])
+
+
+def test_a_class_stays_a_class_though_masks_call_it_nodata(root):
+    save(root / "masks/a.tif", numbers(), nodata=0)
+    np.testing.assert_array_equal(only(root).mask(), numbers())
+
+
+def test_infinite_values_are_missing(tmp_path):
+    image = bands(2, "float32")
+    image[0, 0, 0], image[1, 0, 1], image[:, 0, 2] = np.inf, np.nan, np.nan
+    save(tmp_path / "images/a.tif", image)
+    save(tmp_path / "masks/a.tif", numbers())
+    np.testing.assert_array_equal(np.isnan(only(tmp_path).image()), ~np.isfinite(image))
+    assert np.argwhere(only(tmp_path).mask() == IGNORE).tolist() == [[0, 2]]
+
+
+def test_masks_of_colours(root):
+    colours = {"other": "#000000", "water": "#0000FF", "road": "#FF8000"}
+    table = np.array([[0, 0, 0], [0, 0, 255], [255, 128, 0]], dtype=np.uint8)
+    valid = np.ones(SIZE, dtype=bool)
+    valid[:4] = False
+    save(root / "masks/a.tif", np.moveaxis(table[numbers()], -1, 0), photometric="rgb", valid=valid)
+    mask = only(root, colors=colours).mask()
+    np.testing.assert_array_equal(mask, np.where(valid, numbers(), IGNORE))
+    with pytest.raises(UserError, match=r"masks/a\.tif: an RGB mask; give the colour"):
+        only(root).mask()
+
+
+def test_values_that_are_no_classes_are_named(root):
+    save(root / "masks/a.tif", numbers() * 5)
+    with pytest.raises(UserError, match=r"masks/a\.tif: the mask has 5, 10, but classes are 0, 1, 2"):
+        only(root).mask()
+
+
+@pytest.mark.parametrize(
+    ("mask", "keys", "says"),
+    [
+        (numbers()[:-1], {}, r"images/a\.tif is 40x50, but .*masks/a\.tif is 39x50"),
+        (numbers(), {"crs": "EPSG:4326"}, r"images/a\.tif has the CRS EPSG:32633, but .*masks/a\.tif has EPSG:4326"),
+        (numbers(), {"transform": PLACE @ PLACE.scale(2)}, r"a\.tif has pixels of \(10.*of \(20\.0, 20\.0\) units"),
+        (
+            numbers(),
+            {"transform": PLACE @ PLACE.translation(3, 4)},
+            r"the same ground.* 5\.0 pix",
+        ),
+    ],
+)
+def test_masks_of_another_grid_are_problems(root, mask, keys, says):
+    save(root / "masks/a.tif", mask, **keys)
+    items, problems = rasters.scan(section(root))
+    assert items == []
+    assert len(problems) == 1
+    assert re.search(says, problems[0])
+
+
+def test_masks_without_a_place_are_taken_by_their_pixels(root):
+    save(root / "masks/a.tif", numbers(), crs=None, transform=rasterio.Affine.identity())
+    np.testing.assert_array_equal(only(root).mask(), numbers())
+
+
+def test_mixed_band_counts_are_problems(root):
+    for name, count in (("b", 4), ("c", 3)):
+        save(root / f"images/{name}.tif", bands(count))
+        save(root / f"masks/{name}.tif", numbers())
+    _, (problem,) = rasters.scan(section(root))
+    assert re.search(r"images/c\.tif: 3 bands, but 2 of 3 scenes have 4", problem)
+    items, problems = rasters.scan(section(root, bands=[1, 3]))
+    assert problems == []
+    assert {item.channels for item in items} == {2}
+    _, (problem,) = rasters.scan(section(root, bands=[1, 4]))
+    assert re.search(r"images/c\.tif: 3 bands, but data\.bands asks for band 4", problem)
+
+
+def test_scenes_of_other_coordinates_or_resolution_are_a_note(root):
+    assert rasters.notes(rasters.scan(section(root))[0]) == []
+    others = {"b": {"crs": "EPSG:32634"}, "c": {"transform": PLACE @ PLACE.scale(0.5)}, "d": {"crs": None}}
+    for name, keys in others.items():
+        save(root / f"images/{name}.tif", bands(), **keys)
+        save(root / f"masks/{name}.tif", numbers(), **keys)
+    items, problems = rasters.scan(section(root))
+    assert problems == []
+    assert rasters.notes(items) == [
+        "scenes have different coordinate systems: 2 EPSG:32633, 1 EPSG:32634, 1 none",
+        "scenes have different resolutions: pixels from 5 (c) to 10 (a) units of the CRS",
+    ]
+
+
+@pytest.mark.parametrize("folder", ["images", "masks"])
+def test_unreadable_files_are_problems(root, folder):
+    (root / folder / "a.tif").write_bytes(b"not a raster")
+    items, problems = rasters.scan(section(root))
+    assert items == []
+    assert re.search(rf"{folder}/a\.tif: not a readable raster", problems[0])
+
+
+def test_a_damaged_scene_is_named(root):
+    path = save(root / "images/a.tif", bands(), tiled=True, blockxsize=16, blockysize=16, compress="deflate")
+    item = only(root)
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(UserError, match=r"images/a\.tif: (damaged|not a readable)"):
+        item.image()
+
+
+def test_a_missing_mask_is_named(root):
+    save(root / "images/b.tif", bands())
+    items, problems = rasters.scan(section(root))
+    assert len(items) == 1
+    assert re.search(r"images/b\.tif: no mask", problems[0])

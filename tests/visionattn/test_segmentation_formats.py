@@ -1,0 +1,118 @@
+"""Volumes and scenes through the same commands as image files: fit, check, predict in the format they came in."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from visionattn.cli import main
+
+RECIPE = """\
+task: segmentation
+model: {name: test_resnet, decoder: fpn, decoder_args: {pyramid_channels: 32, segmentation_channels: 32}}
+data: {format: FORMAT, root: ROOT, image_size: 48, batch_size: 4, workers: 0, classes: [background, thing]}
+optim: {lr: 3e-3}
+train: {epochs: 1}
+evaluate: {bootstrap: 10}
+trainer: {enable_progress_bar: false, accelerator: cpu}
+"""
+
+
+def recipe_for(kind: str, root: Path, folder: Path) -> str:
+    path = folder / f"{kind}.yaml"
+    path.write_text(RECIPE.replace("FORMAT", kind).replace("ROOT", str(root)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory) -> Path:
+    """Six patients with a bright block each, two volumes of two of them."""
+    nibabel = pytest.importorskip("nibabel")
+    root = tmp_path_factory.mktemp("volumes")
+    rng = np.random.default_rng(0)
+    affine = np.diag([-0.8, 1.2, 5.0, 1.0])
+    for name in ("p1_a", "p1_b", "p2_a", "p2_b", "p3_a", "p4_a", "p5_a", "p6_a"):
+        mask = np.zeros((40, 36, 5), np.uint8)
+        top, left = rng.integers(4, 20, 2)
+        mask[top : top + 14, left : left + 14, 1:4] = 1
+        intensities = (1000.0 * mask + rng.normal(0, 80, mask.shape)).astype(np.int16)
+        for folder, content in (("images", intensities), ("masks", mask)):
+            (root / folder).mkdir(exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(content, affine), root / folder / f"{name}.nii.gz")
+    return root
+
+
+def test_volumes_are_trained_by_slices_measured_whole_and_written_back(volumes, tmp_path, capsys):
+    nibabel = pytest.importorskip("nibabel")
+    recipe, run = recipe_for("nifti", volumes, tmp_path), tmp_path / "run"
+    keys = ["data.group='p[0-9]+'", "data.val_fraction=0.3", "data.test_fraction=0.2"]
+    assert main(["check", recipe, *keys]) == 0
+    assert "groups" in capsys.readouterr().out
+    assert main(["fit", recipe, "--run", str(run), *keys]) == 0
+    result = json.loads((run / "evaluation" / "val" / "metrics.json").read_text())
+    with (run / "evaluation" / "val" / "cases.csv").open() as file:
+        cases = list(csv.DictReader(file))
+    assert result["noun"] == "volume"
+    assert result["samples"] == len(cases)
+    assert result["rules"]["unit"] == "mm"
+    assert sum(row["pixels"] for row in result["per_class"]) == len(cases) * 40 * 36 * 5
+    source = volumes / "images" / "p3_a.nii.gz"
+    assert main(["predict", str(run), str(source), "-o", str(tmp_path / "out")]) == 0
+    written, image = nibabel.load(tmp_path / "out" / "p3_a.nii.gz"), nibabel.load(source)
+    assert written.shape == image.shape
+    assert np.allclose(written.affine, image.affine)
+    assert set(np.unique(np.asarray(written.dataobj))) <= {0, 1}
+
+
+def test_volumes_of_a_patient_in_two_splits_are_refused(volumes, tmp_path, capsys):
+    recipe = recipe_for("nifti", volumes, tmp_path)
+    for split, lines in (("train", "p1_a\np2_a\np2_b\np3_a"), ("val", "p1_b\np4_a")):
+        (tmp_path / f"{split}.txt").write_text(lines)
+    keys = [f"data.lists.{split}={tmp_path / split}.txt" for split in ("train", "val")] + ["data.group='p[0-9]+'"]
+    assert main(["fit", recipe, "--run", str(tmp_path / "run"), *keys]) == 2
+    assert "p1 (train, val)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    """Scenes of four bands with a bright field each and a border without data."""
+    rasterio = pytest.importorskip("rasterio")
+    root = tmp_path_factory.mktemp("scenes")
+    rng = np.random.default_rng(0)
+    grid = {"driver": "GTiff", "width": 70, "height": 60, "crs": "EPSG:32633"}
+    for split, count in (("train", 3), ("val", 1), ("test", 1)):
+        for i in range(count):
+            mask = np.zeros((60, 70), np.uint8)
+            top, left = rng.integers(5, 25, 2)
+            mask[top : top + 25, left : left + 25] = 1
+            bands = (rng.normal(400, 40, (4, 60, 70)) + 900.0 * mask).astype(np.uint16)
+            bands[:, :3] = 0
+            place = rasterio.Affine(10, 0, 5e5 + 700 * i, 0, -10, 5e6)
+            for folder, content, more in (("images", bands, {"nodata": 0}), ("masks", mask[None], {})):
+                path = root / folder / split / f"{i}.tif"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                profile = grid | {"count": len(content), "dtype": content.dtype, "transform": place} | more
+                with rasterio.open(path, "w", **profile) as file:
+                    file.write(content)
+    return root
+
+
+def test_scenes_are_trained_by_crops_and_written_georeferenced(scenes, tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    recipe, run = recipe_for("geotiff", scenes, tmp_path), tmp_path / "run"
+    keys = ["data.crops_per_image=4", "data.rare_crops=0.5", "data.augment={band_dropout: 0.2, rot90: 0.5}"]
+    assert main(["check", recipe, *keys]) == 0
+    assert main(["fit", recipe, "--run", str(run), *keys, "train.monitor=miou", "evaluate.tta=[hflip]"]) == 0
+    result = json.loads((run / "evaluation" / "test" / "metrics.json").read_text())
+    assert result["headline"] == "miou"
+    assert sum(row["pixels"] for row in result["per_class"]) == 57 * 70, "the border has no label"
+    source = scenes / "images" / "test" / "0.tif"
+    assert main(["predict", str(run), str(source), "-o", str(tmp_path / "out"), "--polygons"]) == 0
+    with rasterio.open(tmp_path / "out" / "0.tif") as written, rasterio.open(source) as image:
+        assert (written.crs, written.transform, written.shape) == (image.crs, image.transform, image.shape)
+        assert (written.read(1)[:3] == 255).all()
+        assert set(np.unique(written.read(1)[3:])) <= {0, 1}
+    assert (tmp_path / "out" / "0.gpkg").is_file()

@@ -1,0 +1,317 @@
+"""Any encoder under any decoder: segmenters whose logits have the size of the image.
+
+Encoders are backbones of ours or of timm's: pyramids with maps at strides 4, 8, 16 and 32, and transformers of one
+stride, whose last map `SimplePyramid` turns into such a pyramid. Decoders are ours or those of
+segmentation_models_pytorch.
+"""
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from segmentation_models_pytorch.base.initialization import initialize_decoder
+from segmentation_models_pytorch.decoders.deeplabv3.decoder import DeepLabV3PlusDecoder
+from segmentation_models_pytorch.decoders.dpt.decoder import DPTDecoder
+from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
+from segmentation_models_pytorch.decoders.segformer.decoder import SegformerDecoder
+from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
+from segmentation_models_pytorch.decoders.unetplusplus.decoder import UnetPlusPlusDecoder
+from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+import visionattn.backbones  # noqa: F401  registers the models
+from visionattn.backbones.emcad import EMCAD
+from visionattn.backbones.encoder_decoder import EncoderDecoder
+from visionattn.errors import UserError
+
+__all__ = ["DECODERS", "Decoder", "SimplePyramid", "make_segmenter"]
+
+STRIDES = (4, 8, 16, 32)
+
+
+class SmpDecoder(nn.Module):
+    """A decoder of segmentation_models_pytorch: maps, fine to coarse -> a list of one map.
+
+    Theirs also take features at strides 1 and 2, of which they use the sizes only where these have no channels.
+
+    Args:
+        decoder: theirs.
+        out_channels: of its map.
+        blanks: how many maps without channels it is given before ours.
+    """
+
+    def __init__(self, decoder: nn.Module, out_channels: int, blanks: int = 2) -> None:
+        super().__init__()
+        initialize_decoder(decoder)
+        self.decoder, self.out_channels, self.blanks = decoder, [out_channels], blanks
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        batch, _, height, width = maps[0].shape
+        sizes = [(height * 2**i, width * 2**i) for i in range(self.blanks, 0, -1)]
+        return [self.decoder([maps[0].new_empty(batch, 0, *size) for size in sizes] + list(maps))]
+
+
+def _with_image(channels: Sequence[int]) -> list[int]:
+    """Channels at strides 2, 4 ... 32 or 4 ... 32 -> at 1, 2, 4 ... 32, as segmentation_models_pytorch counts them."""
+    return [3, *([0] * (5 - len(channels))), *channels]
+
+
+def _unet(channels: list[int], decoder_channels: Sequence[int] = (256, 128, 64, 32, 16), **args: Any) -> nn.Module:
+    decoder = UnetDecoder(_with_image(channels), decoder_channels, **args)
+    return SmpDecoder(decoder, decoder_channels[-1], 6 - len(channels))
+
+
+def _unetplusplus(
+    channels: list[int], decoder_channels: Sequence[int] = (256, 128, 64, 32, 16), **args: Any
+) -> nn.Module:
+    decoder = UnetPlusPlusDecoder(_with_image(channels), decoder_channels, **args)
+    return SmpDecoder(decoder, decoder_channels[-1], 6 - len(channels))
+
+
+def _fpn(channels: list[int], **args: Any) -> nn.Module:
+    decoder = FPNDecoder(_with_image(channels), **args)
+    return SmpDecoder(decoder, decoder.out_channels)
+
+
+def _upernet(channels: list[int], decoder_channels: int = 256, **args: Any) -> nn.Module:
+    decoder = UPerNetDecoder(_with_image(channels), decoder_channels=decoder_channels, **args)
+    return SmpDecoder(decoder, decoder_channels)
+
+
+def _segformer(channels: list[int], segmentation_channels: int = 256) -> nn.Module:
+    decoder = SegformerDecoder(_with_image(channels), segmentation_channels=segmentation_channels)
+    return SmpDecoder(decoder, segmentation_channels)
+
+
+class DeepLabV3Plus(SmpDecoder):
+    """DeepLabV3+ over a pyramid: the map at stride 32 is enlarged to 16, the stride of the paper's last stage."""
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        out_channels: int = 256,
+        atrous_rates: Sequence[int] = (12, 24, 36),
+        aspp_separable: bool = True,
+        aspp_dropout: float = 0.5,
+    ) -> None:
+        decoder = DeepLabV3PlusDecoder(
+            [3, 0, *channels], 5, out_channels, atrous_rates, 16, aspp_separable, aspp_dropout
+        )
+        super().__init__(decoder, out_channels)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        fine, coarse = maps
+        return super().forward([fine, F.interpolate(coarse, scale_factor=2, mode="bilinear")])
+
+
+class DPT(nn.Module):
+    """DPT's decoder over a pyramid, with the convolution of its head: maps, fine to coarse -> a list of one map."""
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        intermediate_channels: Sequence[int] = (256, 512, 1024, 1024),
+        fusion_channels: int = 256,
+    ) -> None:
+        super().__init__()
+        self.decoder = DPTDecoder(channels, STRIDES, False, "ignore", intermediate_channels, fusion_channels)
+        self.refine = nn.Sequential(
+            nn.Conv2d(fusion_channels, fusion_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(fusion_channels),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+        )
+        initialize_decoder(self)
+        self.out_channels = [fusion_channels]
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        return [self.refine(self.decoder(list(maps), [None] * len(maps)))]
+
+
+class Decoder(NamedTuple):
+    """A decoder that is asked for by name.
+
+    Attributes:
+        description: one line.
+        make: channels of the maps, fine to coarse, and its own keyword arguments -> the decoder (see `EncoderDecoder`).
+        strides: of the maps it takes; one at stride 2 is left out where the encoder has none.
+        any_size: takes maps of any sizes; else each must have twice the rows and columns of the next.
+    """
+
+    description: str
+    make: Callable[..., nn.Module]
+    strides: tuple[int, ...] = STRIDES
+    any_size: bool = False
+
+
+DECODERS = {
+    "emcad": Decoder("EMCAD (2024): gated skips, multi-scale depthwise convolutions, four heads", EMCAD, any_size=True),
+    "unet": Decoder("U-Net (2015): skips joined on the way up", _unet, (2, *STRIDES)),
+    "unetplusplus": Decoder("U-Net++ (2018): U-Net with nested skips", _unetplusplus, (2, *STRIDES)),
+    "fpn": Decoder("FPN (2017): the sum of a feature pyramid", _fpn),
+    "deeplabv3plus": Decoder("DeepLabV3+ (2018): dilated convolutions side by side, one skip", DeepLabV3Plus, (4, 32)),
+    "upernet": Decoder("UPerNet (2018): pooling at four scales above a feature pyramid", _upernet),
+    "segformer": Decoder("SegFormer (2021): a linear layer for each map, joined", _segformer),
+    "dpt": Decoder("DPT (2021): residual fusion from coarse to fine", DPT),
+}
+
+
+class SimplePyramid(nn.Module):
+    """The last of some maps, (B, C, h, w) -> maps at several strides: the simple feature pyramid of ViTDet.
+
+    Li et al. 2022, arXiv 2203.16527. Transposed convolutions upwards, each of which halves the channels, and max
+    pooling downwards; its projections to 256 channels are left to the decoder.
+
+    Args:
+        dim: C.
+        patch: stride of the map; one that is no power of two counts as the nearest.
+        strides: of the results, powers of two.
+    """
+
+    def __init__(self, dim: int, patch: int, strides: Sequence[int] = STRIDES) -> None:
+        super().__init__()
+        self.norm = LayerNorm2d(dim)
+        self.levels = nn.ModuleList()
+        self.channels = []
+        for stride in strides:
+            doublings = round(math.log2(patch / stride))
+            layers, channels = [], dim
+            for i in range(doublings):
+                layers += [LayerNorm2d(channels), nn.GELU()] if i else []
+                layers.append(nn.ConvTranspose2d(channels, channels // 2, 2, 2))
+                channels //= 2
+            layers += [nn.MaxPool2d(2) for _ in range(-doublings)]
+            self.levels.append(nn.Sequential(*layers))
+            self.channels.append(channels)
+        self.multiple = patch * 2 ** max(0, -doublings)  # of an image's sides, that every level may halve
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        x = self.norm(maps[-1])
+        return [level(x) for level in self.levels]
+
+
+def make_segmenter(
+    encoder_name: str,
+    decoder_name: str | None,
+    num_classes: int,
+    in_chans: int = 3,
+    pretrained: bool = False,
+    encoder_args: dict[str, Any] | None = None,
+    decoder_args: dict[str, Any] | None = None,
+) -> EncoderDecoder:
+    """An encoder under a decoder: images (B, in_chans, H, W), of 32 x 32 or more -> logits (B, num_classes, H, W).
+
+    Args:
+        encoder_name: of a model of timm's registry, ours included.
+        decoder_name: a key of `DECODERS`; None where encoder_name is a whole segmenter, such as emcad_pvt_v2_b2.
+        pretrained: start from the encoder's published weights.
+        encoder_args: keyword arguments for `timm.create_model`.
+        decoder_args: keyword arguments for the decoder's own constructor.
+
+    Raises:
+        UserError: an unknown encoder or decoder, an encoder that does not fit, an argument they do not take.
+    """
+    encoder_args, decoder_args = encoder_args or {}, decoder_args or {}
+    _check_names(encoder_name, decoder_name)
+    if decoder_name is None:
+        model = _create(
+            encoder_name,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            pretrained=pretrained,
+            **encoder_args,
+            **decoder_args,
+        )
+        if not isinstance(model, EncoderDecoder):
+            raise UserError(f"model {encoder_name} is no segmenter: add a decoder, one of {', '.join(DECODERS)}")
+        return model
+    decoder = DECODERS[decoder_name]
+    encoder = _make_encoder(encoder_name, decoder.strides, in_chans, pretrained, encoder_args)
+    strides, channels, neck = encoder.feature_info.reduction(), encoder.feature_info.channels(), None
+    if len(strides) == 1:
+        neck = SimplePyramid(channels[0], strides[0], [stride for stride in decoder.strides if stride > 2])
+        channels = neck.channels
+    multiple = neck.multiple if neck else strides[-1]
+    if decoder.any_size and not neck and _refusal(encoder, in_chans, (75, 107)) is None:
+        multiple = 1
+    elif reason := _refusal(encoder, in_chans, _trial_size(encoder_args.get("img_size"), multiple)):
+        raise UserError(
+            f"model {encoder_name} does not take images of any size ({reason}); give it the size of your images, such "
+            "as img_size: [256, 256] among its arguments (model.args in a recipe), or take another encoder"
+        )
+    try:
+        made = decoder.make(channels, **decoder_args)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"decoder {decoder_name} on maps of {channels} channels of {encoder_name} cannot be made with "
+            f"{decoder_args or 'its defaults'}: {error}"
+        ) from None
+    return EncoderDecoder(encoder, made, num_classes, in_chans, neck, multiple)
+
+
+def _check_names(encoder: str, decoder: str | None) -> None:
+    if decoder is not None and decoder not in DECODERS:
+        near = difflib.get_close_matches(decoder, DECODERS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"decoder {decoder!r} is unknown{hint} (visionattn list --decoders: {', '.join(DECODERS)})")
+    if not timm.is_model(encoder):
+        near = difflib.get_close_matches(encoder, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise UserError(f"model {encoder!r} is unknown{hint} (visionattn list, timm.list_models())")
+
+
+def _create(name: str, **args: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, **args)
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"model {name} cannot be made: {error}") from None
+
+
+def _make_encoder(name: str, wanted: Sequence[int], in_chans: int, pretrained: bool, args: dict[str, Any]) -> nn.Module:
+    """An encoder whose `feature_info` has the wanted strides (2 only where there is one), or one stride."""
+    with torch.device("meta"):
+        probe = _create(name, **args)
+    if isinstance(probe, EncoderDecoder):
+        raise UserError(f"model {name} is a whole segmenter: leave the decoder out, or name an encoder alone")
+    if not hasattr(probe, "forward_intermediates"):
+        raise UserError(f"model {name} gives no maps (it has no forward_intermediates): take another encoder")
+    found = [info["reduction"] for info in probe.feature_info]
+    last = {stride: i for i, stride in enumerate(found)}
+    if set(wanted) - {2} <= set(found):
+        indices = [last[stride] for stride in wanted if stride in last]
+    elif len(found) > 1 and found[-1] == found[-2] <= max(wanted):
+        indices = [len(found) - 1]
+    else:
+        raise UserError(f"model {name} has maps at strides {found}: expected {list(STRIDES)}, or one stride to 32")
+    if "dynamic_img_size" in inspect.signature(type(probe).__init__).parameters and "img_size" not in args:
+        args = {"dynamic_img_size": True, **args}
+    maps = {"features_only": True, "feature_cls": "getter", "out_indices": indices}
+    return _create(name, in_chans=in_chans, pretrained=pretrained, **maps, **args)
+
+
+def _trial_size(img_size: int | Sequence[int] | None, multiple: int) -> tuple[int, int]:
+    if img_size is None:
+        return 2 * multiple, 3 * multiple
+    return (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+
+
+def _refusal(encoder: nn.Module, in_chans: int, size: tuple[int, int]) -> str | None:
+    """Why the encoder does not give maps of ceil(size / stride) for images of this size; None if it does."""
+    training = encoder.training
+    device = next(encoder.parameters()).device
+    try:
+        with torch.no_grad():
+            maps = encoder.eval()(torch.zeros(1, in_chans, *size, device=device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        return f"{size[0]} x {size[1]}: {error}"
+    finally:
+        encoder.train(training)
+    expected = [[math.ceil(side / stride) for side in size] for stride in encoder.feature_info.reduction()]
+    actual = [list(x.shape[2:]) for x in maps]
+    return None if actual == expected else f"{size[0]} x {size[1]}: maps of {actual}, expected {expected}"
