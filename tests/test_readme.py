@@ -5,9 +5,11 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from visionattn import recipe
 from visionattn.cli import main
@@ -61,7 +63,7 @@ def test_the_commands_on_your_own_images_work(tmp_path, monkeypatch, pictures):
     shutil.copytree(pictures / "val", "other_scenes")
     shutil.copytree(pictures / "test" / "level", "new_scenes")
     shutil.copytree(pictures / "test" / "upright", "more")
-    (text,) = blocks("yaml")
+    text = blocks("yaml")[0]
     Path("scenes.yaml").write_text(text)
     check, fit, resume, evaluate, predict = blocks("bash")[2].strip().splitlines()
     run = re.search(r"runs/\S+", resume)[0]
@@ -73,9 +75,31 @@ def test_the_commands_on_your_own_images_work(tmp_path, monkeypatch, pictures):
     assert len(Path("predictions.csv").read_text().splitlines()) == 1 + 24
 
 
-def test_the_recipe_in_the_readme_is_valid():
-    (text,) = blocks("yaml")
-    assert recipe.loads(text, "README.md").model.name == "biformer_tiny"
+def test_the_commands_on_masks_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for folder in ("lesions/images", "lesions/masks", "new_lesions"):
+        Path(folder).mkdir(parents=True)
+    for i in range(10):
+        mask = np.zeros((40, 48), np.uint8)
+        y, x = rng.integers(0, 24, 2)
+        mask[y : y + 16, x : x + 16] = 255
+        picture = np.clip(rng.normal(90, 20, (40, 48, 3)) + mask[..., None] * 0.4, 0, 255).astype(np.uint8)
+        Image.fromarray(picture).save(f"lesions/images/{i}.png")
+        Image.fromarray(mask).save(f"lesions/masks/{i}.png")
+        Image.fromarray(picture).save(f"new_lesions/{i}.png")
+    Path("lesions.yaml").write_text(blocks("yaml")[1])
+    check, fit, predict = blocks("bash")[3].strip().splitlines()
+    assert visionattn(check) == 0
+    small = ["data.image_size=32", "data.batch_size=4", f"model.{SMALL[0].removeprefix('model.')}"]
+    assert visionattn(fit, "--run", re.search(r"runs/\S+", predict)[0], *SHORT, *small) == 0
+    assert visionattn(predict) == 0
+    assert len(list(Path("masks").rglob("*.png"))) >= 10
+
+
+def test_the_recipes_in_the_readme_are_valid():
+    names = [recipe.loads(text, "README.md").model.name for text in blocks("yaml")]
+    assert names == ["biformer_tiny", "emcad_pvt_v2_b0"]
 
 
 def test_the_python_in_the_readme_runs(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import math
 import re
 import warnings
 
+from timm.layers import register_notrace_module
 from timm.layers.halo_attn import HaloAttn
 from timm.models import cait, convit, davit, volo, xcit
 from torch import Tensor, nn
@@ -130,3 +131,5 @@ FASTER = {
         HaloAttention,
     )
 }
+for _kind in FASTER.values():
+    register_notrace_module(_kind)  # fx sees one node

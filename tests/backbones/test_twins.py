@@ -6,7 +6,7 @@ import torch
 from timm.models import get_arch_pretrained_cfgs
 from twins import assert_same_function
 
-import visionattn  # noqa: F401 - registers the models
+import visionattn
 
 NO_TWIN = {f"va_halonet_h{i}" for i in range(8)}  # the paper's; timm's own h1 is another network
 TWINS = [
@@ -79,6 +79,21 @@ def test_same_published_weights_as_timm(name):
         assert timm.get_pretrained_cfg(name).tag == timm.get_pretrained_cfg(name.removeprefix("va_")).tag
 
 
+@pytest.mark.parametrize("network", SMALL)
+@torch.no_grad()
+def test_attention_is_recorded_for_each_layer(network):
+    name, options, sizes = SMALL[network]
+    model, x = twins(name, **options)[0].eval(), torch.randn(2, 3, *sizes[-1])
+    with visionattn.record_attention(model) as record:
+        recorded = model(x)
+    torch.testing.assert_close(recorded, model(x), rtol=1e-4, atol=1e-5)
+    assert set(record) == {layer for layer, _ in model.named_modules() if layer.endswith(".attn")}
+    for attention in record.values():
+        weights = attention[0].weights
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "other"),
     [

@@ -2,6 +2,7 @@
 
 import resource
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -209,21 +210,23 @@ def test_an_error_halfway_leaves_nothing(tmp_path, tif):
     assert [p.name for p in tmp_path.iterdir()] == ["scene.tif"]
 
 
-@pytest.fixture
-def small_files():
-    """A function after which no file may grow beyond a size, as if the disk were full."""
+@contextmanager
+def full_disk(size: int):
+    """No file may grow beyond `size` bytes. Only around the call: pytest's own output may be a longer file."""
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize(("name", "size"), [("mask.tif", 10_000), ("mask.gpkg", 90_000)])
-def test_a_full_disk_leaves_nothing_half_done(tmp_path, tif, small_files, name, size):
+def test_a_full_disk_leaves_nothing_half_done(tmp_path, tif, name, size):
     pytest.importorskip("pyogrio")
     scene = tif(tmp_path / "scene.tif", blobs(500, 500))
-    small_files(size)
-    with pytest.raises(UserError, match=rf"{name}: could not be written .*has been removed"):
+    with full_disk(size), pytest.raises(UserError, match=rf"{name}: could not be written .*has been removed"):
         predict_scene(scene, tmp_path / "mask.tif", polygons=tmp_path / "mask.gpkg")
     assert [p.name for p in tmp_path.iterdir()] == ["scene.tif"]
 
@@ -279,13 +282,12 @@ def test_volumes_that_do_not_fit_are_refused(tmp_path):
         outputs.predict_volume(segment, tmp_path / "scan.nii", tmp_path / "scan.nii")
 
 
-def test_a_full_disk_leaves_no_volume(tmp_path, small_files):
+def test_a_full_disk_leaves_no_volume(tmp_path):
     array, affine = voxels()
     import nibabel
 
     nibabel.save(nibabel.Nifti1Image(array, affine), tmp_path / "scan.nii")
-    small_files(400)
-    with pytest.raises(UserError, match=r"mask\.nii: could not be written .*has been removed"):
+    with full_disk(400), pytest.raises(UserError, match=r"mask\.nii: could not be written .*has been removed"):
         outputs.predict_volume(segment, tmp_path / "scan.nii", tmp_path / "mask.nii")
     assert [p.name for p in tmp_path.iterdir()] == ["scan.nii"]
 
