@@ -2,7 +2,7 @@
 
     visionattn benchmark kernels --sizes 224 512 1024 --threads 2
     visionattn benchmark models swin_tiny_patch4_window7_224 biformer_tiny --train
-    visionattn benchmark models --pattern 'va_davit_*' --compile
+    visionattn benchmark models --pattern 'va_davit_*' va_convit_tiny --compile
 
 Time: candidates take turns in one process, so that other load meets all of them; median and quartiles over the rounds.
 Roofline: the share of the speed that the device allows, for the pattern's multiply-adds (three times as many with the
@@ -16,6 +16,7 @@ import csv
 import fnmatch
 import functools
 import importlib
+import itertools
 import json
 import multiprocessing
 import pkgutil
@@ -129,13 +130,15 @@ def kernel_call(pattern: str, case: Case, candidate: str, step: str, batch: int,
     return call
 
 
-def model_call(name: str, step: str, batch: int, size: int, device: str, compiled: bool = False) -> Callable[[], Any]:
+def model_call(
+    name: str, step: str, batch: int, size: tuple[int, int], device: str, compiled: bool = False
+) -> Callable[[], Any]:
     """A function without arguments that runs the model once: inference, or a training step without the optimizer."""
     model = _model(name, size).to(device)
     model.train(step == PASSES[1])
     if compiled:
         model.compile()
-    images = torch.randn(batch, 3, size, size, device=device)
+    images = torch.randn(batch, 3, *size, device=device)
 
     def call() -> Any:
         if not model.training:
@@ -147,7 +150,7 @@ def model_call(name: str, step: str, batch: int, size: int, device: str, compile
     return call
 
 
-def _model(name: str, size: int) -> torch.nn.Module:
+def _model(name: str, size: tuple[int, int]) -> torch.nn.Module:
     import timm
 
     torch.manual_seed(0)
@@ -260,18 +263,17 @@ def _least_seconds(pattern: str, case: Case, step: str, args: argparse.Namespace
 
 
 def run_models(args: argparse.Namespace) -> list[Row]:
+    steps = [(step, step, False) for step in (PASSES if args.train else PASSES[:1])]
+    steps += [(f"{step}, compiled", step, True) for step, *_ in steps] if args.compile else []
     rows = []
     for names in _rivals(args):
-        for size in args.sizes:
-            macs = {name: gmacs(_model(name, size).eval(), (3, size, size)) for name in names}
-            for step in PASSES if args.train else PASSES[:1]:
-                makers = {name: (model_call, name, step, args.batch, size, args.device) for name in names}
-                if args.compile:
-                    makers |= {f"{name}, compiled": (*make, True) for name, make in makers.items()}
-                    macs |= {f"{name}, compiled": macs[name] for name in names}
-                rows += _rows(
-                    "models", f"{names[-1]}, {size} px" if args.pattern else f"{size} px", step, args, makers, macs
-                )
+        for height, width in args.sizes:
+            case = f"{height} x {width} px"
+            macs = {name: gmacs(_model(name, (height, width)).eval(), (3, height, width)) for name in names}
+            for label, step, compiled in steps:
+                rest = (step, args.batch, (height, width), args.device, compiled)
+                makers = {name: (model_call, name, *rest) for name in names}
+                rows += _rows("models", f"{names[-1]}, {case}" if args.pattern else case, label, args, makers, macs)
     if args.pattern:
         for step in dict.fromkeys(row.step for row in rows):
             speedups = [row.speedup for row in rows if row.step == step and row.candidate.startswith(PREFIX)]
@@ -293,10 +295,11 @@ def _rivals(args: argparse.Namespace) -> list[list[str]]:
     twins = [
         name for name in timm.list_models() if name.startswith(PREFIX) and timm.is_model(name.removeprefix(PREFIX))
     ]
-    chosen = fnmatch.filter(twins, args.pattern)
-    if not chosen:
-        raise UserError(f"--pattern {args.pattern}: none of our models with a twin in timm, {PREFIX}*, is called so")
-    return [[name.removeprefix(PREFIX), name] for name in chosen]
+    chosen = {pattern: fnmatch.filter(twins, pattern) for pattern in args.pattern}
+    for pattern, names in chosen.items():
+        if not names:
+            raise UserError(f"--pattern {pattern}: none of our models with a twin in timm, {PREFIX}*, is called so")
+    return [[name.removeprefix(PREFIX), name] for name in dict.fromkeys(itertools.chain(*chosen.values()))]
 
 
 def save(rows: Sequence[Row], stem: Path) -> None:
@@ -342,6 +345,12 @@ def _label(row: Row) -> str:
     return f"{row.subject} {row.case}, {row.candidate}"
 
 
+def _size(text: str) -> tuple[int, int]:
+    """`224` or `384x640` -> height and width"""
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `visionattn benchmark`."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="kernels|models")
@@ -353,9 +362,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = kinds.add_parser("models", help="whole models, by their names in timm; the first is the peer")
     models.add_argument("names", nargs="*", default=[], metavar="NAME")
     models.add_argument(
-        "--pattern", metavar="GLOB", help=f"each of our models called so, {PREFIX}*, against timm's twin"
+        "--pattern", nargs="+", metavar="GLOB", help=f"each of our models called so, {PREFIX}*, against timm's twin"
     )
-    models.add_argument("--sizes", nargs="+", type=int, default=[224], metavar="PX", help="image sizes")
+    models.add_argument("--sizes", nargs="+", type=_size, default=[(224, 224)], metavar="PX", help="224 or 384x640")
     models.add_argument("--train", action="store_true", help="measure a training step too")
     models.add_argument("--compile", action="store_true", help="measure each model compiled too")
     for command in (kernels, models):

@@ -64,11 +64,22 @@ def test_results_are_never_overwritten(tmp_path):
 
 def test_models_are_timed_per_gmac(monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "peak_memory", lambda *arguments: 1.0)
-    arguments = ["models", "test_vit", "test_resnet", "--sizes", "160", "--batch", "1", "--rounds", "2", "--train"]
+    arguments = ["models", "test_vit", "test_resnet", "--sizes", "128x160", "--batch", "1", "--rounds", "2", "--train"]
     benchmark.main([*arguments, "--out", str(tmp_path)])
     rows = list(csv.DictReader(next(tmp_path.glob("*.csv")).read_text().splitlines()))
     assert [row["candidate"] for row in rows] == ["test_vit", "test_resnet"] * 2
     assert all(float(row["gmacs"]) > 0 and float(row["ms_per_gmac"]) > 0 for row in rows)
+
+
+def test_models_of_a_pattern_are_timed_against_their_twins(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(benchmark, "peak_memory", lambda *arguments: 1.0)
+    arguments = ["models", "--pattern", "va_convit_t*", "va_convit_tiny", "--sizes", "64", "--batch", "1"]
+    benchmark.main([*arguments, "--rounds", "2", "--out", str(tmp_path)])
+    rows = list(csv.DictReader(next(tmp_path.glob("*.csv")).read_text().splitlines()))
+    assert [row["candidate"] for row in rows] == ["convit_tiny", "va_convit_tiny"]
+    peer, ours = (float(row["gmacs"]) for row in rows)
+    assert ours == pytest.approx(peer, rel=0.02)
+    assert f"forward: geometric mean {float(rows[1]['speedup']):.2f}x" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("pattern", benchmark.PATTERNS)
