@@ -126,4 +126,5 @@ def _look(path: Path) -> tuple[tuple[int, int], int]:
                 width, height = height, width
             return (height, width), 3 if image.mode == "P" else len(image.getbands())
     except Exception as error:
-        raise UserError(f"{path}: not a readable image ({str(error) or type(error).__name__})") from None
+        hint = "; many bands or 16-bit colour: data.format=geotiff" if path.suffix.lower() in (".tif", ".tiff") else ""
+        raise UserError(f"{path}: not a readable image ({str(error) or type(error).__name__}){hint}") from None

@@ -52,3 +52,8 @@ class Item:
     def spacing(self) -> tuple[float, ...]:
         """Size of a pixel as (rows, columns), of slices as (slice distance, rows, columns), in mm; else pixels."""
         return (1.0, 1.0)
+
+    @property
+    def ground(self) -> tuple[str, tuple[float, float, float, float]] | None:
+        """Of a scene the CRS and its left, bottom, right and top there; None where unknown."""
+        return None

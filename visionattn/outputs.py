@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from visionattn.volumes import Volume
 
-__all__ = ["new_file", "predict_scene", "predict_volume", "write_mask", "write_overlay"]
+__all__ = ["Unwritable", "new_file", "predict_scene", "predict_volume", "write_mask", "write_overlay"]
 
 TILE = 512
 FULL = 2**20  # bytes; writers give up before the last ones
@@ -43,17 +43,21 @@ COMPRESSION = {"compress": "deflate", "bigtiff": "if_safer"}
 Colors = Sequence[tuple[int, int, int] | None]
 
 
+class Unwritable(UserError):
+    """A result cannot be written, whatever is wrong with it; the next one could not be either."""
+
+
 @contextmanager
 def new_file(out: Path) -> Iterator[Path]:
     """A path to write to, which becomes `out` at the end; on an error, whichever, nothing is left of it.
 
     Raises:
-        UserError: `out` exists, its folder does not, or it could not be written, such as on a full disk.
+        Unwritable: `out` exists, its folder does not, or it could not be written, such as on a full disk.
     """
     if out.exists():
-        raise UserError(f"{out} exists; predictions are never overwritten: give another name")
+        raise Unwritable(f"{out} exists; predictions are never overwritten: give another name")
     if not out.parent.is_dir():
-        raise UserError(f"{out}: the folder {out.parent} does not exist; make it first")
+        raise Unwritable(f"{out}: the folder {out.parent} does not exist; make it first")
     try:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             unfinished = Path(folder, out.name)
@@ -65,7 +69,9 @@ def new_file(out: Path) -> Iterator[Path]:
             unfinished.rename(out)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{out}: could not be written ({reason}); what there was of it has been removed") from None
+        raise Unwritable(
+            f"{out}: could not be written ({reason}); what there was of it has been removed, other files are whole"
+        ) from None
 
 
 def predict_scene(
@@ -145,7 +151,7 @@ def _check_scene(
         raise UserError(f"{source.name}: no coordinate reference system, so no polygons; assign one, or leave them out")
     _polygon_writer()
     if polygons.exists() or not polygons.parent.is_dir():
-        raise UserError(f"{polygons}: {'exists' if polygons.exists() else 'its folder does not exist'}")
+        raise Unwritable(f"{polygons}: {'exists' if polygons.exists() else 'its folder does not exist'}")
 
 
 def _polygon_writer() -> Callable[..., None]:

@@ -35,6 +35,7 @@ METRICS = {  # name: (label, meaning, shown in per cent)
     "recall": ("recall", "as Dice, over the cases that have the class", False),
     "hd95": ("HD95", "95th percentile of the distances between the surfaces; as Dice", False),
     "nsd": ("surface Dice", "share of the surfaces within the tolerance of each other (NSD); as Dice", False),
+    "pooled_iou": ("pooled IoU", "of all pixels together", False),
     "miou": ("mIoU", "of all pixels together, mean over the classes", False),
     "mf1": ("mF1", "of all pixels together, mean over the classes", False),
     "pixel_accuracy": ("pixel accuracy", "labelled pixels classified correctly", True),

@@ -59,7 +59,8 @@ def find_pairs(
             elif images:
                 problems.append(f"{images[0]}: no mask {masks / key}{data.mask_suffix}.*")
             else:
-                problems.append(f"{labels[0]}: no image {folder / key}{data.image_suffix}.*")
+                wanted = f"{folder / key}{data.image_suffix}"
+                problems.append(f"{labels[0]}: no {f'image {wanted}.*' if image_endings else f'folder {wanted}'}")
     if not pairs and not problems:
         kind = f"{listed(sorted(image_endings))} files" if image_endings else "folders with files"
         raise UserError(f"data.root: {data.root}: no {kind} in folders {data.images}")

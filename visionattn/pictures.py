@@ -52,14 +52,19 @@ def overlay(image: np.ndarray, mask: np.ndarray | None, colors: Sequence[tuple[i
 
 
 def _displayed(image: np.ndarray) -> np.ndarray:
-    """(C, h, w) -> (h, w, 3) uint8: the first three channels, or the first one as grey, stretched if not in 0..1."""
+    """(C, h, w) -> (h, w, 3) uint8: the first three channels, or the first as grey, each stretched if not in 0..1."""
     shown = image[:3] if len(image) >= 3 else image[:1]
     finite = shown[np.isfinite(shown)]
     if finite.size and (finite.min() < 0 or finite.max() > 1):
-        low, high = np.percentile(finite, (2, 98))
-        shown = (shown - low) / max(high - low, 1e-6)
+        shown = np.stack([_stretched(band) for band in shown])
     shown = np.nan_to_num(shown.clip(0, 1), nan=0.0)
     return np.broadcast_to((shown * 255).round().astype(np.uint8).transpose(1, 2, 0), (*shown.shape[1:], 3)).copy()
+
+
+def _stretched(band: np.ndarray) -> np.ndarray:
+    finite = band[np.isfinite(band)]
+    low, high = np.percentile(finite, (2, 98)) if finite.size else (0.0, 1.0)
+    return (band - low) / max(high - low, 1e-6)
 
 
 def thumbnail(item: Item, side: int = SIDE) -> tuple[np.ndarray, np.ndarray | None, int]:

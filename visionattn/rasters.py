@@ -41,6 +41,7 @@ class Scene(Item):
         nodata: value of missing pixels that replaces what the file says.
         crs: as text, such as EPSG:32633; empty where the file has none.
         resolution: height and width of a pixel in units of the CRS.
+        bounds: left, bottom, right and top in the CRS.
     """
 
     path: Path
@@ -50,6 +51,11 @@ class Scene(Item):
     nodata: float | None
     crs: str
     resolution: tuple[float, float]
+    bounds: tuple[float, float, float, float]
+
+    @property
+    def ground(self) -> tuple[str, tuple[float, float, float, float]] | None:
+        return (self.crs, self.bounds) if self.crs else None
 
     def image(self, window: Window | None = None) -> np.ndarray:
         with opened(self.path) as source:
@@ -147,6 +153,7 @@ class _Header:
     kinds: tuple[str, ...]
     crs: str
     transform: tuple[float, ...]
+    bounds: tuple[float, float, float, float]
 
     @property
     def resolution(self) -> tuple[float, float]:
@@ -189,6 +196,7 @@ def scan(data: GeotiffData) -> tuple[list[Item], list[str]]:
             nodata=data.nodata,
             crs=header.crs,
             resolution=header.resolution,
+            bounds=header.bounds,
         )
         for pair, header in headers.items()
     ]
@@ -198,7 +206,13 @@ def scan(data: GeotiffData) -> tuple[list[Item], list[str]]:
 def _header(path: Path) -> _Header:
     with opened(path) as source:
         crs = source.crs.to_string() if source.crs else ""
-        return _Header(source.shape, source.count, source.dtypes, crs, tuple(source.transform))
+        return _Header(source.shape, source.count, source.dtypes, crs, tuple(source.transform), _bounds(source))
+
+
+def _bounds(source: rasterio.DatasetReader) -> tuple[float, float, float, float]:
+    """Left, bottom, right and top, though rows may run to the north."""
+    x, y = sorted(source.bounds[::2]), sorted(source.bounds[1::2])
+    return x[0], y[0], x[1], y[1]
 
 
 def _differences(pair: Pair, image: _Header, mask: _Header) -> list[str]:

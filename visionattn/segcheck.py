@@ -7,7 +7,7 @@ import numpy as np
 
 from visionattn.images import listed
 from visionattn.recipe import SegmentationData
-from visionattn.segdata import ItemSplit, SegmentationImages, find, look_through, mean_std
+from visionattn.segdata import ItemSplit, SegmentationImages, find, look_through, mean_std, same_ground
 
 __all__ = ["Findings", "check", "format_findings"]
 
@@ -57,7 +57,7 @@ def check(data: SegmentationData) -> Findings:
     splits = found.splits
     problems += [look.error for split in splits.values() for look in split.looks if look.error]
     within, across = _equal_images(found)
-    problems += _message(across, "images are in different splits")
+    problems += _message(across, "images are in different splits") + same_ground(found)
     notes = _message(within, "images are more than once in a split")
     for name, split in splits.items():
         notes += _masks_worth_a_note(name, split, found.classes)

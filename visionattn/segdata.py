@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,10 @@ from visionattn.items import IGNORE, Item, Window
 from visionattn.recipe import Lists, SegmentationData
 from visionattn.scan import SECONDS_BEFORE_PROGRESS
 
-__all__ = ["ItemSplit", "Look", "SegmentationImages", "blocks", "find", "find_labelled", "prepare", "scan", "survey"]
+__all__ = [
+    *("ItemSplit", "Look", "SegmentationImages", "blocks", "find", "find_labelled", "prepare", "same_ground", "scan"),
+    "survey",
+]
 
 FORMATS = {
     "image_mask": "image_mask",
@@ -33,6 +37,7 @@ FORMATS = {
     "builtin": "builtin_masks",
 }
 BLOCK = 2048  # pixels of a side: larger scenes are read in blocks
+SHARED = 0.01  # of a scene's ground: less is the rounding of tiles that lie side by side
 PLACES = 64  # positions kept of each class and image, for crops around rare classes
 
 
@@ -358,7 +363,8 @@ def _crossing(splits: dict[str, list[Item]]) -> list[str]:
 
 def _refuse(problems: list[str]) -> None:
     if problems:
-        raise UserError(f"the data have {len(problems)} problems:\n{listed(problems, chr(10))}")
+        count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(f"the data have {count}:\n{listed(problems, chr(10))}")
 
 
 def _refuse_untrainable(found: SegmentationImages, data: SegmentationData) -> None:
@@ -383,7 +389,32 @@ def _doubts(found: SegmentationImages) -> list[str]:
             homes.setdefault(look.image, set()).add(name)
     leaks = sum(len(home) > 1 for home in homes.values())
     texts = [f"{leaks} images are in more than one split: results on held-out images are too good"] if leaks else []
+    texts += same_ground(found)
     absent = np.flatnonzero(found.splits["train"].counts[:, :-1].sum(0) == 0)
     if len(absent):
         texts.append(f"no training mask has a pixel of {listed([found.classes[k] for k in absent])}")
     return texts
+
+
+def same_ground(found: SegmentationImages) -> list[str]:
+    """A line where scenes of different splits overlap on the ground."""
+    pairs = []
+    for (one, first), (other, second) in combinations(found.splits.items(), 2):
+        placed = [item for item in second.items if item.ground]
+        systems = np.array([item.ground[0] for item in placed])
+        left, bottom, right, top = np.array([item.ground[1] for item in placed]).reshape(-1, 4).T
+        for item in first.items:
+            if item.ground is None:
+                continue
+            crs, (west, south, east, north) = item.ground
+            width = np.minimum(right, east) - np.maximum(left, west)
+            height = np.minimum(top, north) - np.maximum(bottom, south)
+            shared = width.clip(0) * height.clip(0) > SHARED * (east - west) * (north - south)
+            there = np.flatnonzero(shared & (systems == crs))
+            pairs += [f"{one}: {item.name} and {other}: {placed[i].name}" for i in there]
+    if not pairs:
+        return []
+    return [
+        "scenes in different splits share ground, so results on held-out scenes are too good: "
+        f"{listed(pairs, most=5)}; keep them together by data.group or data.lists"
+    ]

@@ -192,7 +192,8 @@ def summarize(
         values: each of MEASURES (cases, classes).
         groups: of each case: whole groups are drawn for the bootstrap.
         kept: classes that count in means.
-        resamples: behind the 95 % intervals (percentile bootstrap over groups); 0 gives none.
+        resamples: behind the 95 % intervals (percentile bootstrap over groups); 0 gives none, and so does a single
+            group, which says nothing about others.
 
     Returns:
         `overall` (name -> value), `intervals` (name -> [low, high]) and `per_class` (a row for each class: cases,
@@ -201,7 +202,7 @@ def summarize(
     ones = np.ones((1, len(counts)))
     overall = {name: value[0] for name, value in _overall(counts, values, kept, ones).items()}
     intervals = {}
-    if resamples:
+    if resamples and len(set(groups)) > 1:
         drawn = _overall(counts, values, kept, _draws(groups, resamples, seed))
         for name, sample in drawn.items():
             if np.isfinite(sample).any():

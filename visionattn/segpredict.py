@@ -6,7 +6,7 @@ polygons are asked); volumes NAME.nii.gz. Each file appears whole or not at all.
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +54,23 @@ def predict_masks(
         raise UserError(f"nothing of the format {kind} in {listed(paths)}")
     if polygons and kind != "geotiff":
         raise UserError(f"--polygons is for scenes, but the model was trained on {kind}")
-    if kind == "geotiff":
-        _check_scenes(list(found.values()), polygons)
+    if polygons:
+        _check_places(list(found.values()))
     for name in found:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
     network = _Network(task, spec)
     if kind == "image_mask":
         unread = _images(network, spec, found, out)
     else:
-        one = _scene if kind == "geotiff" else _volume
-        unread = 0
+        one, unread = _scene if kind == "geotiff" else _volume, 0
         for name, path in tqdm(found.items(), "predicting", leave=False, delay=SECONDS_BEFORE_PROGRESS, disable=None):
-            one(network, spec, path, out / f"{name}{ending}", polygons)
+            try:
+                one(network, spec, path, out / f"{name}{ending}", polygons)
+            except outputs.Unwritable:
+                raise
+            except UserError as error:
+                unread += 1
+                print(f"visionattn: {error}", file=sys.stderr)
     print(f"{len(found) - unread} predicted, {unread} unreadable: {out}")
     return unread
 
@@ -98,15 +103,18 @@ def _files(kind: str, given: Path) -> Iterator[Path]:
     return iter([path for path in files if path.name.lower().endswith(endings)])
 
 
-def _check_scenes(paths: list[Path], polygons: bool) -> None:
+def _check_places(paths: list[Path]) -> None:
     from visionattn.rasters import opened
 
+    placeless = []
     for path in paths:
-        with opened(path) as scene:
-            if polygons and not scene.crs:
-                raise UserError(
-                    f"{path}: no coordinate reference system, so no polygons; assign one, or leave them out"
-                )
+        with suppress(UserError), opened(path) as scene:  # what cannot be read is told when its turn comes
+            placeless += [] if scene.crs else [str(path)]
+    if placeless:
+        raise UserError(
+            f"no coordinate reference system, so no polygons: {listed(placeless)}; assign one (rio edit-info --crs "
+            "EPSG:... FILE, or gdal_edit.py -a_srs), or leave --polygons out"
+        )
 
 
 class _Network:

@@ -19,6 +19,9 @@ def segmentation_evaluation(evaluation: Evaluation) -> str:
     result = evaluation.result
     about = f"{plural(result['samples'], result['noun'])}, "
     about += f"weights of epoch {result['epoch'] + 1} ({result['checkpoint']})"
+    epochs = read_rows(evaluation.folder.parents[1] / "metrics.csv")
+    if result["checkpoint"].endswith("best.ckpt") and epochs and int(epochs[-1]["epoch"]) == result["epoch"]:
+        about += ", which is the last epoch too"
     about += f", predictions averaged over {', '.join(result['tta'])}" if result.get("tta") else ""
     about += f", images of {result['data']}" if result.get("data") else ""
     blocks = f"<div>{_per_class(result)}</div>"
@@ -34,12 +37,13 @@ def segmentation_evaluation(evaluation: Evaluation) -> str:
 def _rules(result: dict[str, Any]) -> str:
     """How the numbers are to be read."""
     rules, noun = result["rules"], result["noun"]
+    one = f"{'an' if noun == 'image' else 'a'} {noun}"
     text = "Only labelled pixels count. "
     if rules["empty"] == "transunet":
-        text += f"Empty classes as in TransUNet's code: a {noun} whose truth has no pixel of a class that is predicted "
+        text += f"Empty classes as in TransUNet's code: {one} whose truth has no pixel of a class that is predicted "
         text += "counts as Dice 1 and HD95 0, one without prediction as 0 and 0."
     else:
-        text += f"Where neither truth nor prediction of a {noun} has a class, the {noun} does not count for it; where "
+        text += f"Where neither truth nor prediction of {one} has a class, the {noun} does not count for it; where "
         text += "only one of them has it, Dice, IoU and surface Dice are 0 and HD95 is the diagonal."
     if rules["surface"]:
         text += f" HD95 in {rules['unit']}; surface Dice with a tolerance of {rules['tolerance']:g} {rules['unit']}."
@@ -73,7 +77,9 @@ def _per_class(result: dict[str, Any]) -> str:
 def _pictures(evaluation: Evaluation) -> str:
     html = ""
     rows = read_rows(evaluation.folder / "pictures.csv")
-    layout = "truth above prediction" if evaluation.result["noun"] == "volume" else "image, truth, prediction"
+    volumes = evaluation.result["noun"] == "volume"
+    layout = "truth above prediction" if volumes else "image, truth, prediction"
+    css = "cases wide" if volumes else "cases"
     for kind, title in (("worst", "Lowest Dice"), ("best", "Highest Dice")):
         figures = ""
         for row in [row for row in rows if row["kind"] == kind]:
@@ -81,8 +87,8 @@ def _pictures(evaluation: Evaluation) -> str:
             image = f'<img src="{embedded(picture)}" alt="{case}: {layout}">' if picture.is_file() else ""
             dice = f"<dl><div><dt>Dice</dt> <dd>{number('dice', float(row['dice']))}</dd></div></dl>"
             figures += f'<figure>{image}<figcaption>{dice}<div class="file">{case}</div></figcaption></figure>'
-        html += f'<h3>{title}</h3><p class="note">{layout}</p><div class="cases">{figures}</div>' if figures else ""
-    return html and html.replace('<div class="cases">', f'{_legend(evaluation.result)}<div class="cases">', 1)
+        html += f'<h3>{title}</h3><p class="note">{layout}</p><div class="{css}">{figures}</div>' if figures else ""
+    return html and html.replace(f'<div class="{css}">', f'{_legend(evaluation.result)}<div class="{css}">', 1)
 
 
 def _legend(result: dict[str, Any]) -> str:

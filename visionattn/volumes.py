@@ -220,7 +220,9 @@ def _differences(pair: Pair, volume: Volume, mask: Volume) -> list[str]:
         return [f"{pair.mask}: {mask.channels} volumes in one mask file; expected one"]
     if volume.shape != mask.shape:
         shapes = ["x".join(map(str, reversed(v.shape))) for v in (volume, mask)]
-        return [f"{pair.image} is {shapes[0]}, but {pair.mask} is {shapes[1]}"]
+        lost = volume.files and volume.stored_shape[2] < mask.stored_shape[2]
+        hint = "; are slices of the series missing?" if lost else ""
+        return [f"{pair.image} is {shapes[0]}, but {pair.mask} is {shapes[1]}{hint}"]
     apart = np.linalg.norm(volume.corners() - mask.corners(), axis=1).max()
     if apart > SAME_PLACE * min(volume.spacing):
         return [

@@ -73,10 +73,10 @@ def dicom(root: Path) -> str:
 
 def geotiff(root: Path) -> str:
     rasterio = pytest.importorskip("rasterio")
-    place = {"crs": "EPSG:32633", "transform": rasterio.Affine(0.5, 0, 4e5, 0, -0.5, 5e6)}
     pytest.importorskip("pyogrio")
     for k in range(5):
         image, mask = block(k, 60, 90)
+        place = {"crs": "EPSG:32633", "transform": rasterio.Affine(0.5, 0, 4e5 + 45 * k, 0, -0.5, 5e6)}
         for kind, bands in (("images", np.stack([image, -image, image, image])), ("masks", mask[None])):
             (root / kind).mkdir(parents=True, exist_ok=True)
             profile = {"driver": "GTiff", "height": 60, "width": 90, "count": len(bands), "dtype": bands.dtype}

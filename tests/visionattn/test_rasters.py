@@ -9,7 +9,8 @@ import pytest
 
 from visionattn.errors import UserError
 from visionattn.items import IGNORE
-from visionattn.recipe import GeotiffData
+from visionattn.recipe import GeotiffData, Lists
+from visionattn.segcheck import check
 
 rasterio = pytest.importorskip("rasterio")
 from visionattn import rasters  # noqa: E402
@@ -213,6 +214,25 @@ def test_scenes_of_other_coordinates_or_resolution_are_a_note(root):
         "scenes have different coordinate systems: 2 EPSG:32633, 1 EPSG:32634, 1 none",
         "scenes have different resolutions: pixels from 5 (c) to 10 (a) units of the CRS",
     ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "shared"), [(25, 30, True), (SIZE[1], 0, False), (0.1 - SIZE[1], 0, False)]
+)
+@pytest.mark.parametrize("up", [False, True])
+def test_scenes_of_different_splits_must_not_share_ground(root, tmp_path, columns, rows, shared, up):
+    beside = PLACE @ PLACE.translation(columns, rows)
+    beside = beside @ PLACE.translation(0, SIZE[0]) @ PLACE.scale(1, -1) if up else beside
+    for name, place in (("b", beside), ("c", PLACE @ PLACE.translation(25, 30))):
+        crs = UTM if name == "b" else "EPSG:32634"
+        save(root / f"images/{name}.tif", bands() + np.uint16(1), transform=place, crs=crs)
+        save(root / f"masks/{name}.tif", numbers(), transform=place, crs=crs)
+    for split, names in (("train", "a\nc"), ("val", "b")):
+        (tmp_path / f"{split}.txt").write_text(names)
+    lists = Lists(train=tmp_path / "train.txt", val=tmp_path / "val.txt")
+    problems = [text for text in check(section(root, lists=lists)).problems if "ground" in text]
+    assert len(problems) == shared
+    assert not shared or "train: a and val: b" in problems[0]
 
 
 @pytest.mark.parametrize("folder", ["images", "masks"])

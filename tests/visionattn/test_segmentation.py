@@ -131,6 +131,8 @@ def test_the_best_weights_are_those_of_the_best_validation_epoch_and_the_last_ar
     assert metrics(segmented, "val")["overall"]["dice"] == pytest.approx(float(best["val/dice"]), abs=1e-5)
     if best is not epochs[-1]:
         assert metrics(segmented, "test-last")["epoch"] == len(epochs) - 1
+    else:
+        assert "which is the last epoch too" in (segmented / "report.html").read_text()
 
 
 def test_evaluating_again_gives_the_same(segmented, scenes, tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -83,14 +84,14 @@ def scenes(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("scenes")
     rng = np.random.default_rng(0)
     grid = {"driver": "GTiff", "width": 70, "height": 60, "crs": "EPSG:32633"}
-    for split, count in (("train", 3), ("val", 1), ("test", 1)):
+    for row, (split, count) in enumerate([("train", 3), ("val", 1), ("test", 1)]):
         for i in range(count):
             mask = np.zeros((60, 70), np.uint8)
             top, left = rng.integers(5, 25, 2)
             mask[top : top + 25, left : left + 25] = 1
             bands = (rng.normal(400, 40, (4, 60, 70)) + 900.0 * mask).astype(np.uint16)
             bands[:, :3] = 0
-            place = rasterio.Affine(10, 0, 5e5 + 700 * i, 0, -10, 5e6)
+            place = rasterio.Affine(10, 0, 5e5 + 700 * i, 0, -10, 5e6 - 600 * row)
             for folder, content, more in (("images", bands, {"nodata": 0}), ("masks", mask[None], {})):
                 path = root / folder / split / f"{i}.tif"
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,3 +117,25 @@ def test_scenes_are_trained_by_crops_and_written_georeferenced(scenes, tmp_path)
         assert (written.read(1)[:3] == 255).all()
         assert set(np.unique(written.read(1)[3:])) <= {0, 1}
     assert (tmp_path / "out" / "0.gpkg").is_file()
+
+
+def test_one_unreadable_scene_does_not_keep_the_others_from_being_predicted(scenes, tmp_path, capsys):
+    rasterio = pytest.importorskip("rasterio")
+    recipe, run, given = recipe_for("geotiff", scenes, tmp_path), tmp_path / "run", tmp_path / "in"
+    assert main(["fit", recipe, "--run", str(run), "data.batch_size=3", "evaluate.surface=false"]) == 0
+    given.mkdir()
+    (given / "a.tif").write_bytes(b"no raster")
+    shutil.copy(scenes / "images" / "test" / "0.tif", given / "b.tif")
+    with rasterio.open(given / "b.tif") as source:
+        profile, values = source.profile, source.read()
+    with rasterio.open(given / "c.tif", "w", **profile | {"crs": None}) as sink:
+        sink.write(values)
+    predict = ["predict", str(run), str(given), "-o"]
+    assert main([*predict, str(tmp_path / "polygons"), "--polygons"]) == 2
+    text = capsys.readouterr().err
+    assert "c.tif" in text
+    assert "coordinate reference system" in text
+    assert not (tmp_path / "polygons").exists()
+    assert main([*predict, str(tmp_path / "out")]) == 1
+    assert "a.tif: not a readable raster" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b.tif", "c.tif"]

@@ -101,6 +101,7 @@ def test_the_bootstrap_keeps_groups_together():
     apart = summarize(counts, values, [str(i) for i in range(10)], ["a"], [0], 500)["intervals"]["dice"]
     together = summarize(counts, values, ["p"] * 5 + ["q"] * 5, ["a"], [0], 500)["intervals"]["dice"]
     assert together == [0, 1]
+    assert summarize(counts, values, ["p"] * 10, ["a"], [0], 500)["intervals"] == {}
     assert 0 < apart[0] < 0.5 < apart[1] < 1
 
 

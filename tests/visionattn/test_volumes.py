@@ -354,9 +354,19 @@ def test_series_that_are_no_volume_are_problems(study, spoil, says):
     assert re.search(says, problems[0])
 
 
-def test_a_series_without_a_mask_is_named(study):
+def test_a_series_without_its_last_slice_is_told_by_its_mask(study):
+    (study / "images/p1/1.dcm").unlink()
+    items, (problem,) = volumes.scan(dicom(study))
+    assert items == []
+    assert re.search(r"images/p1 is 6x5x3, but .*masks/p1.* is 6x5x4; are slices of the series missing", problem)
+
+
+def test_a_series_and_a_mask_without_each_other_are_named(study):
     series(study / "images/p2")
-    assert "images/p2: no mask" in volumes.scan(dicom(study))[1][0]
+    (study / "masks/p3.nii.gz").write_bytes(b"")
+    _, (series_alone, mask_alone) = volumes.scan(dicom(study))
+    assert "images/p2: no mask" in series_alone
+    assert re.search(r"masks/p3\.nii\.gz: no folder .*images/p3$", mask_alone)
 
 
 def test_a_damaged_slice_is_named(study):
