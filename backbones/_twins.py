@@ -1,4 +1,4 @@
-"""What families that timm has too take from it: their published weights, and the shape of what is in a checkpoint."""
+"""Published checkpoints: those that families which timm has too take from it, and what is in one."""
 
 import re
 from dataclasses import replace

@@ -12,7 +12,7 @@ Maps are (B, C, H, W) between blocks and (B, H, W, C) inside them.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -24,11 +24,8 @@ from timm.layers import (
     LayerScale,
     calculate_drop_path_rates,
     create_classifier,
-    get_device_dtype,
-    register_notrace_function,
     register_notrace_module,
     to_ntuple,
-    trunc_normal_,
 )
 from timm.models import (
     build_model_with_cfg,
@@ -37,10 +34,12 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torchvision.ops import Permute
 
+from visionattn.backbones._twins import unwrap
+from visionattn.backbones.backbone import MapClassifier
+from visionattn.backbones.layers import check_in_chans, init_linear
 from visionattn.kernels import routing_attention
 
 __all__ = ["BiFormer"]
@@ -367,14 +366,7 @@ def _patch_convs(in_chans: int, dims: Sequence[int], pad: bool) -> list[nn.Seque
     return [stem, *merges]
 
 
-@register_notrace_function
-def check_image_size(x: Tensor) -> None:
-    height, width = x.shape[-2], x.shape[-1]
-    if height < 32 or width < 32:
-        raise ValueError(f"input of {height} x {width} pixels: expected at least 32 x 32; enlarge or pad the images")
-
-
-class BiFormer(nn.Module):
+class BiFormer(MapClassifier):
     """BiFormer for classification, and as a backbone with maps at strides 4, 8, 16 and 32.
 
     Takes images (B, in_chans, H, W) of any size from 32 x 32. Arguments for which a sequence is allowed take one value
@@ -403,6 +395,8 @@ class BiFormer(nn.Module):
         routing: its arguments from qk_scale on, the same for all stages.
     """
 
+    map_format = "NCHW"
+
     def __init__(
         self,
         in_chans: int = 3,
@@ -428,9 +422,9 @@ class BiFormer(nn.Module):
         **routing: Any,
     ) -> None:
         super().__init__()
+        check_in_chans(in_chans)
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.head_hidden_size = embed_dim[-1]
-        self.grad_checkpointing = False
         self.feature_info = [
             {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(embed_dim)
         ]
@@ -457,7 +451,7 @@ class BiFormer(nn.Module):
         self.global_pool, self.head_drop, self.head = create_classifier(
             self.num_features, num_classes, global_pool, drop_rate=drop_rate
         )
-        self.apply(_init_weights)
+        self.apply(init_linear)
 
     def no_weight_decay(self) -> set[str]:
         return set()
@@ -472,88 +466,30 @@ class BiFormer(nn.Module):
         ]
         return {"stem": r"^downsample_layers\.0", "blocks": blocks}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one for num_classes, or by nothing for 0; global_pool "" leaves maps."""
-        self.num_classes = num_classes
-        pool = self.global_pool.pool_type if global_pool is None else global_pool
-        self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool, **get_device_dtype(self))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps of the stages, and the final features unless intermediates_only.
-
-        Args:
-            indices: stages to return; the last n for an int, all for None.
-            norm: apply the final norm to the map of the last stage.
-            stop_early: do not run the stages after the last index.
-            output_fmt: `NCHW` or `NHWC`, of the maps returned for the stages.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NHWC'")
-        take, last = feature_take_indices(len(self.stages), indices)
-        end = last + 1 if stop_early else len(self.stages)
-        check_image_size(x)
-        intermediates = []
-        for i, (downsample, stage) in enumerate(zip(self.downsample_layers[:end], self.stages[:end], strict=True)):
+    def forward_stages(self, images: Tensor) -> Iterator[Tensor]:
+        x = images
+        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = downsample(x)
             x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
-            if i in take:
-                intermediates.append(self._intermediate(x, i, norm))
-        if output_fmt == "NHWC":
-            intermediates = [y.permute(0, 2, 3, 1) for y in intermediates]
-        if intermediates_only:
-            return intermediates
-        return (self.norm(x) if end == len(self.stages) else x), intermediates
+            yield x
+        yield self.norm(x)
 
-    def _intermediate(self, x: Tensor, stage: int, norm: bool) -> Tensor:
+    def intermediate(self, x: Tensor, stage: int, norm: bool) -> Tensor:
+        """By the stage's own norm, if there are extra_norms; else norm is for the map of the last stage."""
         if self.extra_norms is not None:
             return self.extra_norms[stage](x)
         return self.norm(x) if norm and stage == len(self.stages) - 1 else x
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what `forward_intermediates(indices=...)` does not need."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        cut = last + 1 < len(self.stages)
-        self.downsample_layers = self.downsample_layers[: last + 1]
-        self.stages = self.stages[: last + 1]
+    def prune_stages(self, stages: int, norm: bool, head: bool) -> None:
+        cut = stages < len(self.stages)
+        self.downsample_layers = self.downsample_layers[:stages]
+        self.stages = self.stages[:stages]
         if self.extra_norms is not None:
-            self.extra_norms = self.extra_norms[: last + 1]
-        if cut:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_norm or cut:
+            self.extra_norms = self.extra_norms[:stages]
+        if norm or cut:
             self.norm = nn.Identity()
-        if prune_head or cut:
+        if head or cut:
             self.reset_classifier(0, "")
-        return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        check_image_size(x)
-        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
-            x = downsample(x)
-            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
-        return self.norm(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _split_by_stage(stages: int, options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -565,20 +501,11 @@ def _split_by_stage(stages: int, options: dict[str, Any]) -> list[dict[str, Any]
     return [dict(zip(values, of_stage, strict=True)) for of_stage in zip(*values.values(), strict=True)]
 
 
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """The authors' checkpoint, bare or wrapped, with our key names and shapes; ours passes unchanged."""
-    for wrapper in ("state_dict_ema", "state_dict", "model"):
-        state_dict = state_dict.get(wrapper, state_dict)
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     renamed = {}
-    for key, value in state_dict.items():
+    for key, value in unwrap(state_dict).items():
         if key.endswith((".gamma1", ".gamma2")):
             key += ".gamma"
         key = key.replace(".blocks.", ".").replace(".mlp.2.", ".mlp.3.")  # Swin layout

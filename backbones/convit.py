@@ -14,6 +14,7 @@ so that a head's neighbour stays its neighbour. The table of absolute positions 
 Maps are (B, H, W, C), tokens (B, 1 + H * W, C) with the class token first.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,21 +28,22 @@ from timm.layers import (
     trunc_normal_,
 )
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
+from visionattn.backbones.backbone import TokenClassifier
 from visionattn.backbones.layers import (
     Mlp,
-    TokenClassifier,
-    check_image_size,
     check_in_chans,
     check_pool,
+    init_linear,
     position_embedding,
 )
 from visionattn.kernels import gated_positional_attention, routing_attention
 
 __all__ = ["ConViT"]
+
+torch.fx.wrap("position_embedding")
 
 PATCH = 16  # pixels
 
@@ -145,6 +147,8 @@ class ConViT(TokenClassifier):
         drop_rate, pos_drop_rate: dropout before the head, and after the position embedding.
     """
 
+    output_formats = ("NCHW", "NLC")
+
     def __init__(
         self,
         embed_dim: int = 48,
@@ -173,7 +177,6 @@ class ConViT(TokenClassifier):
         self.global_pool = check_pool(global_pool)
         self.num_features = self.head_hidden_size = dim
         self.local_up_to_layer = local_up_to_layer
-        self.grad_checkpointing = False
         self.feature_info = [{"num_chs": dim, "reduction": PATCH, "module": f"blocks.{i}"} for i in range(depth)]
         self.grid = _grid(img_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -201,93 +204,34 @@ class ConViT(TokenClassifier):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resample the table of absolute positions for images of another size, as a new parameter."""
         table = _resample(self.pos_embed.detach(), self.grid, _grid(img_size))
         self.pos_embed, self.grid = nn.Parameter(table.clone()), _grid(img_size)
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps after the blocks, and the final features unless intermediates_only.
-
-        Args:
-            indices: blocks whose maps to return; the last n for an int, all for None.
-            norm: apply the final norm to the maps.
-            stop_early: do not run what follows the last index; the final features are then the map there.
-            output_fmt: `NCHW` or `NLC` (tokens without the class token), of the maps returned for the blocks.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NLC'")
-        take, last = feature_take_indices(len(self.blocks), indices)
-        end = last + 1 if stop_early else len(self.blocks)
-        x = self._embed(x)
-        height, width = x.shape[1:3]
-        maps = []
-        for i, block in enumerate(self.blocks[:end]):
-            if i == self.local_up_to_layer:
-                x = self._join(x)
-            x = self._run(block, x)
-            y = x if i < self.local_up_to_layer else x[:, 1:].unflatten(1, (height, width))
-            if i in take:
-                z = self.norm(y) if norm else y
-                maps.append(z.permute(0, 3, 1, 2) if output_fmt == "NCHW" else z.flatten(1, 2))
-        if intermediates_only:
-            return maps
-        if end < len(self.blocks):
-            return y.permute(0, 3, 1, 2), maps
-        return self._finish(x), maps
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what `forward_intermediates(indices=...)` does not need."""
-        take, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if last < self.local_up_to_layer:
-            self.cls_token = None
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head or (self.cls_token is None and self.global_pool == "token"):
-            self.reset_classifier(0, "")
-        return take
-
-    def _embed(self, x: Tensor) -> Tensor:
-        """Images -> the map that enters the blocks."""
-        check_image_size(x)
-        table = position_embedding(self.pos_embed.unflatten(1, self.grid), x.shape[-2], x.shape[-1], PATCH)
-        return self.pos_drop(self.patch_embed(x) + table)
-
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint(block, x) if self.grad_checkpointing else block(x)
-
-    def _join(self, x: Tensor) -> Tensor:
-        """Map -> tokens with the class token."""
-        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1)
-
-    def _finish(self, x: Tensor) -> Tensor:
-        """What leaves the last block, a map if the blocks with a class token were pruned -> normalised tokens."""
-        return self.norm(x.flatten(1, 2) if self.cls_token is None else x)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self._embed(x)
+    def forward_stages(self, images: Tensor) -> Iterator[Tensor]:
+        table = position_embedding(self.pos_embed.unflatten(1, self.grid), images.shape[-2], images.shape[-1], PATCH)
+        x = self.pos_drop(self.patch_embed(images) + table)
+        size = x.shape[1:3]
         for i, block in enumerate(self.blocks):
             if i == self.local_up_to_layer:
-                x = self._join(x)
-            x = self._run(block, x)
-        return self._finish(x)
+                x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1)
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+            yield x if i < self.local_up_to_layer else x[:, 1:].unflatten(1, size)
+        yield self.norm(x.flatten(1, 2) if self.cls_token is None else x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+    def intermediate(self, x: Tensor, stage: int, norm: bool) -> Tensor:
+        """norm is for the maps of all blocks."""
+        return self.norm(x) if norm else x
+
+    def prune_stages(self, stages: int, norm: bool, head: bool) -> None:
+        self.blocks = self.blocks[:stages]
+        if stages <= self.local_up_to_layer:
+            self.cls_token = None
+        if norm:
+            self.norm = nn.Identity()
+        if head or (self.cls_token is None and self.global_pool == "token"):
+            self.reset_classifier(0, "")
 
 
 def _grid(img_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -304,11 +248,8 @@ def _resample(table: Tensor, source: tuple[int, int], target: tuple[int, int]) -
 
 
 def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, GatedPositionalAttention):
+    init_linear(module)
+    if isinstance(module, GatedPositionalAttention):
         module.local_init()
 
 

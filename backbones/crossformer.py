@@ -17,7 +17,6 @@ import math
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from timm.layers import (
     Mlp,
     calculate_drop_path_rates,
     create_classifier,
-    get_device_dtype,
     register_notrace_module,
     resample_abs_pos_embed,
     to_2tuple,
@@ -42,9 +40,11 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from visionattn.backbones._twins import unwrap
+from visionattn.backbones.backbone import MapClassifier
+from visionattn.backbones.layers import check_in_chans, init_linear, pad_to_multiple
 from visionattn.kernels import window_attention
 
 __all__ = ["CrossFormer"]
@@ -73,9 +73,7 @@ class CrossScaleConv(nn.ModuleList):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        below, right = -x.shape[2] % self.stride, -x.shape[3] % self.stride
-        if below or right:
-            x = F.pad(x, (0, right, 0, below))
+        x = pad_to_multiple(x, self.stride)
         return torch.cat([conv(x) for conv in self], 1).permute(0, 2, 3, 1)
 
 
@@ -89,11 +87,6 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        if height < 32 or width < 32:
-            raise ValueError(
-                f"input of {height} x {width} pixels: expected at least 32 x 32; enlarge or pad the images"
-            )
         return self.norm(self.projs(x))
 
 
@@ -344,7 +337,7 @@ def group_sizes(group_type: str, group_size: Sequence[int], depths: Sequence[int
     return sizes
 
 
-class CrossFormer(nn.Module):
+class CrossFormer(MapClassifier):
     """CrossFormer for classification, and as a backbone with maps at strides 4, 8, 16 and 32.
 
     Takes images (B, in_chans, H, W) of any size from 32 x 32. Arguments for which a sequence is allowed take one value
@@ -400,15 +393,13 @@ class CrossFormer(nn.Module):
         )
         if len(merge_size) != stages - 1:
             raise ValueError(f"merge_size: {len(merge_size)} values were given for {stages - 1} mergings")
-        if in_chans < 1:
-            raise ValueError(f"in_chans={in_chans}: expected at least 1")
+        check_in_chans(in_chans)
         if min(to_2tuple(img_size)) < 32:
             raise ValueError(f"img_size={img_size}: expected at least 32")
         if pad_type not in (0, 1):
             raise ValueError(f"pad_type={pad_type}: expected 0 (below and to the right) or 1 (on all sides)")
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.head_hidden_size = embed_dim * 2 ** (stages - 1)
-        self.grad_checkpointing = False
         self.feature_info = [
             {"num_chs": embed_dim * 2**i, "reduction": patch_size[0] * 2**i, "module": f"layers.{i}.blocks"}
             for i in range(stages)
@@ -434,7 +425,7 @@ class CrossFormer(nn.Module):
         self.global_pool, self.head_drop, self.head = create_classifier(
             self.num_features, num_classes, global_pool, drop_rate=drop_rate
         )
-        self.apply(_init_weights)
+        self.apply(init_linear)
         if ape:
             trunc_normal_(self.absolute_pos_embed, std=0.02)
 
@@ -452,52 +443,8 @@ class CrossFormer(nn.Module):
         ]
         return {"stem": stem, "blocks": blocks}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one for num_classes, or by nothing for 0; global_pool "" leaves maps."""
-        self.num_classes = num_classes
-        pool = self.global_pool.pool_type if global_pool is None else global_pool
-        self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool, **get_device_dtype(self))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps of the stages, and the final features unless intermediates_only.
-
-        Args:
-            indices: stages to return; the last n for an int, all for None.
-            norm: apply the final norm to the map of the last stage.
-            stop_early: do not run the stages after the last index.
-            output_fmt: `NCHW` or `NHWC`, of the maps returned for the stages.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NHWC'")
-        take, last = feature_take_indices(len(self.layers), indices)
-        end = last + 1 if stop_early else len(self.layers)
-        intermediates = []
-        for i, features in enumerate(islice(self._maps(x), end)):
-            feature = features
-            if i == len(self.layers) - 1:
-                features = self.norm(features)
-                feature = features if norm else feature
-            if i in take:
-                intermediates.append(feature if output_fmt == "NHWC" else feature.permute(0, 3, 1, 2))
-        return intermediates if intermediates_only else (features.permute(0, 3, 1, 2), intermediates)
-
-    def _maps(self, image: Tensor) -> Iterator[Tensor]:
-        """(B, in_chans, H, W) -> the map (B, H, W, C) of each stage in turn"""
-        x = self.patch_embed(image)
+    def forward_stages(self, images: Tensor) -> Iterator[Tensor]:
+        x = self.patch_embed(images)
         if self.absolute_pos_embed is not None:
             x = x + self._positions(x.shape[1:3])
         for stage in self.layers:
@@ -505,6 +452,7 @@ class CrossFormer(nn.Module):
             yield x
             if stage.downsample is not None:
                 x = stage.downsample(x)
+        yield self.norm(x).permute(0, 3, 1, 2)
 
     def _positions(self, size: tuple[int, int]) -> Tensor:
         """(1, H, W, C)"""
@@ -513,32 +461,18 @@ class CrossFormer(nn.Module):
             positions = resample_abs_pos_embed(positions, list(size), list(self.grid), num_prefix_tokens=0)
         return positions.unflatten(1, size)
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what `forward_intermediates(indices=...)` does not need."""
-        take, last = feature_take_indices(len(self.layers), indices)
-        cut = last + 1 < len(self.layers)
-        self.layers = self.layers[: last + 1]
+    def intermediate(self, x: Tensor, stage: int, norm: bool) -> Tensor:
+        """norm is for the map of the last stage."""
+        return self.norm(x) if norm and stage == len(self.layers) - 1 else x
+
+    def prune_stages(self, stages: int, norm: bool, head: bool) -> None:
+        cut = stages < len(self.layers)
+        self.layers = self.layers[:stages]
         self.layers[-1].downsample = None
-        if cut:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_norm or cut:
+        if norm or cut:
             self.norm = nn.Identity()
-        if prune_head or cut:
+        if head or cut:
             self.reset_classifier(0, "")
-        return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        *_, features = self._maps(x)
-        return self.norm(features).permute(0, 3, 1, 2)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _by_stage(stages: int, **options: Any) -> list[tuple]:
@@ -552,19 +486,12 @@ def _by_stage(stages: int, **options: Any) -> list[tuple]:
     return list(values.values())
 
 
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
-
-
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """The authors' checkpoint, bare or wrapped, without the tables that older ones keep; ours passes unchanged.
 
     Raises ValueError for a checkpoint of a network of other widths or depths.
     """
-    for wrapper in ("state_dict_ema", "state_dict", "model"):
-        state_dict = state_dict.get(wrapper, state_dict)
+    state_dict = unwrap(state_dict)
     theirs, ours = _configuration(state_dict), _configuration(model.state_dict())
     if theirs != ours:
         raise ValueError(

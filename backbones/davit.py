@@ -13,7 +13,7 @@ Maps are (B, H, W, C) from the stem to the last stage; what leaves the network i
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,6 @@ from timm.layers import (
     NormMlpClassifierHead,
     calculate_drop_path_rates,
     register_notrace_module,
-    trunc_normal_,
 )
 from timm.models import (
     build_model_with_cfg,
@@ -34,14 +33,16 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
-from visionattn.backbones.layers import Mlp, check_image_size, check_in_chans, pad_to_multiple
+from visionattn.backbones.backbone import HeadClassifier
+from visionattn.backbones.layers import Mlp, check_in_chans, init_linear, pad_to_multiple
 from visionattn.kernels import channel_attention, window_attention
 
 __all__ = ["DaViT"]
+
+torch.fx.wrap("pad_to_multiple")
 
 
 class ConvPosition(nn.Module):
@@ -164,7 +165,7 @@ class Stage(nn.Module):
         return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
 
 
-class DaViT(nn.Module):
+class DaViT(HeadClassifier):
     """DaViT for classification, and as a backbone with maps at strides 4, 8, 16 and 32.
 
     Takes images (B, in_chans, H, W) of any size from 32 x 32.
@@ -208,7 +209,7 @@ class DaViT(nn.Module):
         self.head = NormMlpClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=norm
         )
-        self.apply(_init_weights)
+        self.apply(init_linear)
 
     def no_weight_decay(self) -> set[str]:
         return set()
@@ -223,75 +224,19 @@ class DaViT(nn.Module):
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one for num_classes, or by nothing for 0; global_pool "" leaves maps.
-
-        The norm after pooling stays, as in timm.
-        """
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps of the stages, and the final features unless intermediates_only.
-
-        Args:
-            indices: stages to return; the last n for an int, all for None.
-            norm: of no effect: the only norm after the stages is that of pooled features.
-            stop_early: do not run the stages after the last index.
-            output_fmt: `NCHW` or `NHWC`, of the maps returned for the stages.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NHWC'")
-        take, last = feature_take_indices(len(self.stages), indices)
-        check_image_size(x)
-        x = self.stem(x)
-        maps = []
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+    def forward_stages(self, images: Tensor) -> Iterator[Tensor]:
+        x = self.stem(images)
+        for stage in self.stages:
             x = stage(x)
-            if i in take:
-                maps.append(x if output_fmt == "NHWC" else x.permute(0, 3, 1, 2))
-        return maps if intermediates_only else (x.permute(0, 3, 1, 2), maps)
+            yield x
+        yield x.permute(0, 3, 1, 2)
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what `forward_intermediates(indices=...)` does not need."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        cut = last + 1 < len(self.stages)
-        self.stages = self.stages[: last + 1]
-        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_head or cut:
+    def prune_stages(self, stages: int, norm: bool, head: bool) -> None:
+        cut = stages < len(self.stages)
+        self.stages = self.stages[:stages]
+        if head or cut:
             self.head.reset(0, "", reset_other=True, in_features=self.num_features)
             self.num_classes = 0
-        return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        check_image_size(x)
-        return self.stages(self.stem(x)).permute(0, 3, 1, 2)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 FROM_AUTHORS = {

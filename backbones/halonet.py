@@ -18,7 +18,7 @@ Maps are (B, C, H, W), in channels-last memory.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,11 +39,11 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
-from visionattn.backbones.layers import check_image_size, check_in_chans, conv_norm
+from visionattn.backbones.backbone import HeadClassifier
+from visionattn.backbones.layers import check_in_chans, conv_norm
 from visionattn.kernels import halo_attention
 
 __all__ = ["HaloNet"]
@@ -154,7 +154,7 @@ def create_stem(in_chans: int, kernel_size: int, pool: bool, act: type[nn.Module
     return stem
 
 
-class HaloNet(nn.Module):
+class HaloNet(HeadClassifier):
     """HaloNet for classification, and as a backbone with maps at strides 4, 8, 16 and 32.
 
     Takes images (B, in_chans, H, W) of any size from 32 x 32.
@@ -172,6 +172,8 @@ class HaloNet(nn.Module):
         final_channels: of a last 1 x 1 convolution, which belongs to the last map; 0 for none.
         img_size: accepted and not used: any size will do.
     """
+
+    map_format = "NCHW"
 
     def __init__(
         self,
@@ -200,7 +202,6 @@ class HaloNet(nn.Module):
         if block_size % 2:
             raise ValueError(f"block_size={block_size}: expected an even number, for the strided queries")
         self.num_classes, self.in_chans = num_classes, in_chans
-        self.grad_checkpointing = False
         self.stem = create_stem(in_chans, stem_kernel, stem_pool, act_layer)
         self.stages = nn.Sequential()
         source, rates = 64, iter(calculate_drop_path_rates(drop_path_rate, sum(map(len, blocks))))
@@ -235,80 +236,23 @@ class HaloNet(nn.Module):
         blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
         return {"stem": r"^stem", "blocks": [(blocks, None), (r"^final_conv", (99999,))]}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one for num_classes, or by nothing for 0; global_pool "" leaves maps."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps of the stages, and the final features unless intermediates_only.
-
-        Args:
-            indices: stages to return; the last n for an int, all for None.
-            norm: of no effect: every map is an activation after a batch norm.
-            stop_early: do not run the stages after the last index.
-            output_fmt: `NCHW` or `NHWC`, of the maps returned for the stages.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NHWC'")
-        take, last = feature_take_indices(len(self.feature_info), indices)
-        check_image_size(x)
-        x = self._stem(x)
-        maps = []
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+    def forward_stages(self, images: Tensor) -> Iterator[Tensor]:
+        x = self.stem(images.contiguous(memory_format=torch.channels_last))
+        for i, stage in enumerate(self.stages, 1):
             x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
-            if i + 1 == len(self.feature_info):
+            if i == len(self.stages):
                 x = self.final_conv(x)
-            if i in take:
-                maps.append(x)
-        if output_fmt == "NHWC":
-            maps = [y.permute(0, 2, 3, 1) for y in maps]
-        return maps if intermediates_only else (x, maps)
+            yield x
+        yield x
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what `forward_intermediates(indices=...)` does not need."""
-        take, last = feature_take_indices(len(self.feature_info), indices)
-        cut = last + 1 < len(self.feature_info)
-        self.stages = self.stages[: last + 1]
+    def prune_stages(self, stages: int, norm: bool, head: bool) -> None:
+        cut = stages < len(self.stages)
+        self.stages = self.stages[:stages]
         if cut:
             self.final_conv = nn.Identity()
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_head or cut:
+        if head or cut:
             self.head = ClassifierHead(self.num_features, 0, "")
             self.num_classes = 0
-        return take
-
-    def _stem(self, x: Tensor) -> Tensor:
-        return self.stem(x.contiguous(memory_format=torch.channels_last))
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        check_image_size(x)
-        x = self._stem(x)
-        for stage in self.stages:
-            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
-        return self.final_conv(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _init_weights(module: nn.Module) -> None:

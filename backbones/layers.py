@@ -3,27 +3,29 @@
 import timm.layers
 import torch
 import torch.nn.functional as F
-from timm.layers import get_device_dtype, register_notrace_function, register_notrace_module
+from timm.layers import register_notrace_function, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 __all__ = [
     "Mlp",
-    "TokenClassifier",
     "check_image_size",
     "check_in_chans",
     "check_pool",
     "conv_norm",
+    "init_linear",
     "pad_to_multiple",
     "position_embedding",
 ]
 
 
 @register_notrace_function
-def check_image_size(x: Tensor) -> None:
-    """Raises ValueError for images (B, in_chans, H, W) smaller than 32 x 32."""
+def check_image_size(x: Tensor, least: int = 32) -> None:
+    """Raises ValueError for images (B, in_chans, H, W) smaller than least x least pixels."""
     height, width = x.shape[-2], x.shape[-1]
-    if height < 32 or width < 32:
-        raise ValueError(f"input of {height} x {width} pixels: expected at least 32 x 32; enlarge or pad the images")
+    if height < least or width < least:
+        raise ValueError(
+            f"input of {height} x {width} pixels: expected at least {least} x {least}; enlarge or pad the images"
+        )
 
 
 def check_in_chans(in_chans: int) -> None:
@@ -38,6 +40,14 @@ def check_pool(global_pool: str, class_token: bool = True) -> str:
         why = "" if class_token else ": the class token was pruned"
         raise ValueError(f"global_pool={global_pool!r}: expected one of {allowed}{why}")
     return global_pool
+
+
+def init_linear(module: nn.Module) -> None:
+    """Weights of a linear layer from a truncated normal distribution of standard deviation 0.02, biases zero."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 @register_notrace_function
@@ -98,31 +108,3 @@ class Mlp(timm.layers.Mlp):
             return super().forward(x)
         parts = x.flatten(0, -2).chunk(count)
         return torch.cat([super(Mlp, self).forward(part) for part in parts]).view(*x.shape[:-1], -1)
-
-
-class TokenClassifier(nn.Module):
-    """The end of a network whose features are tokens (B, 1 + H * W, C), the class token first.
-
-    A subclass sets num_features, num_classes, cls_token (None once pruned), global_pool, head_drop and head. It has
-    forward of its own: fx looks there for the functions that it is not to trace.
-    """
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one for num_classes, or by nothing for 0; global_pool "" leaves tokens."""
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = check_pool(global_pool, self.cls_token is not None)
-        options = get_device_dtype(self)
-        self.head = nn.Linear(self.num_features, num_classes, **options) if num_classes else nn.Identity()
-        self.head.train(self.training)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        if self.global_pool == "token":
-            x = x[:, 0]
-        elif self.global_pool == "avg":
-            x = x[:, 0 if self.cls_token is None else 1 :].mean(1)
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)

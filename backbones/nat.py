@@ -17,7 +17,6 @@ Maps are (B, H, W, C) inside the network, and (B, C, H, W) where it returns them
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -30,8 +29,6 @@ from timm.layers import (
     PatchEmbed,
     calculate_drop_path_rates,
     create_classifier,
-    get_device_dtype,
-    register_notrace_function,
     register_notrace_module,
     trunc_normal_,
 )
@@ -42,20 +39,15 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.models._features import feature_take_indices
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
+from visionattn.backbones._twins import unwrap
+from visionattn.backbones.backbone import MapClassifier
+from visionattn.backbones.layers import check_in_chans, init_linear
 from visionattn.kernels import neighborhood_attention
 
 __all__ = ["NAT"]
-
-
-@register_notrace_function
-def check_image_size(x: Tensor) -> None:
-    height, width = x.shape[-2:]
-    if height < 32 or width < 32:
-        raise ValueError(f"input of {height} x {width} pixels: expected at least 32 x 32; enlarge or pad the images")
 
 
 class ConvEmbed(nn.Module):
@@ -154,7 +146,7 @@ class Level(nn.Module):
         self.downsample = downsample
 
 
-class NAT(nn.Module):
+class NAT(MapClassifier):
     """NAT for classification, and as a backbone with maps at strides 4, 8, 16 and 32.
 
     Takes images (B, in_chans, H, W) of any size from 32 x 32.
@@ -193,8 +185,7 @@ class NAT(nn.Module):
         img_size: int | tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        if in_chans < 1:
-            raise ValueError(f"in_chans={in_chans}: expected at least 1")
+        check_in_chans(in_chans)
         for name, values in {"num_heads": num_heads, "dilations": dilations}.items():
             if len(values) != len(depths):
                 raise ValueError(f"{name}: {len(values)} values were given for {len(depths)} levels (length of depths)")
@@ -205,7 +196,6 @@ class NAT(nn.Module):
         growth = [1 if isotropic else 2**i for i in range(len(depths))]
         stride = 16 if isotropic else 4
         self.num_features = self.head_hidden_size = embed_dim * growth[-1]
-        self.grad_checkpointing = False
         self.feature_info = [
             {"num_chs": embed_dim * times, "reduction": stride * times, "module": f"levels.{i}.blocks"}
             for i, times in enumerate(growth)
@@ -245,85 +235,27 @@ class NAT(nn.Module):
         ]
         return {"stem": r"^patch_embed", "blocks": blocks}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one for num_classes, or by nothing for 0; global_pool "" leaves maps."""
-        self.num_classes = num_classes
-        pool = self.global_pool.pool_type if global_pool is None else global_pool
-        self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool, **get_device_dtype(self))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps of the levels, and the final features unless intermediates_only.
-
-        Args:
-            indices: levels to return; the last n for an int, all for None.
-            norm: apply the final norm to the map of the last level.
-            stop_early: do not run the levels after the last index.
-            output_fmt: `NCHW` or `NHWC`, of the maps returned for the levels.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NHWC'")
-        take, last = feature_take_indices(len(self.levels), indices)
-        end = last + 1 if stop_early else len(self.levels)
-        intermediates = []
-        for i, features in enumerate(islice(self._maps(x), end)):
-            feature = features
-            if i == len(self.levels) - 1:
-                features = self.norm(features)
-                feature = features if norm else feature
-            if i in take:
-                intermediates.append(feature if output_fmt == "NHWC" else feature.permute(0, 3, 1, 2))
-        return intermediates if intermediates_only else (features.permute(0, 3, 1, 2), intermediates)
-
-    def _maps(self, image: Tensor) -> Iterator[Tensor]:
-        """(B, in_chans, H, W) -> the map (B, H, W, C) of each level in turn"""
-        check_image_size(image)
-        x = self.patch_embed(image)
+    def forward_stages(self, images: Tensor) -> Iterator[Tensor]:
+        x = self.patch_embed(images)
         for level in self.levels:
             x = checkpoint_seq(level.blocks, x) if self.grad_checkpointing else level.blocks(x)
             yield x
             if level.downsample is not None:
                 x = level.downsample(x)
+        yield self.norm(x).permute(0, 3, 1, 2)
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what `forward_intermediates(indices=...)` does not need."""
-        take, last = feature_take_indices(len(self.levels), indices)
-        cut = last + 1 < len(self.levels)
-        self.levels = self.levels[: last + 1]
+    def intermediate(self, x: Tensor, stage: int, norm: bool) -> Tensor:
+        """norm is for the map of the last level."""
+        return self.norm(x) if norm and stage == len(self.levels) - 1 else x
+
+    def prune_stages(self, stages: int, norm: bool, head: bool) -> None:
+        cut = stages < len(self.levels)
+        self.levels = self.levels[:stages]
         self.levels[-1].downsample = None
-        if cut:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_norm or cut:
+        if norm or cut:
             self.norm = nn.Identity()
-        if prune_head or cut:
+        if head or cut:
             self.reset_classifier(0, "")
-        return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        *_, features = self._maps(x)
-        return self.norm(features).permute(0, 3, 1, 2)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _dilation_of_each_block(dilation: int | Sequence[int], depth: int) -> Sequence[int]:
@@ -334,21 +266,13 @@ def _dilation_of_each_block(dilation: int | Sequence[int], depth: int) -> Sequen
     return dilation
 
 
-def init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """The authors' checkpoint, bare or wrapped, or that of the transformers library, with our key names; ours passes
     unchanged.
 
     Raises ValueError for a checkpoint of a network of other widths, depths or windows.
     """
-    for wrapper in ("state_dict_ema", "state_dict", "model"):
-        state_dict = state_dict.get(wrapper, state_dict)
+    state_dict = unwrap(state_dict)
     if any(".layernorm_before." in key for key in state_dict):
         state_dict = _from_transformers(state_dict)
     renamed = {}

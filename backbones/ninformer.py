@@ -17,7 +17,7 @@ Maps are (B, H, W, C) inside the network, and (B, C, H, W) where it returns them
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -28,8 +28,6 @@ from timm.layers import (
     PatchEmbed,
     calculate_drop_path_rates,
     create_classifier,
-    get_device_dtype,
-    register_notrace_function,
     register_notrace_module,
     to_2tuple,
 )
@@ -40,8 +38,11 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+
+from visionattn.backbones._twins import unwrap
+from visionattn.backbones.backbone import MapClassifier
+from visionattn.backbones.layers import check_in_chans
 
 __all__ = ["NiNformer"]
 
@@ -130,16 +131,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm(x)))
 
 
-@register_notrace_function
-def check_image_size(x: Tensor, least: int) -> None:
-    height, width = x.shape[-2:]
-    if height < least or width < least:
-        raise ValueError(
-            f"input of {height} x {width} pixels: expected at least {least} x {least}; enlarge or pad the images"
-        )
-
-
-class NiNformer(nn.Module):
+class NiNformer(MapClassifier):
     """NiNformer for classification, and as a backbone with a map at stride `patch_size` after every block.
 
     Takes images (B, in_chans, H, W) of any size from 32 x 32, or from img_size if that is smaller; other sizes than
@@ -171,17 +163,15 @@ class NiNformer(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if in_chans < 1:
-            raise ValueError(f"in_chans={in_chans}: expected at least 1")
+        check_in_chans(in_chans)
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.head_hidden_size = d_model
-        self.grad_checkpointing = False
         self.feature_info = [
             {"num_chs": d_model, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(num_layers)
         ]
         self.patch_size = patch_size
         grid = self._grid(img_size)
-        self.least = min(32, *to_2tuple(img_size))
+        self.min_size = min(32, *to_2tuple(img_size))
         self.patch_embed = PatchEmbed(
             None, patch_size, in_chans, d_model, flatten=False, output_fmt="NHWC", dynamic_img_pad=True
         )
@@ -199,7 +189,7 @@ class NiNformer(nn.Module):
     def set_input_size(self, img_size: int | Size) -> None:
         """Resize the mixing weights for images of this size, for good: their number changes, so before training."""
         grid = self._grid(img_size)
-        self.least = min(32, *to_2tuple(img_size))
+        self.min_size = min(32, *to_2tuple(img_size))
         for block in self.blocks:
             block.mgu.mixer.token_mlp.set_grid(grid)
 
@@ -209,70 +199,17 @@ class NiNformer(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict:
         return {"stem": r"^patch_embed", "blocks": r"^blocks\.(\d+)"}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one for num_classes, or by nothing for 0; global_pool "" leaves maps."""
-        self.num_classes = num_classes
-        pool = self.global_pool.pool_type if global_pool is None else global_pool
-        self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool, **get_device_dtype(self))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps after the blocks, and the final features unless intermediates_only.
-
-        Args:
-            indices: blocks to return; the last n for an int, all for None.
-            norm: accepted, but there is no final norm.
-            stop_early: do not run the blocks after the last index.
-            output_fmt: `NCHW` or `NHWC`, of the maps returned for the blocks.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NHWC'")
-        take, last = feature_take_indices(len(self.blocks), indices)
-        check_image_size(x, self.least)
-        x = self.patch_embed(x)
-        intermediates = []
-        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
-            if i in take:
-                intermediates.append(x if output_fmt == "NHWC" else x.permute(0, 3, 1, 2))
-        return intermediates if intermediates_only else (x.permute(0, 3, 1, 2), intermediates)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what `forward_intermediates(indices=...)` does not need."""
-        take, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        check_image_size(x, self.least)
-        x = self.patch_embed(x)
+    def forward_stages(self, images: Tensor) -> Iterator[Tensor]:
+        x = self.patch_embed(images)
         for block in self.blocks:
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
-        return x.permute(0, 3, 1, 2)
+            yield x
+        yield x.permute(0, 3, 1, 2)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+    def prune_stages(self, stages: int, norm: bool, head: bool) -> None:
+        self.blocks = self.blocks[:stages]
+        if head:
+            self.reset_classifier(0, "")
 
 
 FROM_AUTHORS = {
@@ -296,10 +233,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
     Raises ValueError for a checkpoint of a network of other widths or depth, or whose weights are not for square maps.
     """
-    for wrapper in ("state_dict_ema", "state_dict", "model"):
-        state_dict = state_dict.get(wrapper, state_dict)
     renamed = {}
-    for key, value in state_dict.items():
+    for key, value in unwrap(state_dict).items():
         for theirs, ours in FROM_AUTHORS.items():
             key = re.sub(theirs, ours, key)
         renamed[key] = value

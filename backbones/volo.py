@@ -13,7 +13,7 @@ pixel is lost. The position embedding is stretched over the image, see `position
 Maps are (B, H, W, C), tokens (B, 1 + H * W, C) with the class token first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,16 +28,16 @@ from timm.layers import (
     trunc_normal_,
 )
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
+from visionattn.backbones.backbone import TokenClassifier
 from visionattn.backbones.layers import (
-    TokenClassifier,
     check_image_size,
     check_in_chans,
     check_pool,
     conv_norm,
+    init_linear,
     pad_to_multiple,
     position_embedding,
 )
@@ -214,7 +214,6 @@ class VOLO(TokenClassifier):
         self.global_pool = check_pool(global_pool)
         self.return_all, self.mix_token, self.use_aux_head = return_all, use_mix_token, use_aux_head
         self.num_features = self.head_hidden_size = embed_dims[-1]
-        self.grad_checkpointing = False
         self.stage_ends = [0, 2, 3, 4]  # in network, which has a downsampling after the first stage
         self.feature_info = [
             {"num_chs": dim, "reduction": 16 if end else 8, "module": f"network.{end}"}
@@ -243,7 +242,7 @@ class VOLO(TokenClassifier):
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         trunc_normal_(self.pos_embed, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
-        self.apply(_init_weights)
+        self.apply(init_linear)
 
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed", "cls_token"}
@@ -258,9 +257,6 @@ class VOLO(TokenClassifier):
             "class_blocks": [(r"^post_network\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resample the position embedding for images of another size, as a new parameter."""
         table = resample_abs_pos_embed_nhwc(self.pos_embed.detach(), _table_size(img_size))
@@ -272,84 +268,40 @@ class VOLO(TokenClassifier):
         needed = self.use_aux_head and num_classes
         self.aux_head = nn.Linear(self.num_features, num_classes, **get_device_dtype(self)) if needed else None
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps of the stages, and the final features unless intermediates_only.
+    def forward_stages(self, images: Tensor) -> Iterator[Tensor]:
+        return self._stages(self.patch_embed(images), _size(images))
 
-        Args:
-            indices: stages to return; the last n for an int, all for None.
-            norm: apply the final norm to the maps of all stages but the first.
-            stop_early: do not run the stages after the last index.
-            output_fmt: `NCHW` or `NHWC`, of the maps returned for the stages.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NHWC'")
-        take, last = feature_take_indices(len(self.stage_ends), indices)
-        take, last = [self.stage_ends[i] for i in take], self.stage_ends[last]
-        end = last + 1 if stop_early else len(self.network)
-        check_image_size(x)
-        x, maps = self._encode(self.patch_embed(x), _size(x), take, end)
-        if norm:
-            maps = [self.norm(y) if i else y for i, y in zip(take, maps, strict=True)]
-        if output_fmt == "NCHW":
-            maps = [y.permute(0, 3, 1, 2) for y in maps]
-        if intermediates_only:
-            return maps
-        return (self._ask(x) if end == len(self.network) else x.permute(0, 3, 1, 2)), maps
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what `forward_intermediates(indices=...)` does not need."""
-        take, last = feature_take_indices(len(self.stage_ends), indices)
-        end = self.stage_ends[last]
-        cut = end + 1 < len(self.network)
-        self.network = self.network[: end + 1]
-        if end == 0:
-            self.pos_embed = None
-        if prune_norm or end == 0:
-            self.norm = nn.Identity()
-        if cut:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_head or cut:
-            self.post_network = self.cls_token = None
-            self.use_aux_head = self.return_all = False
-            self.reset_classifier(0, "")
-        return take
-
-    def _encode(
-        self, x: Tensor, size: tuple[int, int], take: Sequence[int] = (), end: int | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Patches of an image of `size` -> the last map, and those after the parts `take` of the network."""
-        maps = []
-        for i, part in enumerate(self.network[:end]):
-            if i == 2:
-                x = self.pos_drop(x + position_embedding(self.pos_embed, *size, STRIDE))
-            checkpointing = self.grad_checkpointing and isinstance(part, nn.Sequential)
-            x = checkpoint_seq(part, x) if checkpointing else part(x)
-            if i in take:
-                maps.append(x)
-        return x, maps
-
-    def _ask(self, x: Tensor) -> Tensor:
-        """The last map -> normalised tokens with the class token, if there is one."""
+    def _stages(self, x: Tensor, size: tuple[int, int]) -> Iterator[Tensor]:
+        """Patches of an image of `size` -> the map of each stage, and the normalised tokens."""
+        for part in self.network:
+            if isinstance(part, Downsample):
+                x = self.pos_drop(part(x) + position_embedding(self.pos_embed, *size, STRIDE))
+                continue
+            x = checkpoint_seq(part, x) if self.grad_checkpointing else part(x)
+            yield x
         x = x.flatten(1, 2)
         if self.post_network is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
             for block in self.post_network:
                 x = block(x)
-        return self.norm(x)
+        yield self.norm(x)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        check_image_size(x)
-        return self._ask(self._encode(self.patch_embed(x), _size(x))[0])
+    def intermediate(self, x: Tensor, stage: int, norm: bool) -> Tensor:
+        """norm is for the maps of all stages but the first."""
+        return self.norm(x) if norm and stage else x
+
+    def prune_stages(self, stages: int, norm: bool, head: bool) -> None:
+        end = self.stage_ends[stages - 1]
+        cut = end + 1 < len(self.network)
+        self.network = self.network[: end + 1]
+        if end == 0:
+            self.pos_embed = None
+        if norm or end == 0:
+            self.norm = nn.Identity()
+        if head or cut:
+            self.post_network = self.cls_token = None
+            self.use_aux_head = self.return_all = False
+            self.reset_classifier(0, "")
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         pooled = x
@@ -378,7 +330,8 @@ class VOLO(TokenClassifier):
         h, w = (-(-side // STRIDE) for side in size)
         box = _random_box(h, w) if self.mix_token and self.training else (0, 0, 0, 0)
         x = _mix(x, tuple(2 * side for side in box))
-        x = self.head_drop(self._ask(self._encode(x, size)[0]))
+        *_, x = self._stages(x, size)
+        x = self.head_drop(x)
         tokens = self.aux_head(x[:, 1:]).unflatten(1, (h, w))
         return self.head(x[:, 0]), _mix(tokens, box).flatten(1, 2), box
 
@@ -416,13 +369,6 @@ def _mix(x: Tensor, box: Box) -> Tensor:
     mixed = x.clone()
     mixed[:, top:bottom, left:right] = x.flip(0)[:, top:bottom, left:right]
     return mixed
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: VOLO) -> dict[str, Tensor]:

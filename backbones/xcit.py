@@ -14,17 +14,18 @@ Maps are (B, H, W, C), tokens (B, 1 + H * W, C) with the class token first.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, register_notrace_module, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
-from visionattn.backbones.layers import Mlp, TokenClassifier, check_image_size, check_in_chans, check_pool, conv_norm
+from visionattn.backbones.backbone import TokenClassifier
+from visionattn.backbones.layers import Mlp, check_in_chans, check_pool, conv_norm, init_linear
 from visionattn.kernels import cross_covariance_attention, routing_attention
 
 __all__ = ["XCiT"]
@@ -199,6 +200,8 @@ class XCiT(TokenClassifier):
         img_size: accepted and not used: any size will do.
     """
 
+    output_formats = ("NCHW", "NLC")
+
     def __init__(
         self,
         patch_size: int = 16,
@@ -221,7 +224,6 @@ class XCiT(TokenClassifier):
         self.num_classes, self.in_chans = num_classes, in_chans
         self.global_pool = check_pool(global_pool)
         self.num_features = self.head_hidden_size = embed_dim
-        self.grad_checkpointing = False
         self.feature_info = [
             {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(depth)
         ]
@@ -239,7 +241,7 @@ class XCiT(TokenClassifier):
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         trunc_normal_(self.cls_token, std=0.02)
-        self.apply(_init_weights)
+        self.apply(init_linear)
 
     def no_weight_decay(self) -> set[str]:
         return {"cls_token", "pos_embed.token_projection.weight", "pos_embed.token_projection.bias"}
@@ -251,86 +253,29 @@ class XCiT(TokenClassifier):
             "class_blocks": [(r"^cls_attn_blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps after the blocks, and the final features unless intermediates_only.
-
-        Args:
-            indices: blocks whose maps to return; the last n for an int, all for None.
-            norm: apply the final norm to the maps.
-            stop_early: do not run what follows the last index; the final features are then the map there.
-            output_fmt: `NCHW` or `NLC` (tokens without the class token), of the maps returned for the blocks.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NLC'")
-        take, last = feature_take_indices(len(self.blocks), indices)
-        end = last + 1 if stop_early else len(self.blocks)
-        x = self._embed(x)
-        maps = []
-        for i, block in enumerate(self.blocks[:end]):
-            x = self._run(block, x)
-            if i in take:
-                y = self.norm(x) if norm else x
-                maps.append(y.permute(0, 3, 1, 2) if output_fmt == "NCHW" else y.flatten(1, 2))
-        if intermediates_only:
-            return maps
-        return (self._ask(x) if end == len(self.blocks) else x.permute(0, 3, 1, 2)), maps
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what `forward_intermediates(indices=...)` does not need."""
-        take, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.cls_attn_blocks = self.cls_token = None
-            self.reset_classifier(0, "")
-        return take
-
-    def _embed(self, x: Tensor) -> Tensor:
-        """Images -> the map that enters the blocks."""
-        check_image_size(x)
-        return self.pos_drop(self.pos_embed(self.patch_embed(x)))
-
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint(block, x) if self.grad_checkpointing else block(x)
-
-    def _ask(self, x: Tensor) -> Tensor:
-        """The last map -> normalised tokens with the class token, if there is one."""
+    def forward_stages(self, images: Tensor) -> Iterator[Tensor]:
+        x = self.pos_drop(self.pos_embed(self.patch_embed(images)))
+        for block in self.blocks:
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+            yield x
         x = x.flatten(1, 2)
         if self.cls_attn_blocks is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
             for block in self.cls_attn_blocks:
-                x = self._run(block, x)
-        return self.norm(x)
+                x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+        yield self.norm(x)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self._embed(x)
-        for block in self.blocks:
-            x = self._run(block, x)
-        return self._ask(x)
+    def intermediate(self, x: Tensor, stage: int, norm: bool) -> Tensor:
+        """norm is for the maps of all blocks."""
+        return self.norm(x) if norm else x
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    def prune_stages(self, stages: int, norm: bool, head: bool) -> None:
+        self.blocks = self.blocks[:stages]
+        if norm:
+            self.norm = nn.Identity()
+        if head:
+            self.cls_attn_blocks = self.cls_token = None
+            self.reset_classifier(0, "")
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:

@@ -135,7 +135,6 @@ def test_options_train(options):
         ({"crs_interval": (0, 2, 1, 1)}, r"crs_interval=\(0, 2, 1, 1\): expected positive values"),
         ({"group_type": "square"}, r"group_type='square': expected one of"),
         ({"pad_type": 2}, r"pad_type=2: expected 0"),
-        ({"in_chans": 0}, r"in_chans=0: expected at least 1"),
         ({"img_size": (64, 16)}, r"img_size=\(64, 16\): expected at least 32"),
     ],
 )

@@ -81,7 +81,6 @@ def test_attention_is_recorded_for_each_layer():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"in_chans": 0}, r"in_chans=0: expected at least 1"),
         ({"blocks": ("c", "x", "c", "a")}, r"expected only the letters c \(convolution\) and a \(attention\)"),
         ({"block_size": 7}, r"block_size=7: expected an even number"),
     ],

@@ -92,7 +92,6 @@ def test_dropout_is_in_every_mlp():
     [
         ({"img_size": 4}, r"img_size=4: expected at least a patch, 8 pixels"),
         ({"img_size": (64, 7)}, r"img_size=\(64, 7\): expected at least a patch"),
-        ({"in_chans": 0}, r"in_chans=0"),
     ],
 )
 def test_wrong_options_are_refused(options, message):

@@ -104,7 +104,7 @@ def create(name: str, **kwargs) -> nn.Module:
     return timm.create_model(name, **SHORTER.get(family(name), {}), **kwargs)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)  # all weights of all models would fill the memory
 def ready(name: str) -> nn.Module:
     """The model in evaluation mode with 10 classes, shared by the tests that do not change it."""
     torch.manual_seed(0)
@@ -294,6 +294,12 @@ def test_images_too_small_are_refused(name, size):
             call(images(name, *size))
 
 
+@every_model
+def test_images_without_channels_are_refused(name):
+    with torch.device("meta"), pytest.raises(ValueError, match="in_chans=0: expected at least 1 channel"):
+        timm.create_model(name, in_chans=0)
+
+
 @models
 @torch.no_grad()
 def test_img_size_does_not_bind(name):
@@ -372,6 +378,7 @@ def test_pruning(name):
     assert model.prune_intermediate_layers([0, 2]) == [0, 2]
     assert sum(p.numel() for p in model.parameters()) < parameters
     assert_close(model.forward_intermediates(x, [0, 2], intermediates_only=True), [maps[0], maps[2]])
+    assert_close(model.forward_intermediates(x, [-1], intermediates_only=True), [maps[2]])
     assert model(x).shape[-1 if family(name) in TOKENS else 1] == model.num_features == maps[2].shape[1]
 
 

@@ -113,9 +113,3 @@ def test_checkpoints_of_another_configuration_are_refused(name, other):
     weights = timm.create_model(name, **other).state_dict()
     with pytest.raises(ValueError, match=r"of the checkpoint is of|the checkpoint has .* blocks"):
         timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": weights})
-
-
-@pytest.mark.parametrize("name", ["va_davit_tiny", "va_xcit_nano_12_p16_224", "va_convit_tiny"])
-def test_no_channels_are_refused(name):
-    with pytest.raises(ValueError, match=r"in_chans=0: expected at least 1"):
-        timm.create_model(name, in_chans=0)

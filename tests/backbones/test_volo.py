@@ -149,7 +149,6 @@ def test_attention_is_recorded_for_each_layer():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"in_chans": 0}, r"in_chans=0: expected at least 1"),
         ({"img_size": 24}, r"img_size=24: expected at least 32 x 32"),
         ({"global_pool": "max"}, r"global_pool='max': expected one of"),
         ({"return_all": True, "use_aux_head": False}, r"expected the auxiliary head"),

@@ -1,0 +1,179 @@
+"""What every classifier here shares: timm's methods, around one loop over the stages of a family."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from timm.layers import create_classifier, get_device_dtype
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from visionattn.backbones.layers import check_image_size, check_pool
+
+__all__ = ["HeadClassifier", "MapClassifier", "TokenClassifier"]
+
+torch.fx.wrap("check_image_size")
+
+
+class Backbone(nn.Module):
+    """A network of stages that end in a map each.
+
+    A family derives from one of the classes below, by its classifier, and writes:
+
+    - `__init__`: sets num_classes, in_chans, num_features and head_hidden_size (channels of the last map), feature_info
+      (num_chs, reduction and module of each stage), its layers, and what the class below asks for;
+    - `forward_stages`: runs the network;
+    - `prune_stages`: removes the end of it;
+    - `intermediate`, if it has a final norm;
+    - timm's `no_weight_decay` and `group_matcher`;
+    - those of the values below that are others for it.
+
+    fx: a layer that branches on sizes is a `register_notrace_module`, and a function that does, called from
+    `forward_stages` or from a layer that is traced, is named to `torch.fx.wrap` in the file that calls it.
+    """
+
+    map_format = "NHWC"  # of the maps that forward_stages yields, or NCHW
+    output_formats = ("NCHW", "NHWC")  # of the maps that forward_intermediates can return; NLC: (B, H * W, C)
+    min_size = 32  # pixels on a side of an image
+    grad_checkpointing = False
+
+    def forward_stages(self, images: Tensor) -> Iterator[Tensor]:
+        """Yields the map of each stage in turn and, last, what `forward_features` returns.
+
+        Images are (B, in_chans, H, W), of a size that was checked. Where self.grad_checkpointing, blocks are run by
+        timm's `checkpoint` or `checkpoint_seq`. What follows a `yield` is run only if more is asked for.
+        """
+        raise NotImplementedError
+
+    def prune_stages(self, stages: int, norm: bool, head: bool) -> None:
+        """Remove what follows the first `stages` stages: of these no more than asked; num_features is set already.
+
+        norm, head: remove the final norm, and the classifier by reset_classifier(0, ""), even if they still fit.
+        """
+        raise NotImplementedError
+
+    def intermediate(self, x: Tensor, stage: int, norm: bool) -> Tensor:
+        """The map that `forward_intermediates` returns for one that a stage yielded; norm: of no effect by default."""
+        return x
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps of the stages, and the final features unless intermediates_only.
+
+        Args:
+            indices: stages whose maps to return; the last n for an int, all for None.
+            norm: apply the final norm, if there is one, to the maps that it is for (see `intermediate`).
+            stop_early: do not run what follows the last index; the final features are then the map there.
+            output_fmt: of the maps returned for the stages: `NCHW`, or `NHWC` or, of tokens, `NLC`.
+        """
+        if output_fmt not in self.output_formats:
+            raise ValueError(f"output_fmt={output_fmt!r}: expected {' or '.join(map(repr, self.output_formats))}")
+        stages = len(self.feature_info)
+        take, last = feature_take_indices(stages, indices)
+        check_image_size(x, self.min_size)
+        outputs = self.forward_stages(x)
+        maps = []
+        for i, x in enumerate(islice(outputs, last + 1 if stop_early else stages)):
+            if i in take:
+                maps.append(self._as(output_fmt, self.intermediate(x, i, norm)))
+        if intermediates_only:
+            return maps
+        return (self._as("NCHW", x) if stop_early and last + 1 < stages else next(outputs)), maps
+
+    def _as(self, output_fmt: str, x: Tensor) -> Tensor:
+        if output_fmt == self.map_format:
+            return x
+        if output_fmt == "NLC":
+            return x.flatten(1, 2)
+        return x.permute(0, 3, 1, 2) if output_fmt == "NCHW" else x.permute(0, 2, 3, 1)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what `forward_intermediates(indices=...)` does not need."""
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        self.feature_info = self.feature_info[: last + 1]
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        self.prune_stages(last + 1, prune_norm, prune_head)
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        check_image_size(x, self.min_size)
+        for features in self.forward_stages(x):  # noqa: B007 - one map at a time stays in memory
+            pass
+        return features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+class MapClassifier(Backbone):
+    """Features are a map (B, C, H, W). Set global_pool, head_drop and head, from timm's `create_classifier`."""
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one for num_classes, or by nothing for 0; global_pool "" leaves maps."""
+        self.num_classes = num_classes
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool, **get_device_dtype(self))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.head(x)
+
+
+class HeadClassifier(Backbone):
+    """Features are a map (B, C, H, W). Set head, one of timm's modules `ClassifierHead`, `NormMlpClassifierHead`."""
+
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one for num_classes, or by nothing for 0; global_pool "" leaves maps.
+
+        A norm after pooling stays, as in timm.
+        """
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+
+class TokenClassifier(Backbone):
+    """Features are tokens (B, 1 + H * W, C), the class token first.
+
+    Set cls_token (None once pruned), global_pool (see `check_pool`), head_drop and head.
+    """
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one for num_classes, or by nothing for 0; global_pool "" leaves tokens."""
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = check_pool(global_pool, self.cls_token is not None)
+        options = get_device_dtype(self)
+        self.head = nn.Linear(self.num_features, num_classes, **options) if num_classes else nn.Identity()
+        self.head.train(self.training)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if self.global_pool == "token":
+            x = x[:, 0]
+        elif self.global_pool == "avg":
+            x = x[:, 0 if self.cls_token is None else 1 :].mean(1)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
