@@ -1,11 +1,13 @@
-"""Checks of arguments that several patterns share; each raises ValueError naming argument, value and expectation."""
+"""What several patterns ask of their arguments; a check raises ValueError naming argument, value and expectation."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["autocasting", "check_maps", "check_tensor"]
+__all__ = ["autocasting", "check_alike", "check_int", "check_map", "check_maps", "check_tensor", "per_axis", "precise"]
+
+MAPS = {1: "(B, L, heads, head_dim)", 2: "(B, H, W, heads, head_dim)", 3: "(B, D, H, W, heads, head_dim)"}
 
 
 def autocasting(tensor: Tensor) -> bool:
@@ -14,13 +16,46 @@ def autocasting(tensor: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def precise(x: Tensor) -> torch.dtype:
+    """The dtype of statistics and sums: float32, or float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def check_int(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: expected an int of at least {least}")
+
+
+def per_axis(name: str, value: int | Sequence[int], axes: int, least: int = 1) -> tuple[int, ...]:
+    """An int, or one for each axis of the map, as one for each axis."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
+    if len(values) != axes or not all(isinstance(x, int) and x >= least for x in values):
+        raise ValueError(
+            f"{name}={value!r}: expected an int of at least {least}, or one for each of the {axes} axes of q"
+        )
+    return values
+
+
+def check_map(name: str, x: Tensor, axes: Sequence[int] = (2,)) -> None:
+    """x is (B, *map, heads, head_dim), its map having one of these numbers of axes."""
+    if x.ndim - 3 not in axes or not x.is_floating_point():
+        shapes = " or ".join(MAPS[n] for n in axes)
+        raise ValueError(f"{name} is {_kind(x)}: expected a floating tensor of {shapes}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name} is {_kind(x)}: expected no size but the batch to be 0")
+
+
+def check_alike(q: Tensor, k: Tensor, v: Tensor, axes: Sequence[int]) -> None:
+    """q is such a map, and k and v have its shape."""
+    check_map("q", q, axes)
+    check_tensor("k", k, q.shape, q)
+    check_tensor("v", v, q.shape, q)
+
+
 def check_maps(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q (B, H, W, heads, head_dim), k (B, H', W', heads, head_dim) and v (B, H', W', heads, value_dim) fit together."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 5 or not x.is_floating_point():
-            raise ValueError(f"{name} is {_kind(x)}: expected a floating tensor of (B, H, W, heads, head_dim)")
-        if 0 in x.shape[1:]:
-            raise ValueError(f"{name} is {_kind(x)}: expected no size but the batch to be 0")
+        check_map(name, x)
     batch, _, _, heads, head_dim = q.shape
     check_tensor("k", k, (batch, *k.shape[1:3], heads, head_dim), q)
     check_tensor("v", v, (*k.shape[:4], v.shape[4]), q)

@@ -10,6 +10,7 @@ Triton code goes to `kernels/_<pattern>_triton.py`, imported when a CUDA tensor 
 - `attention(*arguments) -> output`, behind a torch.library operator;
 - `unsupported(*arguments) -> str | None`: None, or the reason why this call cannot run, as a clause ("head_dim is 200,
   at most 128 is supported").
+Its tests are an entry in `tests/kernels/test_contract.py`, and the definition as loops in `test_<pattern>.py`.
 Under autocast all implementations receive their floating tensors in the autocast dtype and run with autocast off.
 """
 

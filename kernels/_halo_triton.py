@@ -7,7 +7,6 @@ with a matrix of zeros and ones then spreads them over the keys, and its transpo
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,7 +24,7 @@ from visionattn.kernels._attention_triton import (
     tile_size,
     unsupported_tensors,
 )
-from visionattn.kernels.halo import _step
+from visionattn.kernels.halo import _step, _tables
 
 KEY_TILE = 4, 8  # a smaller tile of keys is wanted by fewer blocks
 
@@ -219,8 +218,7 @@ def unsupported(
     rel_width: Tensor | None,
     block_size: int,
     halo_size: int,
-    scale: float,
-    return_lse: bool,
+    *_: Any,
 ) -> str | None:
     if block_size + 2 * halo_size > 32:
         return f"block_size + 2 * halo_size is {block_size + 2 * halo_size}, at most 32 is supported"
@@ -239,11 +237,9 @@ def attention(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     parameters = block_size, halo_size, _step(q, k, block_size)
-    tables = [x for x in (rel_height, rel_width) if x is not None]
-    if tables:
-        zeros = torch.zeros_like(tables[0])
-        tables = torch.stack([zeros if x is None else x for x in (rel_height, rel_width)]).to(q.dtype)
-        output, lse = attend("halo with tables", q, k, v, parameters, scale, tables)
-    else:
+    tables = _tables(rel_height, rel_width)
+    if tables is None:
         output, lse = attend("halo", q, k, v, parameters, scale)
+    else:
+        output, lse = attend("halo with tables", q, k, v, parameters, scale, tables.to(q.dtype))
     return (output, lse) if return_lse else output

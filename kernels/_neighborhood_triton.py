@@ -200,15 +200,7 @@ PATTERNS["neighborhood"] = Pattern(
 
 
 def unsupported(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    kernel_size: tuple[int, ...],
-    dilation: tuple[int, ...],
-    stride: tuple[int, ...],
-    scale: float,
-    return_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernel_size: tuple[int, ...], *_: Any
 ) -> str | None:
     if len(kernel_size) > 2:
         return f"the map has {len(kernel_size)} axes, 1 and 2 are supported"

@@ -122,16 +122,7 @@ PATTERNS["routing"] = Pattern(
 )
 
 
-def unsupported(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routes: Tensor,
-    route_weights: Tensor | None,
-    grid: tuple[int, int],
-    scale: float,
-    return_lse: bool = False,
-) -> str | None:
+def unsupported(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Tensor | None, *_: Any) -> str | None:
     if route_weights is not None:
         return "route_weights are given"
     return unsupported_tensors(q, k, v)

@@ -133,18 +133,7 @@ PATTERNS["window"] = Pattern(
 )
 
 
-def unsupported(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    window: tuple[int, int],
-    shift: tuple[int, int],
-    dilated: bool,
-    scale: float,
-    return_lse: bool,
-) -> str | None:
+def unsupported(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str | None:
     return unsupported_tensors(q, k, v)
 
 

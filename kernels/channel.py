@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visionattn.kernels._check import check_tensor
+from visionattn.kernels._check import check_alike, check_tensor, precise
 from visionattn.kernels._dispatch import dispatch
 
 __all__ = ["channel_attention", "cross_covariance_attention"]
@@ -56,11 +56,7 @@ def _cosines(q: Tensor, k: Tensor) -> Tensor:
 
 def _norm(x: Tensor) -> Tensor:
     """Norms over the tokens: [B, L, N, D] -> [B, N, D]"""
-    return torch.linalg.vector_norm(x, dim=1, dtype=_precise(x)).clamp_min(EPSILON)
-
-
-def _precise(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=1, dtype=precise(x)).clamp_min(EPSILON)
 
 
 def _large(x: Tensor) -> bool:
@@ -76,7 +72,7 @@ def _products(q: Tensor, k: Tensor) -> Tensor:
     """[B, L, N, D], [B, L, N, D] -> products of the channels over the tokens, in float32 at least: [B, N, D, D]"""
     if _large(q):
         return _Products.apply(q, k)
-    return q.permute(0, 2, 3, 1).to(_precise(q)) @ k.transpose(1, 2).to(_precise(q))
+    return q.permute(0, 2, 3, 1).to(precise(q)) @ k.transpose(1, 2).to(precise(q))
 
 
 def _mix(weights: Tensor, v: Tensor) -> Tensor:
@@ -143,7 +139,7 @@ class _Cosines(torch.autograd.Function):
 
 def _products_by_image(q: Tensor, k: Tensor) -> Tensor:
     b, _, groups, dim = q.shape
-    products = q.new_empty(b, groups, dim, dim, dtype=_precise(q))
+    products = q.new_empty(b, groups, dim, dim, dtype=precise(q))
     for x, y, out in zip(q, k, products, strict=True):
         torch.bmm(x.to(out.dtype).permute(1, 2, 0), y.to(out.dtype).transpose(0, 1), out=out)
     return products
@@ -172,7 +168,7 @@ def channel_attention(
     Raises ValueError for shapes, dtypes, devices or parameters that do not fit.
     Source: Ding et al., DaViT, https://arxiv.org/abs/2204.03645, equation 4.
     """
-    _check(q, k, v)
+    check_alike(q, k, v, axes=(2, 1))
     channels = q.shape[-2] * q.shape[-1]
     if not isinstance(groups, int) or groups < 1 or channels % groups:
         raise ValueError(f"groups={groups!r}: expected an int that divides the {channels} channels (heads * head_dim)")
@@ -199,18 +195,8 @@ def cross_covariance_attention(
     Raises ValueError for shapes, dtypes or devices that do not fit.
     Source: El-Nouby et al., XCiT, https://arxiv.org/abs/2106.09681, section 3.2.
     """
-    _check(q, k, v)
+    check_alike(q, k, v, axes=(2, 1))
     check_tensor("temperature", temperature, (q.shape[-2], 1, 1), q, temperature.dtype)
     maps = (x.flatten(1, -3) for x in (q, k, v))
     output = dispatch("cross_covariance", backend, _cross_reference, _cross_torch, *maps, temperature)
     return output.reshape(q.shape)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.ndim not in (4, 5) or 0 in q.shape[1:] or not q.is_floating_point():
-        raise ValueError(
-            f"q is {q.dtype} of {tuple(q.shape)}: expected a floating tensor of (B, H, W, heads, head_dim) or "
-            "(B, L, heads, head_dim), no size but the batch 0"
-        )
-    check_tensor("k", k, q.shape, q)
-    check_tensor("v", v, q.shape, q)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visionattn.kernels._check import check_tensor
+from visionattn.kernels._check import check_alike, check_tensor, precise
 from visionattn.kernels._dispatch import dispatch
 
 __all__ = ["gated_positional_attention"]
@@ -94,7 +94,7 @@ class _ByPosition(torch.autograd.Function):
 
 
 def _weights(logits: Tensor) -> Tensor:
-    return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return logits.softmax(-1, dtype=precise(logits))
 
 
 def _rows(logits: Tensor) -> Iterator[slice]:
@@ -128,14 +128,8 @@ def gated_positional_attention(
     Raises ValueError for shapes, dtypes or devices that do not fit.
     Source: d'Ascoli et al., ConViT, https://arxiv.org/abs/2103.10697, equations 7 and 8.
     """
-    if q.ndim not in (4, 5) or 0 in q.shape[1:] or not q.is_floating_point():
-        raise ValueError(
-            f"q is {q.dtype} of {tuple(q.shape)}: expected a floating tensor of (B, H, W, heads, head_dim) or "
-            "(B, N, heads, head_dim), no size but the batch 0"
-        )
+    check_alike(q, k, v, axes=(2, 1))
     heads, dim = q.shape[-2:]
-    check_tensor("k", k, q.shape, q)
-    check_tensor("v", v, q.shape, q)
     columns = None
     if isinstance(position_logits, Tensor):
         logits = position_logits[0] if position_logits.ndim == 4 and len(position_logits) == 1 else position_logits

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visionattn.kernels._check import check_maps, check_tensor
+from visionattn.kernels._check import check_int, check_maps, check_tensor, precise
 from visionattn.kernels._dispatch import dispatch
 
 __all__ = ["halo_attention"]
@@ -50,12 +50,8 @@ def _reference(
     weights = logits.softmax(-1).masked_fill(outside, 0)  # what is missing to 1 goes to values of zero
     output = torch.einsum("bhnk,bnkhd->bnhd", weights, v.flatten(1, 2)[:, indices]).unflatten(1, q.shape[1:3])
     if return_lse:
-        output = output, logits.to(_precise(q)).logsumexp(-1).unflatten(-1, q.shape[1:3])
+        output = output, logits.to(precise(q)).logsumexp(-1).unflatten(-1, q.shape[1:3])
     return output, weights, indices.expand(q.shape[0], -1, -1)
-
-
-def _precise(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _zero(x: Tensor, outside: Tensor) -> Tensor:
@@ -108,11 +104,15 @@ def _torch(
     scale: float,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    tables = None
-    given = [x for x in (rel_height, rel_width) if x is not None]
-    if given:
-        tables = torch.cat([torch.zeros_like(given[0]) if x is None else x for x in (rel_height, rel_width)])
+    tables = _tables(rel_height, rel_width)
+    tables = None if tables is None else tables.flatten(0, 1)
     return _Halo.apply(q, k, v, tables, block_size, halo_size, scale, return_lse)
+
+
+def _tables(*tables: Tensor | None) -> Tensor | None:
+    """Both in one, [2, R, D], with zeros for one that was not given."""
+    given = [x for x in tables if x is not None]
+    return torch.stack([torch.zeros_like(given[0]) if x is None else x for x in tables]) if given else None
 
 
 class _Chunk(NamedTuple):
@@ -172,7 +172,7 @@ def _entries(height: Tensor, width: Tensor) -> Tensor:
 def _gather(x: Tensor, rows: Tensor, without: Tensor | None) -> Tensor:
     """(B, H, W, heads, dim), [b, t, Q] -> copy [b, t, heads, Q, dim] with zeros where `without`, at least float32"""
     copy = _clear(x.flatten(0, 2).flatten(1).index_select(0, rows.flatten()), without)
-    return copy.to(_precise(x)).view(*rows.shape, *x.shape[3:]).transpose(2, 3).contiguous()
+    return copy.to(precise(x)).view(*rows.shape, *x.shape[3:]).transpose(2, 3).contiguous()
 
 
 def _clear(rows: Tensor, without: Tensor | None) -> Tensor:
@@ -228,7 +228,7 @@ class _Halo(torch.autograd.Function):
         return_lse: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         output = v.new_zeros(*q.shape[:4], v.shape[4])
-        lse = q.new_zeros(*q.shape[:4], 1, dtype=_precise(q)) if return_lse else None
+        lse = q.new_zeros(*q.shape[:4], 1, dtype=precise(q)) if return_lse else None
         for queries, spare, keys, outside, entries in _chunks(q, k, block_size, halo_size):
             logits = _logits(_gather(q, queries, spare), _gather(k, keys, outside), tables, entries, scale)
             _add(output, queries, logits.softmax(-1) @ _gather(v, keys, outside), spare)
@@ -246,7 +246,7 @@ class _Halo(torch.autograd.Function):
     def backward(ctx, grad: Tensor, grad_lse: Tensor | None = None) -> tuple:
         q, k, v, tables = ctx.saved_tensors
         given = [x for x in (q, k, v, tables) if x is not None]
-        grads = [torch.zeros(x.shape, dtype=_precise(x), device=x.device) for x in given]
+        grads = [torch.zeros(x.shape, dtype=precise(x), device=x.device) for x in given]
         if grad_lse is not None:
             grad_lse = grad_lse.movedim(1, -1)[..., None]
         for queries, spare, keys, outside, entries in _chunks(q, k, *ctx.sizes):
@@ -314,9 +314,8 @@ def halo_attention(
     side ** 2) that they belong to. Keys outside of the map have the weight 0 and the position of another; what is
     missing to 1 in a row is their share.
     """
-    for name, value, least in (("block_size", block_size, 1), ("halo_size", halo_size, 0)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r}: expected an int of at least {least}")
+    check_int("block_size", block_size, 1)
+    check_int("halo_size", halo_size, 0)
     check_maps(q, k, v)
     if _step(q, k, block_size) is None:
         raise ValueError(

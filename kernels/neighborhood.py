@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visionattn.kernels._check import check_tensor
+from visionattn.kernels._check import check_alike, check_tensor, per_axis, precise
 from visionattn.kernels._dispatch import dispatch
 
 __all__ = ["neighborhood_attention"]
@@ -53,7 +53,7 @@ def _reference(
     weights = logits.softmax(-1)
     output = torch.einsum("bhnk,bnkhd->bnhd", weights, v[:, indices]).unflatten(1, size)
     if return_lse:
-        lse = logits.to(_precise(q)).logsumexp(-1).unflatten(-1, size)
+        lse = logits.to(precise(q)).logsumexp(-1).unflatten(-1, size)
         return (output, lse), weights, indices.expand(q.shape[0], -1, -1)
     return output, weights, indices.expand(q.shape[0], -1, -1)
 
@@ -83,24 +83,6 @@ def _flat(parts: tuple[Tensor, ...], sizes: Axes) -> Tensor:
         for dim in range(flat.ndim // 2):
             flat = flat.flatten(dim, dim + 1)
     return flat
-
-
-def _precise(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    kernel_size: Axes,
-    dilation: Axes,
-    stride: Axes,
-    scale: float,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    return _Neighborhood.apply(q, k, v, bias, kernel_size, dilation, stride, scale, return_lse)
 
 
 class _AxisTiles(NamedTuple):
@@ -212,7 +194,7 @@ def _chunks(q: Tensor, tiles: _Tiles) -> Iterator[_Chunk]:
 def _gather(x: Tensor, rows: Tensor) -> Tensor:
     """[B, *map, heads, dim], [b, t, Q] -> [b, t, heads, Q, dim], at least float32"""
     x = x.flatten(0, -3).index_select(0, rows.flatten()).unflatten(0, rows.shape)
-    return x.to(_precise(x)).transpose(2, 3).contiguous()
+    return x.to(precise(x)).transpose(2, 3).contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -230,7 +212,7 @@ def _table(bias: Tensor | None, tiles: _Tiles, q: Tensor, kernel_size: Axes) -> 
     """For each kind of tile its bias, -inf outside of the windows: [kinds, heads or 1, Q, K]."""
     if bias is None:
         bias = q.new_zeros(1, *(2 * kernel - 1 for kernel in kernel_size))
-    bias = bias.to(_precise(q)).flatten(1).T
+    bias = bias.to(precise(q)).flatten(1).T
     bias = torch.cat([bias, bias.new_full((1, bias.shape[1]), -math.inf)])
     return bias.index_select(0, tiles.places.flatten()).unflatten(0, tiles.places.shape).movedim(-1, 1).contiguous()
 
@@ -308,11 +290,7 @@ class _Neighborhood(torch.autograd.Function):
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_bias, None, None, None, None, None
 
 
-def _per_axis(name: str, value: int | Axes, axes: int) -> Axes:
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
-    if len(values) != axes or not all(isinstance(x, int) and x >= 1 for x in values):
-        raise ValueError(f"{name}={value!r}: expected an int of at least 1, or one for each of the {axes} axes of q")
-    return values
+_torch = _Neighborhood.apply
 
 
 def _check_windows(size: Axes, kernel_size: Axes, dilation: Axes, stride: Axes) -> None:
@@ -361,17 +339,11 @@ def neighborhood_attention(
     or k reach queries a few positions beyond those that attend to them.
     Raises ValueError for arguments that do not fit together.
     """
+    check_alike(q, k, v, axes=(1, 2, 3))
     axes = q.ndim - 3
-    if not 1 <= axes <= 3 or not q.is_floating_point() or 0 in q.shape[1:]:
-        raise ValueError(
-            f"q is {q.dtype} of {tuple(q.shape)}: expected a floating tensor of (B, L, heads, head_dim), "
-            "(B, H, W, heads, head_dim) or (B, D, H, W, heads, head_dim), no size but the batch being 0"
-        )
-    check_tensor("k", k, q.shape, q)
-    check_tensor("v", v, q.shape, q)
-    kernel_size = _per_axis("kernel_size", kernel_size, axes)
-    dilation = _per_axis("dilation", dilation, axes)
-    stride = _per_axis("stride", stride, axes)
+    kernel_size = per_axis("kernel_size", kernel_size, axes)
+    dilation = per_axis("dilation", dilation, axes)
+    stride = per_axis("stride", stride, axes)
     _check_windows(q.shape[1:-2], kernel_size, dilation, stride)
     if bias is not None:
         check_tensor("bias", bias, (q.shape[-2], *(2 * kernel - 1 for kernel in kernel_size)), q)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visionattn.kernels._check import check_tensor
+from visionattn.kernels._check import check_int, check_map, check_tensor, precise
 from visionattn.kernels._dispatch import dispatch
 
 __all__ = ["outlook_attention"]
@@ -40,10 +40,6 @@ def _reference(
     return output.reshape(v.shape), weights, indices.expand(b, -1, -1)
 
 
-def _torch(logits: Tensor, v: Tensor, kernel_size: int, stride: int, padding: int, scale: float) -> Tensor:
-    return _Outlook.apply(logits, v, kernel_size, stride, padding, scale)
-
-
 class _Outlook(torch.autograd.Function):
     """Band by band: copies of slices, matmuls, additions to slices; backward does the same again, keeping nothing.
 
@@ -53,7 +49,7 @@ class _Outlook(torch.autograd.Function):
     @staticmethod
     def forward(logits: Tensor, v: Tensor, kernel_size: int, stride: int, padding: int, scale: float) -> Tensor:
         windows = (kernel_size, stride, padding)
-        output = torch.zeros_like(v, dtype=_precise(v), memory_format=torch.contiguous_format)
+        output = torch.zeros_like(v, dtype=precise(v), memory_format=torch.contiguous_format)
         for cut in _bands(logits, v):
             weights = _softmax(logits[cut], scale)
             _fold(weights @ _unfold(v, logits.shape[2], cut, windows), output, cut, windows)
@@ -69,7 +65,7 @@ class _Outlook(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple:
         logits, v = ctx.saved_tensors
         w = logits.shape[2]
-        grad_logits, grad_v = torch.empty_like(logits), torch.zeros_like(v, dtype=_precise(v))
+        grad_logits, grad_v = torch.empty_like(logits), torch.zeros_like(v, dtype=precise(v))
         for cut in _bands(logits, v):
             weights = _softmax(logits[cut], ctx.scale)
             grad_mixed = _unfold(grad, w, cut, ctx.windows)
@@ -80,15 +76,14 @@ class _Outlook(torch.autograd.Function):
         return grad_logits, grad_v.to(v.dtype), None, None, None, None
 
 
+_torch = _Outlook.apply
+
+
 def _softmax(logits: Tensor, scale: float) -> Tensor:
     """Softmax over short rows, statistics in float32: six times faster on a CPU than torch.softmax on rows of 9."""
-    logits = logits.to(_precise(logits)) * scale
+    logits = logits.to(precise(logits)) * scale
     weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
     return weights.div_(weights.sum(-1, keepdim=True))
-
-
-def _precise(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _bands(logits: Tensor, v: Tensor) -> Iterator[Cut]:
@@ -97,7 +92,7 @@ def _bands(logits: Tensor, v: Tensor) -> Iterator[Cut]:
     if torch.compiler.is_compiling():  # one graph for any batch size
         yield slice(None), slice(0, h)
         return
-    row_bytes = w * heads * neighbours * max(neighbours, v.shape[-1]) * _precise(v).itemsize
+    row_bytes = w * heads * neighbours * max(neighbours, v.shape[-1]) * precise(v).itemsize
     rows = max(1, BAND["cpu" if v.device.type == "cpu" else "cuda"] // row_bytes)
     images, rows = max(1, rows // h), min(rows, h)
     for image in range(0, b, images):
@@ -110,7 +105,7 @@ def _unfold(x: Tensor, w: int, cut: Cut, windows: tuple[int, int, int]) -> Tenso
     images, rows = cut
     x = x[images]
     b, height, width, heads, dim = x.shape
-    out = x.new_zeros(b, rows.stop - rows.start, w, heads, windows[0] ** 2, dim, dtype=_precise(x))
+    out = x.new_zeros(b, rows.stop - rows.start, w, heads, windows[0] ** 2, dim, dtype=precise(x))
     for place, band, source in _slices(height, width, rows, w, windows):
         out[:, band[0], band[1], :, place] = x[:, source[0], source[1]]
     return out
@@ -174,14 +169,9 @@ def outlook_attention(
     Raises ValueError for shapes, dtypes, devices or parameters that do not fit.
     Source: Yuan et al., VOLO, https://arxiv.org/abs/2106.13112, algorithm 1.
     """
-    if v.ndim != 5 or 0 in v.shape[1:] or not v.is_floating_point():
-        raise ValueError(
-            f"v is {v.dtype} of {tuple(v.shape)}: expected a floating tensor of (B, H, W, heads, head_dim), no "
-            "size but the batch 0"
-        )
-    for name, value in (("kernel_size", kernel_size), ("stride", stride)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: expected an int of at least 1")
+    check_map("v", v)
+    check_int("kernel_size", kernel_size, 1)
+    check_int("stride", stride, 1)
     padding = kernel_size // 2 if padding is None else padding
     if not isinstance(padding, int) or not 0 <= padding <= kernel_size // 2:
         raise ValueError(f"padding={padding!r}: expected an int from 0 to kernel_size // 2, here {kernel_size // 2}")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visionattn.kernels._check import autocasting, check_maps, check_tensor
+from visionattn.kernels._check import autocasting, check_maps, check_tensor, precise
 from visionattn.kernels._dispatch import dispatch
 
 __all__ = ["routing_attention"]
@@ -183,7 +183,7 @@ def _separate(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def _top_regions(q: Tensor, k: Tensor, grid: Grid, topk: int) -> Tensor:
     """The routes of the paper: for each region the topk regions with the largest product of mean q and mean k."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = precise(q)
     # The mean over one axis, then the other: on a CPU four times faster than over both at once.
     q, k = (_split(x.detach(), grid).mean(4, dtype=dtype).mean(2).flatten(3).flatten(1, 2) for x in (q, k))
     with torch.autocast(q.device.type, enabled=False) if autocasting(q) else nullcontext():

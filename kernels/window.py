@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visionattn.kernels._check import check_maps, check_tensor
+from visionattn.kernels._check import check_maps, check_tensor, per_axis, precise
 from visionattn.kernels._dispatch import dispatch
 
 __all__ = ["window_attention"]
@@ -59,7 +59,7 @@ def _reference(
     weights = logits.softmax(-1).masked_fill(~allowed.any(-1)[:, None, :, None], 0)
     output = torch.einsum("bhnk,bnkhd->bnhd", weights, v[:, indices]).unflatten(1, (height, width))
     if return_lse:
-        output = output, logits.to(_precise(q)).logsumexp(-1).unflatten(-1, (height, width))
+        output = output, logits.to(precise(q)).logsumexp(-1).unflatten(-1, (height, width))
     return output, weights, indices.expand(q.shape[0], -1, -1)
 
 
@@ -88,10 +88,6 @@ def _where(length: int, window: int, shift: int, dilated: bool, device: torch.de
 
 def _count(length: int, window: int) -> int:
     return (length + window - 1) // window
-
-
-def _precise(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _torch(
@@ -187,7 +183,7 @@ def _chunks(q: Tensor, mask: Tensor | None, windows: _Windows) -> Iterator[tuple
             start, masks = 0 if mask is not None else max(0, windows.plain - block.start), (None, None, None)
             if start < block.stop - block.start:
                 rest = slice(block.start + start, block.stop)
-                masks = _masks(windows, rest, mask if mask is None or mask.shape[0] == 1 else mask[images], _precise(q))
+                masks = _masks(windows, rest, mask if mask is None or mask.shape[0] == 1 else mask[images], precise(q))
             tokens = image[images] + windows.tokens[block]
             chunks.append(_Chunk(images, block, tokens, parts, start, *masks))
         yield images, chunks
@@ -217,7 +213,7 @@ def _rows(x: Tensor) -> Tensor:
 def _gather(rows: Tensor, chunk: _Chunk, heads: int) -> Tensor:
     """Copy [b, t, heads, Q, dim], at least float32"""
     tile = rows.index_select(0, chunk.tokens.flatten()).view(*chunk.tokens.shape, heads, -1)
-    return tile.transpose(2, 3).to(_precise(rows)).contiguous()
+    return tile.transpose(2, 3).to(precise(rows)).contiguous()
 
 
 def _fill(tile: Tensor, chunk: _Chunk, part: slice, which: Tensor | None, value: float) -> Tensor:
@@ -277,7 +273,7 @@ class _Window(torch.autograd.Function):
         heads, windows = q.shape[3], _windows(q.shape[1:3], geometry, q.device)
         kept = _room(q, windows) if trained else None
         output = torch.empty_like(v, memory_format=torch.contiguous_format)
-        lse = q.new_empty(*q.shape[:4], 1, dtype=_precise(q)) if return_lse else None
+        lse = q.new_empty(*q.shape[:4], 1, dtype=precise(q)) if return_lse else None
         maps, outputs = [_rows(x) for x in (q, k, v)], _Stage(output, windows)
         sums = _Stage(lse, windows) if return_lse else None
         for images, chunks in _chunks(q, mask, windows):
@@ -311,7 +307,7 @@ class _Window(torch.autograd.Function):
         q, k, v, bias, mask, kept = ctx.saved_tensors
         heads, windows = q.shape[3], _windows(q.shape[1:3], ctx.geometry, q.device)
         grads = [x.new_empty(x.shape) for x in (q, k, v)]
-        grad_bias = torch.zeros_like(bias, dtype=_precise(q)) if ctx.needs_input_grad[3] else None
+        grad_bias = torch.zeros_like(bias, dtype=precise(q)) if ctx.needs_input_grad[3] else None
         maps, stages = [_rows(x) for x in (q, k, v, grad)], [_Stage(x, windows) for x in grads]
         grad_lse = None if grad_lse is None else _rows(grad_lse.movedim(1, -1)[..., None])
         for images, chunks in _chunks(q, mask, windows):
@@ -347,7 +343,7 @@ def _room(q: Tensor, windows: _Windows) -> Tensor | None:
     if torch.compiler.is_compiling():
         return None
     count, places = windows.tokens.shape
-    shape, dtype = (q.shape[0], count, q.shape[3], places, places), _precise(q)
+    shape, dtype = (q.shape[0], count, q.shape[3], places, places), precise(q)
     return q.new_empty(shape, dtype=dtype) if math.prod(shape) * dtype.itemsize <= KEEP else None
 
 
@@ -417,7 +413,7 @@ def _check(
     dilated: bool,
 ) -> tuple[Pair, Pair]:
     """Raises ValueError for arguments that do not fit together; returns window and shift as pairs."""
-    window, shifts = _pair("window_size", window_size, 1), _pair("shift", shift, 0)
+    window, shifts = per_axis("window_size", window_size, 2), per_axis("shift", shift, 2, least=0)
     if any(s >= w for s, w in zip(shifts, window, strict=True)):
         raise ValueError(f"shift={shift}: expected less than window_size={window_size}")
     if dilated and shifts != (0, 0):
@@ -426,10 +422,3 @@ def _check(
     if k.shape != q.shape:
         raise ValueError(f"k is of {tuple(k.shape)}: expected the shape of q, {tuple(q.shape)}")
     return window, shifts
-
-
-def _pair(name: str, value: int | tuple[int, int], least: int) -> Pair:
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(isinstance(x, int) and x >= least for x in pair):
-        raise ValueError(f"{name}={value!r}: expected an int of at least {least}, or two: (height, width)")
-    return pair

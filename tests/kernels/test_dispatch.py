@@ -59,12 +59,6 @@ def test_triton_by_name_says_why_it_cannot_run(qkv):
         routing_attention(*qkv, 3, 2)
 
 
-def test_vmap_is_refused_with_a_way_out(qkv):
-    stacked = [x[None].expand(3, -1, -1, -1, -1, -1) for x in qkv]
-    with pytest.raises(RuntimeError, match="vmap over routing attention is not supported: fold the mapped axis"):
-        torch.func.vmap(lambda q, k, v: routing_attention(q, k, v, 3, 2))(*stacked)
-
-
 class FakeCuda:
     """Stands for a CUDA tensor where only its device is asked for."""
 
