@@ -79,13 +79,12 @@ class GatedPositionalAttention(nn.Module):
         weight[: side**2, 2] = -1
         weight *= self.locality_strength
 
-    def position_logits(self, height: int, width: int) -> Tensor:
-        """(heads, H * W, H * W), queries first: linear in the steps from query to key and in their squared length."""
+    def position_logits(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """(heads, H, H) and (heads, W, W), queries first, to be added: linear in the step and in its square."""
         weight = self.pos_proj.weight[:, :, None, None]
         down, right = (_steps(length, weight) for length in (height, width))
-        rows = weight[:, 1] * down + weight[:, 2] * down**2 + self.pos_proj.bias[:, None, None]  # [heads, H, H]
-        columns = weight[:, 0] * right + weight[:, 2] * right**2
-        return (rows[:, :, None, :, None] + columns[:, None, :, None]).flatten(3).flatten(1, 2)
+        rows = weight[:, 1] * down + weight[:, 2] * down**2 + self.pos_proj.bias[:, None, None]
+        return rows, weight[:, 0] * right + weight[:, 2] * right**2
 
     def forward(self, x: Tensor) -> Tensor:
         q, k = self.qk(x).unflatten(-1, (2, self.num_heads, -1)).unbind(3)

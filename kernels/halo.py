@@ -7,6 +7,7 @@ Sizes in comments: B images, N queries of a map, T blocks, Q queries of a block,
 side ** 2 keys of a block, R = 2 * side - 1 rows of a table, b images and t blocks of a chunk.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from visionattn.kernels._dispatch import dispatch
 __all__ = ["halo_attention"]
 
 CHUNK = 8 * 2**20  # bytes that the blocks computed at a time may take: they stay in a CPU's cache
+KEEP = 32 * 2**20  # bytes of weights up to which backward finds them kept instead of computing them again
 
 
 def _reference(
@@ -106,7 +108,9 @@ def _torch(
 ) -> Tensor | tuple[Tensor, Tensor]:
     tables = _tables(rel_height, rel_width)
     tables = None if tables is None else tables.flatten(0, 1)
-    return _Halo.apply(q, k, v, tables, block_size, halo_size, scale, return_lse)
+    trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, tables))
+    output, lse, _ = _Halo.apply(q, k, v, tables, block_size, halo_size, scale, return_lse, trained)
+    return (output, lse) if return_lse else output
 
 
 def _tables(*tables: Tensor | None) -> Tensor | None:
@@ -212,9 +216,18 @@ def _grad_products(grad_logits: Tensor, entries: Tensor, rows: int) -> Tensor:
     return products.index_add_(1, _places(entries, rows), relative).view(-1, rows)
 
 
+def _room(q: Tensor, k: Tensor, block_size: int, halo_size: int) -> Tensor | None:
+    """For the weights of all blocks, if KEEP allows."""
+    if torch.compiler.is_compiling():
+        return None
+    height, width = _axes(q, k, block_size, halo_size)
+    pairs = height.queries.numel() * width.queries.numel() * height.keys.shape[1] * width.keys.shape[1]
+    total, dtype = q.shape[0] * q.shape[3] * pairs, precise(q)
+    return q.new_empty(total, dtype=dtype) if total * dtype.itemsize <= KEEP else None
+
+
 class _Halo(torch.autograd.Function):
-    """Chunk by chunk of blocks: rows of q, k and v are copied, then matmul, softmax, matmul; backward does the same
-    again."""
+    """Chunk by chunk of blocks: rows of q, k and v are copied, then matmul, softmax, matmul."""
 
     @staticmethod
     def forward(
@@ -226,32 +239,48 @@ class _Halo(torch.autograd.Function):
         halo_size: int,
         scale: float,
         return_lse: bool,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        trained: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Output, lse, and weights if they are kept, chunk after chunk"""
         output = v.new_zeros(*q.shape[:4], v.shape[4])
         lse = q.new_zeros(*q.shape[:4], 1, dtype=precise(q)) if return_lse else None
+        kept = _room(q, k, block_size, halo_size) if trained else None
+        filled = 0
         for queries, spare, keys, outside, entries in _chunks(q, k, block_size, halo_size):
             logits = _logits(_gather(q, queries, spare), _gather(k, keys, outside), tables, entries, scale)
-            _add(output, queries, logits.softmax(-1) @ _gather(v, keys, outside), spare)
+            room = None if kept is None else kept[filled : filled + logits.numel()].view(logits.shape)
+            filled += logits.numel()
+            weights = torch.softmax(logits, -1, out=room)
+            _add(output, queries, weights @ _gather(v, keys, outside), spare)
             if return_lse:
                 _add(lse, queries, logits.logsumexp(-1, keepdim=True), spare)
-        return (output, lse[..., 0].movedim(-1, 1).contiguous()) if return_lse else output
+        return output, lse[..., 0].movedim(-1, 1).contiguous() if return_lse else None, kept
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor | tuple[Tensor, Tensor]) -> None:
-        q, k, v, tables, *ctx.sizes, ctx.scale, _ = inputs
-        ctx.save_for_backward(q, k, v, tables)
+    def setup_context(ctx, inputs: tuple, outputs: tuple) -> None:
+        q, k, v, tables, *ctx.sizes, ctx.scale, _, _ = inputs
+        kept = outputs[2]
+        if kept is not None:
+            ctx.mark_non_differentiable(kept)
+        ctx.save_for_backward(q, k, v, tables, kept)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor, grad_lse: Tensor | None = None) -> tuple:
-        q, k, v, tables = ctx.saved_tensors
+    def backward(ctx, grad: Tensor, grad_lse: Tensor | None, _: None) -> tuple:
+        q, k, v, tables, kept = ctx.saved_tensors
         given = [x for x in (q, k, v, tables) if x is not None]
         grads = [torch.zeros(x.shape, dtype=precise(x), device=x.device) for x in given]
         if grad_lse is not None:
             grad_lse = grad_lse.movedim(1, -1)[..., None]
+        filled = 0
         for queries, spare, keys, outside, entries in _chunks(q, k, *ctx.sizes):
             q_tile, k_tile = _gather(q, queries, spare), _gather(k, keys, outside)
-            weights = _logits(q_tile, k_tile, tables, entries, ctx.scale).softmax(-1)
+            if kept is None:
+                weights = _logits(q_tile, k_tile, tables, entries, ctx.scale).softmax(-1)
+            else:
+                shape = *q_tile.shape[:4], k_tile.shape[3]
+                weights = kept[filled : filled + math.prod(shape)].view(shape)
+                filled += weights.numel()
             grad_tile = _gather(grad, queries, spare)
             _add(grads[2], keys, weights.mT @ grad_tile, outside)
             grad_logits = grad_tile @ _gather(v, keys, outside).mT
@@ -266,7 +295,7 @@ class _Halo(torch.autograd.Function):
             _add(grads[0], queries, grad_q, spare)
             _add(grads[1], keys, (grad_logits.mT @ q_tile).mul_(ctx.scale), outside)
         grads = [total.to(x.dtype) for total, x in zip(grads, given, strict=True)]
-        return *grads, *[None] * (8 - len(grads))
+        return *grads, *[None] * (9 - len(grads))
 
 
 def halo_attention(

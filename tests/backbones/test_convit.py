@@ -36,7 +36,8 @@ def test_each_head_attends_to_its_neighbour_before_training():
 @torch.no_grad()
 def test_heads_are_centred_on_the_places_of_a_kernel(heads, strength):
     attn = create(num_heads=heads, locality_strength=strength).blocks[0].attn
-    weights = attn.position_logits(15, 13).softmax(-1)[:, 7 * 13 + 6].view(heads, 15, 13)  # of the query in the middle
+    rows, columns = (logits.softmax(-1) for logits in attn.position_logits(15, 13))
+    weights = rows[:, 7, :, None] * columns[:, 6, None]  # of the query in the middle
     down = weights.sum(2) @ (torch.arange(15.0) - 7)
     right = weights.sum(1) @ (torch.arange(13.0) - 6)
     side = int(heads**0.5)
@@ -57,7 +58,8 @@ def test_a_gate_mixes_position_and_content():
         with visionattn.record_attention(model) as record:
             model(x)
         recorded[gate] = record["blocks.0.attn"][0].weights
-    position = model.blocks[0].attn.position_logits(6, 6).softmax(-1)
+    rows, columns = (logits.softmax(-1) for logits in model.blocks[0].attn.position_logits(6, 6))
+    position = torch.einsum("hyv,hxw->hyxvw", rows, columns).flatten(3).flatten(1, 2)
     torch.testing.assert_close(recorded[50.0], position.expand(2, -1, -1, -1))
     assert (recorded[-50.0][0] - recorded[-50.0][1]).abs().max() > 1e-4
 
