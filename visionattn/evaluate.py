@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 
 from visionattn import quiet, recipe
 from visionattn.errors import UserError
+from visionattn.page import plural
 from visionattn.recipe import Recipe
 from visionattn.report import write_report
 from visionattn.task import Task, load_checkpoint, module_of
@@ -98,16 +99,17 @@ def _fresh(folder: Path) -> Path:
 
 def format_table(results: list[dict[str, Any]]) -> str:
     """The overall metrics with their intervals, a column for each evaluated split."""
-    names = list(dict.fromkeys(name for result in results for name in result["overall"]))
-    heads = [f"{r['split']} ({r['samples']} {r.get('noun', 'image')}s)" for r in results]
+    values = [item for result in results for item in result["overall"].items()]
+    names = list(dict.fromkeys(name for name, value in values if value is not None))
+    heads = [f"{r['split']} ({plural(r['samples'], r.get('noun', 'image'))})" for r in results]
     lines = ["".join(f"{text:>28}" for text in ["", *heads])]
     for name in names:
         cells = []
         for result in results:
-            value, known = result["overall"].get(name), dict(result.get("intervals", {}))
+            value, intervals = result["overall"].get(name), dict(result.get("intervals", {}))
             if interval := result["interval"]:
-                known[interval["metric"]] = (interval["low"], interval["high"])
+                intervals[interval["metric"]] = (interval["low"], interval["high"])
             text = "-" if value is None else f"{value:.4f}"
-            cells.append(text + (" [{:.3f}, {:.3f}]".format(*known[name]) if name in known else ""))
+            cells.append(text + (" [{:.3f}, {:.3f}]".format(*intervals[name]) if name in intervals else ""))
         lines.append("".join(f"{text:>28}" for text in [name.replace("_", " "), *cells]))
     return "\n".join(lines)

@@ -181,7 +181,9 @@ def _sections(run: Run) -> list[Section]:
     found += [Section("training", "Training", _training(run))] if run.epochs else []
     for i, e in enumerate(run.evaluations):
         note = f"{headline_of(e.result)} {label_of(e.result['headline'])}" if i else ""
-        found.append(Section(f"evaluation-{i}", f"{e.title} images", _evaluation(e), note))
+        split, comma, weights = e.title.partition(",")  # Test, last epoch
+        title = f"{split} {e.result.get('noun', 'image')}s{comma}{weights}"
+        found.append(Section(f"evaluation-{i}", title, _evaluation(e), note))
     if run.recipe_text:
         found.append(Section("recipe", "Recipe", f"<pre>{escape(run.recipe_text)}</pre>", "recipe.yaml"))
     if run.environment:
