@@ -28,7 +28,8 @@ __all__ = ["window_attention"]
 Pair = tuple[int, int]  # along height and width
 Geometry = tuple[Pair, Pair, bool]  # window, shift, dilated
 
-CHUNK = 2 * 2**20  # bytes of logits to compute at a time: with the tokens they come from, they stay in a CPU's cache
+# Bytes of logits to compute at a time: with all that is computed from the same tokens they stay in a CPU's cache.
+CHUNK = {"forward": 4 * 2**20, "backward": 2 * 2**20}
 KEEP = 32 * 2**20  # bytes of weights up to which backward finds them kept: a third less time than computing them again
 
 
@@ -169,13 +170,13 @@ class _Chunk(NamedTuple):
     unused: Tensor | None  # [1 or b, windows, 1, Q, 1]: queries that are idle or padded
 
 
-def _chunks(q: Tensor, mask: Tensor | None, windows: _Windows) -> Iterator[tuple[slice, list[_Chunk]]]:
+def _chunks(q: Tensor, mask: Tensor | None, windows: _Windows, size: int) -> Iterator[tuple[slice, list[_Chunk]]]:
     """Images, and the chunks that their windows are computed in. Traced, all images: their number may be symbolic."""
     (count, places), (batch, height, width, heads, _) = windows.tokens.shape, q.shape
     tracing = torch.compiler.is_compiling()
-    fit = max(1, CHUNK // (4 * heads * places**2))  # windows
+    fit = max(1, size // (4 * heads * places**2))  # windows
     blocks = _split(count, count if tracing or fit >= count else fit)
-    parts = _split(places, places if tracing else max(1, CHUNK // (4 * heads * places)))
+    parts = _split(places, places if tracing else max(1, size // (4 * heads * places)))
     image = torch.arange(batch, device=q.device)[:, None, None] * (height * width)
     for images in [slice(None)] if tracing else _split(batch, max(1, fit // count)):
         chunks = []
@@ -276,7 +277,7 @@ class _Window(torch.autograd.Function):
         lse = q.new_empty(*q.shape[:4], 1, dtype=precise(q)) if return_lse else None
         maps, outputs = [_rows(x) for x in (q, k, v)], _Stage(output, windows)
         sums = _Stage(lse, windows) if return_lse else None
-        for images, chunks in _chunks(q, mask, windows):
+        for images, chunks in _chunks(q, mask, windows, CHUNK["forward"]):
             for chunk in chunks:
                 q_tile, k_tile, v_tile = (_gather(rows, chunk, heads) for rows in maps)
                 q_tile.mul_(scale)
@@ -310,7 +311,7 @@ class _Window(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=precise(q)) if ctx.needs_input_grad[3] else None
         maps, stages = [_rows(x) for x in (q, k, v, grad)], [_Stage(x, windows) for x in grads]
         grad_lse = None if grad_lse is None else _rows(grad_lse.movedim(1, -1)[..., None])
-        for images, chunks in _chunks(q, mask, windows):
+        for images, chunks in _chunks(q, mask, windows, CHUNK["backward"]):
             for chunk in chunks:
                 q_tile, k_tile, v_tile, grad_tile = (_gather(rows, chunk, heads) for rows in maps)
                 q_tile.mul_(ctx.scale)

@@ -265,11 +265,13 @@ def _least_seconds(pattern: str, case: Case, step: str, args: argparse.Namespace
 def run_models(args: argparse.Namespace) -> list[Row]:
     steps = [(step, step, False) for step in (PASSES if args.train else PASSES[:1])]
     steps += [(f"{step}, compiled", step, True) for step, *_ in steps] if args.compile else []
+    rivals = _rivals(args)
+    costs = {size: {name: _cost(name, size) for name in itertools.chain(*rivals)} for size in args.sizes}
     rows = []
-    for names in _rivals(args):
+    for names in rivals:
         for height, width in args.sizes:
             case = f"{height} x {width} px"
-            macs = {name: gmacs(_model(name, (height, width)).eval(), (3, height, width)) for name in names}
+            macs = {name: costs[height, width][name] for name in names}
             for label, step, compiled in steps:
                 rest = (step, args.batch, (height, width), args.device, compiled)
                 makers = {name: (model_call, name, *rest) for name in names}
@@ -279,6 +281,16 @@ def run_models(args: argparse.Namespace) -> list[Row]:
             speedups = [row.speedup for row in rows if row.step == step and row.candidate.startswith(PREFIX)]
             print(f"{step}: geometric mean {statistics.geometric_mean(speedups):.2f}x, least {min(speedups):.2f}x")
     return rows
+
+
+def _cost(name: str, size: tuple[int, int]) -> float:
+    """GMACs; asked for before anything is measured, since some of timm's models take some sizes only."""
+    try:
+        return gmacs(_model(name, size).eval(), (3, *size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        why = f": {error}" if str(error) else ""
+        pixels = "{} x {} pixels".format(*size)
+        raise UserError(f"{name} does not take images of {pixels}{why}; give other --sizes") from error
 
 
 def _rivals(args: argparse.Namespace) -> list[list[str]]:

@@ -117,7 +117,7 @@ def test_one_window_over_a_large_map_takes_bounded_memory():
     """64 x 64 tokens have 16 Mi logits a head, 64 MiB; chunks of queries take 3."""
     q, k, v, bias = (x.detach().requires_grad_() for x in made(1, (20, 20), 1, 16, (20, 20), torch.float32))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("visionattn.kernels.window.CHUNK", 2**14)
+        patch.setattr("visionattn.kernels.window.CHUNK", {"forward": 2**14, "backward": 2**14})
         output = window_attention(q, k, v, 20, bias=bias)
     expected = F.scaled_dot_product_attention(*(x.flatten(1, 2).mT.mT.transpose(1, 2) for x in (q, k, v)), bias[None])
     torch.testing.assert_close(output.flatten(1, 2).transpose(1, 2), expected)

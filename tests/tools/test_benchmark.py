@@ -121,6 +121,7 @@ REFUSED = [
     (["models"], "give names of models, or --pattern"),
     (["models", "--pattern", "no_*"], "--pattern no_.: none of our models"),
     (["models", "no_such_model"], "no model called no_such_model"),
+    (["models", "test_vit", "halonet26t"], "halonet26t does not take images of 224 x 224 pixels"),
 ]
 
 
