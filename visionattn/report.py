@@ -213,7 +213,8 @@ def _results(evaluations: list[Evaluation]) -> str:
     noun = columns[0].result.get("noun", "image")
     sizes = [f"{escape(e.title)}<br>{plural(e.result['samples'], noun)}" for e in columns]
     heads = "".join(f'<th scope="col">{text}</th>' for text in ["Metric", *sizes, "Meaning"])
-    first, found = columns[0].result, {name for e in columns for name in e.result["overall"]}
+    first = columns[0].result
+    found = {name for e in columns for name, value in e.result["overall"].items() if value is not None}
     rows = ""
     for name in [*(m for m in METRICS if m in found), *sorted(found - METRICS.keys())]:
         headline = name == first["headline"]
