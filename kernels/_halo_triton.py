@@ -236,7 +236,7 @@ def attention(
     scale: float,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    parameters = block_size, halo_size, _step(q, k, block_size)
+    parameters = block_size, halo_size, _step(q.shape[1:3], k.shape[1:3], block_size)
     tables = _tables(rel_height, rel_width)
     if tables is None:
         output, lse = attend("halo", q, k, v, parameters, scale)

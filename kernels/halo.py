@@ -7,8 +7,9 @@ Sizes in comments: B images, N queries of a map, T blocks, Q queries of a block,
 side ** 2 keys of a block, R = 2 * side - 1 rows of a table, b images and t blocks of a chunk.
 """
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,10 +18,13 @@ from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import check_int, check_maps, check_tensor, precise
 from visionattn.kernels._dispatch import dispatch
+from visionattn.kernels._tiles import Tiles, as_rows, chunks, join, split
 
 __all__ = ["halo_attention"]
 
-CHUNK = 8 * 2**20  # bytes that the blocks computed at a time may take: they stay in a CPU's cache
+Pair = tuple[int, int]  # along height and width
+
+CHUNK = 16 * 2**20  # bytes that the blocks computed at a time may take: of 4 to 32 MiB about the fastest on a CPU
 KEEP = 32 * 2**20  # bytes of weights up to which backward finds them kept instead of computing them again
 
 
@@ -35,7 +39,7 @@ def _reference(
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor, Tensor]:
-    axes = _axes(q, k, block_size, halo_size)
+    axes = _axes(q.shape[1:3], k.shape[1:3], block_size, halo_size, q.device)
     positions = [torch.arange(length, device=q.device) for length in q.shape[1:3]]
     per_block = [axis.queries.shape[1] for axis in axes]
     keys = [axis.keys[x // n] for axis, x, n in zip(axes, positions, per_block, strict=True)]  # [H or W, side]
@@ -69,24 +73,24 @@ class _Axis(NamedTuple):
     rows: Tensor  # [queries of a block, side]: rows of the table for a query and its keys
 
 
-def _axes(q: Tensor, k: Tensor, block_size: int, halo_size: int) -> list[_Axis]:
-    step, side = _step(q, k, block_size), block_size + 2 * halo_size
-    query, key = torch.arange(block_size // step, device=q.device), torch.arange(side, device=q.device)
+def _axes(size: Pair, size_of_keys: Pair, block_size: int, halo_size: int, device: torch.device) -> list[_Axis]:
+    step, side = _step(size, size_of_keys, block_size), block_size + 2 * halo_size
+    query, key = torch.arange(block_size // step, device=device), torch.arange(side, device=device)
     rows = side - 1 + key - query[:, None]
-    starts = (torch.arange(0, length, block_size, device=q.device)[:, None] for length in k.shape[1:3])
+    starts = (torch.arange(0, length, block_size, device=device)[:, None] for length in size_of_keys)
     return [_Axis(start // step + query, start - halo_size + key, rows) for start in starts]
 
 
-def _step(q: Tensor, k: Tensor, block_size: int) -> int | None:
+def _step(size: Pair, size_of_keys: Pair, block_size: int) -> int | None:
     """The least divisor of block_size by which the map of q is coarser than that of k; None if there is none."""
     for step in range(1, block_size + 1):
-        sizes = tuple((length + step - 1) // step for length in k.shape[1:3])
-        if block_size % step == 0 and sizes == q.shape[1:3]:
+        sizes = tuple((length + step - 1) // step for length in size_of_keys)
+        if block_size % step == 0 and sizes == size:
             return step
     return None
 
 
-def _combine(rows: Tensor, columns: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _combine(rows: Tensor, columns: Tensor, size: Pair) -> tuple[Tensor, Tensor]:
     """Positions [n, p] and [m, q] on each axis -> flat positions in a map of `size`, with the nearest in place of those
     outside, and which were outside: both [n * m, p * q]."""
     rows, columns = rows[:, None, :, None], columns[:, None, :]
@@ -108,8 +112,10 @@ def _torch(
 ) -> Tensor | tuple[Tensor, Tensor]:
     tables = _tables(rel_height, rel_width)
     tables = None if tables is None else tables.flatten(0, 1)
+    blocks = _blocks(q, k, block_size, halo_size)
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, tables))
-    output, lse, _ = _Halo.apply(q, k, v, tables, block_size, halo_size, scale, return_lse, trained)
+    kept = _room(q, blocks) if trained else None
+    output, lse = _Halo.apply(q, k, v, tables, kept, blocks, scale, return_lse)
     return (output, lse) if return_lse else output
 
 
@@ -119,111 +125,78 @@ def _tables(*tables: Tensor | None) -> Tensor | None:
     return torch.stack([torch.zeros_like(given[0]) if x is None else x for x in tables]) if given else None
 
 
-class _Chunk(NamedTuple):
-    """Blocks to compute together: t blocks of b images."""
+class _Blocks(NamedTuple):
+    """T blocks of a map, of width ** 2 = Q queries and side ** 2 = K keys."""
 
-    queries: Tensor  # [b, t, Q]: rows of q as (B * N, heads * dim); not all of a block at once where it is large
-    spare: Tensor | None  # queries outside of the map, as `_rows_outside` has them
-    keys: Tensor  # [b, t, K]: rows of k and v
-    outside: Tensor | None  # keys outside of the map
-    entries: Tensor  # [Q, 2 * side]: of the products of the chunk's Q queries with both tables, those for their keys
-
-
-def _chunks(q: Tensor, k: Tensor, block_size: int, halo_size: int) -> Iterator[_Chunk]:
-    """All blocks. Traced, a chunk holds all images: their number may be symbolic."""
-    height, width = _axes(q, k, block_size, halo_size)
-    queries, spare = _combine(height.queries, width.queries, q.shape[1:3])
-    keys, outside = _combine(height.keys, width.keys, k.shape[1:3])
-    (per_block, per_query), heads = (queries.shape[1], keys.shape[1]), q.shape[3]
-    fit = CHUNK // (8 * heads * (per_block * per_query + (per_block + per_query) * q.shape[4]))  # blocks
-    tracing = torch.compiler.is_compiling()
-    images, step = (q.shape[0], max(1, fit)) if tracing else (max(1, fit), max(1, fit // max(1, q.shape[0])))
-    part = max(1, CHUNK // (8 * heads * per_query))  # queries of one block
-    entries = _entries(height.rows, width.rows).split(part)
-    whole = all(length % axis.queries.shape[1] == 0 for length, axis in zip(q.shape[1:3], (height, width), strict=True))
-    image = torch.arange(q.shape[0], device=q.device)[:, None, None]
-    for first in image.split(images) if not tracing else [image]:
-        for start in range(0, len(queries), step):
-            blocks = slice(start, start + step)
-            rows = first * (k.shape[1] * k.shape[2]) + keys[blocks]
-            for i, entry in enumerate(entries):
-                places = blocks, slice(i * part, (i + 1) * part)
-                yield _Chunk(
-                    first * (q.shape[1] * q.shape[2]) + queries[places],
-                    None if whole else _rows_outside(spare[places], first),
-                    rows,
-                    _rows_outside(outside[blocks], first),
-                    entry,
-                )
+    queries: Tiles
+    keys: Tiles
+    width: int
+    side: int
 
 
-def _rows_outside(outside: Tensor, images: Tensor) -> Tensor:
-    """[t, Q] -> of the rows (b * t * Q, ...) of some images those outside of the map: their numbers, as which they are
-    cleared much faster on a CPU, or, where asking for numbers would wait for a device or break a trace, a bool each."""
-    outside = outside.expand(images.shape[0], -1, -1).flatten()
-    by_number = outside.device.type == "cpu" and not torch.compiler.is_compiling()
-    return outside.nonzero().flatten() if by_number else outside[:, None]
+def _blocks(q: Tensor, k: Tensor, block_size: int, halo_size: int) -> _Blocks:
+    """Made once for each size, but where it is traced."""
+    make = _make_blocks if type(q) is Tensor and not torch.compiler.is_compiling() else _make_blocks.__wrapped__
+    return make(q.shape[1:3], k.shape[1:3], block_size, halo_size, q.device)
 
 
-def _entries(height: Tensor, width: Tensor) -> Tensor:
-    """Rows of the two tables, one below the other, for each query of a block: [Q, 2 * side]"""
-    width = width + (2 * width.shape[1] - 1)
-    return torch.cat([height[:, None].expand(-1, len(width), -1), width[None].expand(len(height), -1, -1)], -1).flatten(
-        0, 1
-    )
+@functools.lru_cache(maxsize=64)
+def _make_blocks(size: Pair, size_of_keys: Pair, block_size: int, halo_size: int, device: torch.device) -> _Blocks:
+    axes = _axes(size, size_of_keys, block_size, halo_size, device)
+    queries = Tiles(*_combine(*(axis.queries for axis in axes), size), size[0] * size[1])
+    keys = Tiles(*_combine(*(axis.keys for axis in axes), size_of_keys), size_of_keys[0] * size_of_keys[1])
+    return _Blocks(queries, keys, axes[0].queries.shape[1], axes[0].keys.shape[1])
 
 
-def _gather(x: Tensor, rows: Tensor, without: Tensor | None) -> Tensor:
-    """(B, H, W, heads, dim), [b, t, Q] -> copy [b, t, heads, Q, dim] with zeros where `without`, at least float32"""
-    copy = _clear(x.flatten(0, 2).flatten(1).index_select(0, rows.flatten()), without)
-    return copy.to(precise(x)).view(*rows.shape, *x.shape[3:]).transpose(2, 3).contiguous()
+def _chunks(q: Tensor, blocks: _Blocks) -> Iterator[tuple[slice, list[slice], list[slice]]]:
+    """Images, blocks to compute at a time, and the rows of queries of a block to compute at a time."""
+    (count, queries), heads, dim = blocks.queries.tokens.shape, q.shape[3], q.shape[4]
+    fit = CHUNK // (8 * heads * (queries * blocks.side**2 + (queries + blocks.side**2) * dim))
+    rows = CHUNK // (8 * heads * blocks.width * blocks.side**2)
+    rows = split(blocks.width, blocks.width if torch.compiler.is_compiling() else rows)
+    for images, some in chunks(q.shape[0], count, fit):
+        yield images, some, rows
 
 
-def _clear(rows: Tensor, without: Tensor | None) -> Tensor:
-    """Zeros, in place, in those of the rows."""
-    if without is None:
-        return rows
-    return rows.masked_fill_(without, 0) if without.dtype == torch.bool else rows.index_fill_(0, without, 0)
+def _relative(products: Tensor, first: int, blocks: _Blocks) -> list[Tensor]:
+    """Of products [n, q, 2 * R] of the queries of some rows of blocks, from the first on, with the rows of both tables
+    those for their keys, for the vertical and the horizontal distance, as views [n, rows, width, side]."""
+    (n, queries, both), width, side = products.shape, blocks.width, blocks.side
+    size, row = (n, queries // width, width, side), width * both
+    return [
+        products.as_strided(size, (queries * both, row - 1, both, 1), side - 1 - first),
+        products.as_strided(size, (queries * both, row, both - 1, 1), both // 2 + side - 1),
+    ]
 
 
-def _add(total: Tensor, rows: Tensor, x: Tensor, without: Tensor | None) -> None:
-    """Adds [b, t, heads, Q, dim] to the rows of (B, H, W, heads, dim), but where `without`."""
-    x = _clear(x.transpose(2, 3).flatten(3).flatten(0, 2), without)
-    total.flatten(0, 2).flatten(1).index_add_(0, rows.flatten(), x.to(total.dtype))
-
-
-def _places(entries: Tensor, rows: int) -> Tensor:
-    """The same, in the flat products of all queries of a chunk."""
-    return (entries + rows * torch.arange(len(entries), device=entries.device)[:, None]).flatten()
-
-
-def _logits(q: Tensor, k: Tensor, tables: Tensor | None, entries: Tensor, scale: float) -> Tensor:
-    """[b, t, heads, Q, K], of tiles of queries and keys."""
+def _logits(q: Tensor, k: Tensor, tables: Tensor | None, first: int, blocks: _Blocks, scale: float) -> Tensor:
+    """[b, t, heads, q, K], of the queries [b, t, heads, q, dim] of some rows of blocks, from the first on."""
+    shape, (q, k) = (*q.shape[:4], k.shape[3]), (x.flatten(0, 2) for x in (q, k))
     if tables is None:
-        return (q * scale) @ k.mT
-    products = (q @ tables.to(q.dtype).T).flatten(-2).flatten(0, 2)
-    relative = products.index_select(1, _places(entries, len(tables))).unflatten(1, (q.shape[3], 2, -1))
-    logits = (relative[:, :, 0, :, None] + relative[:, :, 1, None]).flatten(2)  # [b * t * heads, Q, K]
-    return logits.baddbmm_(q.flatten(0, 2), k.flatten(0, 2).mT, alpha=scale).unflatten(0, q.shape[:3])
+        return torch.baddbmm(q.new_zeros(1, 1, 1), q, k.mT, beta=0, alpha=scale).view(shape)
+    down, across = _relative(q @ tables.to(q.dtype).T, first, blocks)
+    logits = (down[..., :, None] + across[..., None, :]).flatten(3).flatten(1, 2)
+    return logits.baddbmm_(q, k.mT, alpha=scale).view(shape)
 
 
-def _grad_products(grad_logits: Tensor, entries: Tensor, rows: int) -> Tensor:
-    """Gradient of the products of queries with the rows of both tables: [b * t * heads * Q, rows]"""
-    side = entries.shape[1] // 2
-    grad = grad_logits.flatten(0, 2).unflatten(2, (side, side))  # [b * t * heads, Q, side, side]
-    relative = torch.stack([grad.sum(3), grad.sum(2)], 2).flatten(1)
-    products = relative.new_zeros(len(relative), len(entries) * rows)
-    return products.index_add_(1, _places(entries, rows), relative).view(-1, rows)
+def _grad_products(grad_logits: Tensor, tables: Tensor, first: int, blocks: _Blocks) -> Tensor:
+    """Gradient of the products of queries with the rows of both tables: [n, q, 2 * R]"""
+    grad = grad_logits.flatten(0, 2)
+    products = grad.new_zeros(*grad.shape[:2], len(tables))
+    grad = grad.view(-1, grad.shape[1] // blocks.width, blocks.width, blocks.side, blocks.side)
+    down, across = _relative(products, first, blocks)
+    down.copy_(grad.sum(4))
+    across.copy_(grad.sum(3))
+    return products
 
 
-def _room(q: Tensor, k: Tensor, block_size: int, halo_size: int) -> Tensor | None:
+def _room(q: Tensor, blocks: _Blocks) -> Tensor | None:
     """For the weights of all blocks, if KEEP allows."""
     if torch.compiler.is_compiling():
         return None
-    height, width = _axes(q, k, block_size, halo_size)
-    pairs = height.queries.numel() * width.queries.numel() * height.keys.shape[1] * width.keys.shape[1]
-    total, dtype = q.shape[0] * q.shape[3] * pairs, precise(q)
-    return q.new_empty(total, dtype=dtype) if total * dtype.itemsize <= KEEP else None
+    count, queries = blocks.queries.tokens.shape
+    shape, dtype = (q.shape[0], count, q.shape[3], queries, blocks.side**2), precise(q)
+    return q.new_empty(shape, dtype=dtype) if math.prod(shape) * dtype.itemsize <= KEEP else None
 
 
 class _Halo(torch.autograd.Function):
@@ -235,67 +208,81 @@ class _Halo(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         tables: Tensor | None,
-        block_size: int,
-        halo_size: int,
+        kept: Tensor | None,
+        blocks: _Blocks,
         scale: float,
         return_lse: bool,
-        trained: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Output, lse, and weights if they are kept, chunk after chunk"""
-        output = v.new_zeros(*q.shape[:4], v.shape[4])
-        lse = q.new_zeros(*q.shape[:4], 1, dtype=precise(q)) if return_lse else None
-        kept = _room(q, k, block_size, halo_size) if trained else None
-        filled = 0
-        for queries, spare, keys, outside, entries in _chunks(q, k, block_size, halo_size):
-            logits = _logits(_gather(q, queries, spare), _gather(k, keys, outside), tables, entries, scale)
-            room = None if kept is None else kept[filled : filled + logits.numel()].view(logits.shape)
-            filled += logits.numel()
-            weights = torch.softmax(logits, -1, out=room)
-            _add(output, queries, weights @ _gather(v, keys, outside), spare)
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output and lse; writes the weights to `kept`, [B, T, heads, Q, K]."""
+        output = v.new_empty(*q.shape[:4], v.shape[4])
+        lse = q.new_empty(*q.shape[:4], 1, dtype=precise(q)) if return_lse else None
+        maps = [as_rows(x) for x in (q, k, v)]
+        for images, group, parts in _chunks(q, blocks):
+            outputs, sums = [], []
+            for block in group:
+                tiles, totals = [], []
+                (q_tile,) = blocks.queries.gather(images, block, maps[0])
+                k_tile, v_tile = blocks.keys.gather(images, block, *maps[1:])
+                for rows in parts:
+                    part = slice(rows.start * blocks.width, rows.stop * blocks.width)
+                    logits = _logits(q_tile[..., part, :], k_tile, tables, rows.start, blocks, scale)
+                    weights = torch.softmax(logits, -1, out=None if kept is None else kept[images, block, :, part])
+                    tiles.append(weights @ v_tile)
+                    if return_lse:
+                        totals.append(logits.logsumexp(-1, keepdim=True))
+                outputs.append(join(tiles, 3))
+                sums.append(join(totals, 3) if return_lse else None)
+            blocks.queries.restore(output[images], outputs)
             if return_lse:
-                _add(lse, queries, logits.logsumexp(-1, keepdim=True), spare)
-        return output, lse[..., 0].movedim(-1, 1).contiguous() if return_lse else None, kept
+                blocks.queries.restore(lse[images], sums)
+        return output, lse[..., 0].movedim(-1, 1).contiguous() if return_lse else None
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, outputs: tuple) -> None:
-        q, k, v, tables, *ctx.sizes, ctx.scale, _, _ = inputs
-        kept = outputs[2]
-        if kept is not None:
-            ctx.mark_non_differentiable(kept)
-        ctx.save_for_backward(q, k, v, tables, kept)
+        *tensors, ctx.blocks, ctx.scale, _ = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor, grad_lse: Tensor | None, _: None) -> tuple:
-        q, k, v, tables, kept = ctx.saved_tensors
-        given = [x for x in (q, k, v, tables) if x is not None]
-        grads = [torch.zeros(x.shape, dtype=precise(x), device=x.device) for x in given]
+    def backward(ctx, grad: Tensor, grad_lse: Tensor | None) -> tuple:
+        (q, k, v, tables, kept), blocks = ctx.saved_tensors, ctx.blocks
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        grad_tables = None if tables is None else torch.zeros_like(tables, dtype=precise(q))
+        maps = [as_rows(x) for x in (q, grad, k, v)]
         if grad_lse is not None:
-            grad_lse = grad_lse.movedim(1, -1)[..., None]
-        filled = 0
-        for queries, spare, keys, outside, entries in _chunks(q, k, *ctx.sizes):
-            q_tile, k_tile = _gather(q, queries, spare), _gather(k, keys, outside)
-            if kept is None:
-                weights = _logits(q_tile, k_tile, tables, entries, ctx.scale).softmax(-1)
-            else:
-                shape = *q_tile.shape[:4], k_tile.shape[3]
-                weights = kept[filled : filled + math.prod(shape)].view(shape)
-                filled += weights.numel()
-            grad_tile = _gather(grad, queries, spare)
-            _add(grads[2], keys, weights.mT @ grad_tile, outside)
-            grad_logits = grad_tile @ _gather(v, keys, outside).mT
-            grad_logits = torch._softmax_backward_data(grad_logits, weights, -1, weights.dtype)
-            if grad_lse is not None:
-                grad_logits.addcmul_(weights, _gather(grad_lse, queries, spare))
-            grad_q = (grad_logits @ k_tile).mul_(ctx.scale)
-            if tables is not None:
-                products = _grad_products(grad_logits, entries, len(tables))
-                grad_q += (products @ tables.to(products.dtype)).view(grad_q.shape)
-                grads[3] += products.T @ q_tile.flatten(0, 3)
-            _add(grads[0], queries, grad_q, spare)
-            _add(grads[1], keys, (grad_logits.mT @ q_tile).mul_(ctx.scale), outside)
-        grads = [total.to(x.dtype) for total, x in zip(grads, given, strict=True)]
-        return *grads, *[None] * (9 - len(grads))
+            grad_lse = as_rows(grad_lse.movedim(1, -1)[..., None])
+        for images, group, parts in _chunks(q, blocks):
+            tiles = [], [], []
+            for block in group:
+                q_tile, grad_tile = blocks.queries.gather(images, block, *maps[:2])
+                k_tile, v_tile = blocks.keys.gather(images, block, *maps[2:])
+                grad_q, grad_k, grad_v = [], [], []
+                for rows in parts:
+                    part = slice(rows.start * blocks.width, rows.stop * blocks.width)
+                    q_part, grad_part = q_tile[..., part, :], grad_tile[..., part, :]
+                    if kept is None:
+                        weights = _logits(q_part, k_tile, tables, rows.start, blocks, ctx.scale).softmax(-1)
+                    else:
+                        weights = kept[images, block, :, part]
+                    grad_v.append(weights.mT @ grad_part)
+                    grad_logits = grad_part @ v_tile.mT
+                    grad_logits = torch._softmax_backward_data(grad_logits, weights, -1, weights.dtype)
+                    if grad_lse is not None:
+                        (lse_tile,) = blocks.queries.gather(images, block, grad_lse)
+                        grad_logits.addcmul_(weights, lse_tile[..., part, :])
+                    grad_q.append((grad_logits @ k_tile).mul_(ctx.scale))
+                    grad_k.append((grad_logits.mT @ q_part).mul_(ctx.scale))
+                    if tables is not None:
+                        products = _grad_products(grad_logits, tables, rows.start, blocks)
+                        grad_q[-1] += (products @ tables.to(products.dtype)).view(grad_q[-1].shape)
+                        grad_tables += products.flatten(0, 1).T @ q_part.flatten(0, 3)
+                tiles[0].append(join(grad_q, 3))
+                tiles[1].append(functools.reduce(Tensor.add_, grad_k))
+                tiles[2].append(functools.reduce(Tensor.add_, grad_v))
+            blocks.queries.restore(grads[0][images], tiles[0])
+            blocks.keys.add(grads[1][images], tiles[1])
+            blocks.keys.add(grads[2][images], tiles[2])
+        return *grads, None if tables is None else grad_tables.to(tables.dtype), *[None] * 4
 
 
 def halo_attention(
@@ -346,7 +333,7 @@ def halo_attention(
     check_int("block_size", block_size, 1)
     check_int("halo_size", halo_size, 0)
     check_maps(q, k, v)
-    if _step(q, k, block_size) is None:
+    if _step(q.shape[1:3], k.shape[1:3], block_size) is None:
         raise ValueError(
             f"q is a map of {q.shape[1]} x {q.shape[2]} and k of {k.shape[1]} x {k.shape[2]}: expected the same size, "
             f"or for q that of k divided by a divisor of block_size={block_size}, rounded up"

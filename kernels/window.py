@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import check_maps, check_tensor, per_axis, precise
 from visionattn.kernels._dispatch import dispatch
+from visionattn.kernels._tiles import Tiles, as_rows, chunks, join, split
 
 __all__ = ["window_attention"]
 
@@ -106,22 +107,37 @@ def _torch(
     if window == q.shape[1:3] and shift == (0, 0) and bias is None and mask is None and not return_lse:
         maps = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(*maps, scale=scale).transpose(1, 2).unflatten(1, window)
+    windows = _windows(q, (window, shift, dilated))
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
-    output, lse, _ = _Window.apply(q, k, v, bias, mask, (window, shift, dilated), scale, return_lse, trained)
+    kept = _room(q, windows) if trained else None
+    output, lse = _Window.apply(q, k, v, bias, mask, kept, windows, scale, return_lse)
     return (output, lse) if return_lse else output
+
+
+class _Masks(NamedTuple):
+    """Of t windows of one or b images; without `idle` where those queries are all outside of the map."""
+
+    values: Tensor  # [1 or b, t, 1, Q, K]: 0 or -inf, to add to logits
+    idle: Tensor | None  # [1 or b, t, 1, Q, 1]: queries without a key; to have finite logits they are given all
 
 
 class _Windows(NamedTuple):
     """T windows of a map, of Q places; those whose tokens all attend to each other first."""
 
     plain: int  # how many those are
-    tokens: Tensor  # [T, Q]: flat positions in the map; for a padded position that of another token of its window
-    outside: Tensor  # [T, Q]: whether the position is padded
-    wrapped: Tensor  # [T, Q]: 0 to 3: whether it wrapped around on either axis
-    slots: Tensor  # [N]: where in `tokens`, flat, each position of the map is
+    masks: _Masks  # of the others
+    tiles: Tiles
+    wrapped: Tensor  # [T, Q]: 0 to 3: whether the position wrapped around on either axis
 
 
-def _windows(size: Pair, geometry: Geometry, device: torch.device) -> _Windows:
+def _windows(q: Tensor, geometry: Geometry) -> _Windows:
+    """Of the map of q; made once for each size, but where it is traced."""
+    make = _make_windows if type(q) is Tensor and not torch.compiler.is_compiling() else _make_windows.__wrapped__
+    return make(q.shape[1:3], geometry, precise(q), q.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _make_windows(size: Pair, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> _Windows:
     window, shift, dilated = geometry
     axes = list(zip(size, window, shift, strict=True))
     (y, y_outside, y_wrapped), (x, x_outside, x_wrapped) = (_places(*axis, dilated, device) for axis in axes)
@@ -130,13 +146,11 @@ def _windows(size: Pair, geometry: Geometry, device: torch.device) -> _Windows:
     parts = y * size[1] + x, y_outside | x_outside, 2 * y_wrapped + x_wrapped
     rows, columns = (_plain(*axis, dilated) for axis in axes)
     counts = [_count(length, w) for length, w, _ in axes]
-    number = torch.arange(counts[0] * counts[1], device=device)
-    grid = number.view(counts)
+    grid = torch.arange(counts[0] * counts[1], device=device).view(counts)
     order = torch.cat([grid[:rows, :columns].flatten(), grid[:rows, columns:].flatten(), grid[rows:].flatten()])
-    rank = torch.empty_like(order).index_copy(0, order, number)
-    (y, y_place), (x, x_place) = (_where(*axis, dilated, device) for axis in axes)
-    slots = rank[y[:, None] * counts[1] + x] * (window[0] * window[1]) + y_place[:, None] * window[1] + x_place
-    return _Windows(rows * columns, *(part.flatten(2).flatten(0, 1)[order] for part in parts), slots.flatten())
+    plain, (tokens, outside, wrapped) = rows * columns, (part.flatten(2).flatten(0, 1)[order] for part in parts)
+    masks = _masks(outside[plain:], wrapped[plain:], None, dtype)
+    return _Windows(plain, masks, Tiles(tokens, outside, size[0] * size[1]), wrapped)
 
 
 def _places(length: int, window: int, shift: int, dilated: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,101 +171,62 @@ def _plain(length: int, window: int, shift: int, dilated: bool) -> int:
     return max(0, length - shift) // window
 
 
-class _Chunk(NamedTuple):
-    """Windows to compute together: t windows of b images; t is less than all only of one image."""
-
-    images: slice
-    block: slice  # of the windows
-    tokens: Tensor  # [b, t, Q]: rows of q, k and v as (B * N, heads * dim)
-    parts: list[slice]  # of the Q queries, to compute at a time
-    start: int  # the first of the t windows that `mask` is for
-    mask: Tensor | None  # [1 or b, windows, 1, Q, K]: 0 or -inf, to add to logits
-    idle: Tensor | None  # [1 or b, windows, 1, Q, 1]: queries without a key; to have finite logits they are given all
-    unused: Tensor | None  # [1 or b, windows, 1, Q, 1]: queries that are idle or padded
-
-
-def _chunks(q: Tensor, mask: Tensor | None, windows: _Windows, size: int) -> Iterator[tuple[slice, list[_Chunk]]]:
-    """Images, and the chunks that their windows are computed in. Traced, all images: their number may be symbolic."""
-    (count, places), (batch, height, width, heads, _) = windows.tokens.shape, q.shape
-    tracing = torch.compiler.is_compiling()
-    fit = max(1, size // (4 * heads * places**2))  # windows
-    blocks = _split(count, count if tracing or fit >= count else fit)
-    parts = _split(places, places if tracing else max(1, size // (4 * heads * places)))
-    image = torch.arange(batch, device=q.device)[:, None, None] * (height * width)
-    for images in [slice(None)] if tracing else _split(batch, max(1, fit // count)):
-        chunks = []
-        for block in blocks:
-            start, masks = 0 if mask is not None else max(0, windows.plain - block.start), (None, None, None)
-            if start < block.stop - block.start:
-                rest = slice(block.start + start, block.stop)
-                masks = _masks(windows, rest, mask if mask is None or mask.shape[0] == 1 else mask[images], precise(q))
-            tokens = image[images] + windows.tokens[block]
-            chunks.append(_Chunk(images, block, tokens, parts, start, *masks))
-        yield images, chunks
-
-
-def _split(length: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
-
-
-def _masks(windows: _Windows, some: slice, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """mask, idle and unused of a `_Chunk`."""
-    wrapped, outside = windows.wrapped[some], windows.outside[some]
+def _masks(outside: Tensor, wrapped: Tensor, keys: Tensor | None, dtype: torch.dtype) -> _Masks:
+    """Of windows [t, Q], with those keys allowed: [1 or b, t, Q]"""
     allowed = ((wrapped[:, :, None] == wrapped[:, None]) & ~outside[:, None])[None]
-    if mask is not None:
-        allowed = allowed & mask.flatten(1)[:, windows.tokens[some]][:, :, None]
+    if keys is not None:
+        allowed = allowed & keys[:, :, None]
     idle = ~allowed.any(-1, keepdim=True)
     forbidden = ~(allowed | idle)
     values = torch.zeros_like(forbidden, dtype=dtype).masked_fill_(forbidden, -torch.inf)
-    return values[:, :, None], idle[:, :, None], (idle | outside[None, :, :, None])[:, :, None]
+    return _Masks(values[:, :, None], None if keys is None else idle[:, :, None])
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(B, H, W, heads, dim) -> (B * N, heads * dim), without a copy of slices of one packed qkv"""
-    return x.flatten(0, 2).flatten(1)
+class _Chunk(NamedTuple):
+    """Windows to compute together."""
+
+    block: slice
+    parts: list[slice]  # of the Q queries, to compute at a time
+    start: int  # the first of the windows that `masks` is for
+    masks: _Masks
 
 
-def _gather(rows: Tensor, chunk: _Chunk, heads: int) -> Tensor:
-    """Copy [b, t, heads, Q, dim], at least float32"""
-    tile = rows.index_select(0, chunk.tokens.flatten()).view(*chunk.tokens.shape, heads, -1)
-    return tile.transpose(2, 3).to(precise(rows)).contiguous()
+def _chunks(q: Tensor, mask: Tensor | None, windows: _Windows, size: int) -> Iterator[tuple[slice, list[_Chunk]]]:
+    """Images, and the chunks that their windows are computed in."""
+    (count, places), heads = windows.wrapped.shape, q.shape[3]
+    fit = max(1, size // (4 * heads * places))  # queries
+    parts = split(places, places if torch.compiler.is_compiling() else fit)
+    for images, blocks in chunks(q.shape[0], count, fit // places):
+        yield images, [_chunk(mask, windows, images, block, parts) for block in blocks]
 
 
-def _fill(tile: Tensor, chunk: _Chunk, part: slice, which: Tensor | None, value: float) -> Tensor:
-    """Sets what belongs to those queries of [b, t, heads, q, dim], in place."""
-    if which is not None:
-        tile[:, chunk.start :].masked_fill_(which[..., part, :], value)
-    return tile
+def _chunk(mask: Tensor | None, windows: _Windows, images: slice, block: slice, parts: list[slice]) -> _Chunk:
+    if mask is None:
+        rest = slice(max(0, block.start - windows.plain), max(0, block.stop - windows.plain))
+        masks = _Masks(windows.masks.values[:, rest], None)
+        return _Chunk(block, parts, max(0, windows.plain - block.start), masks)
+    tiles, mask = windows.tiles, mask if mask.shape[0] == 1 else mask[images]
+    masks = _masks(
+        tiles.outside[block],
+        windows.wrapped[block],
+        mask.flatten(1)[:, tiles.tokens[block]],
+        windows.masks.values.dtype,
+    )
+    return _Chunk(block, parts, 0, masks)
 
 
-class _Stage:
-    """Collects tiles of all windows of some images, then writes them to a map (B, H, W, heads, dim)."""
-
-    def __init__(self, total: Tensor, windows: _Windows) -> None:
-        self.total, self.windows, self.rows = total, windows, None
-
-    def put(self, chunk: _Chunk, part: slice, tile: Tensor) -> None:
-        """[b, t, heads, q, dim]"""
-        if self.rows is None:  # the first images are the most
-            shape = chunk.tokens.shape[0], *self.windows.tokens.shape
-            self.rows = self.total.new_empty(*shape, *self.total.shape[3:])
-        self.rows[: tile.shape[0], chunk.block, part] = tile.transpose(2, 3)
-
-    def write(self, images: slice) -> None:
-        target = self.total[images]
-        first = torch.arange(target.shape[0], device=target.device)[:, None] * self.windows.tokens.numel()
-        slots = (first + self.windows.slots).flatten()
-        target.copy_(self.rows.flatten(0, 2).flatten(1).index_select(0, slots).view(target.shape))
+def _fill(tile: Tensor, chunk: _Chunk, part: slice, value: float) -> Tensor:
+    """Sets what belongs to idle queries, in place, of [b, t, heads, q, dim]."""
+    return tile if chunk.masks.idle is None else tile.masked_fill_(chunk.masks.idle[..., part, :], value)
 
 
-def _logits(q: Tensor, k: Tensor, bias: Tensor | None, chunk: _Chunk, part: slice) -> Tensor:
-    """[b, t, heads, q, K] of the scaled queries of a part, and all keys."""
-    logits = q[:, :, :, part] @ k.mT
-    if bias is not None:
-        logits += bias[:, part]
-    if chunk.mask is not None:
-        logits[:, chunk.start :] += chunk.mask[..., part, :]
-    return logits
+def _logits(q: Tensor, k: Tensor, bias: Tensor | None, chunk: _Chunk, part: slice, scale: float) -> Tensor:
+    """[b, t, heads, q, K] of the queries of a part, and all keys."""
+    q = q[:, :, :, part]
+    logits = q.new_zeros(()) if bias is None else bias[:, part].to(q.dtype)
+    logits = logits.expand(*q.shape[:4], k.shape[3]).clone(memory_format=torch.contiguous_format)
+    logits[:, chunk.start :] += chunk.masks.values[..., part, :]
+    return logits.flatten(0, 2).baddbmm_(q.flatten(0, 2), k.flatten(0, 2).mT, alpha=scale).view(logits.shape)
 
 
 class _Window(torch.autograd.Function):
@@ -265,77 +240,76 @@ class _Window(torch.autograd.Function):
         v: Tensor,
         bias: Tensor | None,
         mask: Tensor | None,
-        geometry: Geometry,
+        kept: Tensor | None,
+        windows: _Windows,
         scale: float,
         return_lse: bool,
-        trained: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Output, lse, and weights if they are kept: [B, T, heads, Q, K]"""
-        heads, windows = q.shape[3], _windows(q.shape[1:3], geometry, q.device)
-        kept = _room(q, windows) if trained else None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output and lse; writes the weights to `kept`, [B, T, heads, Q, K]."""
+        maps = [as_rows(x) for x in (q, k, v)]
         output = torch.empty_like(v, memory_format=torch.contiguous_format)
         lse = q.new_empty(*q.shape[:4], 1, dtype=precise(q)) if return_lse else None
-        maps, outputs = [_rows(x) for x in (q, k, v)], _Stage(output, windows)
-        sums = _Stage(lse, windows) if return_lse else None
-        for images, chunks in _chunks(q, mask, windows, CHUNK["forward"]):
-            for chunk in chunks:
-                q_tile, k_tile, v_tile = (_gather(rows, chunk, heads) for rows in maps)
-                q_tile.mul_(scale)
+        for images, group in _chunks(q, mask, windows, CHUNK["forward"]):
+            outputs, sums = [], []
+            for chunk in group:
+                parts, totals = [], []
+                q_tile, k_tile, v_tile = windows.tiles.gather(images, chunk.block, *maps)
                 for part in chunk.parts:
-                    logits = _logits(q_tile, k_tile, bias, chunk, part)
+                    logits = _logits(q_tile, k_tile, bias, chunk, part, scale)
                     room = None if kept is None else kept[images, chunk.block, :, part]
                     weights = torch.softmax(logits, -1, out=room)
-                    outputs.put(chunk, part, _fill(weights @ v_tile, chunk, part, chunk.idle, 0))
+                    parts.append(_fill(weights @ v_tile, chunk, part, 0))
                     if return_lse:
                         total = logits.logsumexp(-1, keepdim=True)
-                        sums.put(chunk, part, _fill(total, chunk, part, chunk.idle, -torch.inf))
-            outputs.write(images)
+                        totals.append(_fill(total, chunk, part, -torch.inf))
+                outputs.append(join(parts, 3))
+                sums.append(join(totals, 3) if return_lse else None)
+            windows.tiles.restore(output[images], outputs)
             if return_lse:
-                sums.write(images)
-        return output, lse[..., 0].movedim(-1, 1).contiguous() if return_lse else None, kept
+                windows.tiles.restore(lse[images], sums)
+        return output, lse[..., 0].movedim(-1, 1).contiguous() if return_lse else None
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, outputs: tuple) -> None:
-        *tensors, ctx.geometry, ctx.scale, _, _ = inputs
-        kept = outputs[2]
-        if kept is not None:
-            ctx.mark_non_differentiable(kept)
-        ctx.save_for_backward(*tensors, kept)
+        *tensors, ctx.windows, ctx.scale, _ = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor, grad_lse: Tensor | None, _: None) -> tuple:
-        q, k, v, bias, mask, kept = ctx.saved_tensors
-        heads, windows = q.shape[3], _windows(q.shape[1:3], ctx.geometry, q.device)
+    def backward(ctx, grad: Tensor, grad_lse: Tensor | None) -> tuple:
+        (q, k, v, bias, mask, kept), windows = ctx.saved_tensors, ctx.windows
+        maps = [as_rows(x) for x in (q, k, v, grad)]
         grads = [x.new_empty(x.shape) for x in (q, k, v)]
         grad_bias = torch.zeros_like(bias, dtype=precise(q)) if ctx.needs_input_grad[3] else None
-        maps, stages = [_rows(x) for x in (q, k, v, grad)], [_Stage(x, windows) for x in grads]
-        grad_lse = None if grad_lse is None else _rows(grad_lse.movedim(1, -1)[..., None])
-        for images, chunks in _chunks(q, mask, windows, CHUNK["backward"]):
-            for chunk in chunks:
-                q_tile, k_tile, v_tile, grad_tile = (_gather(rows, chunk, heads) for rows in maps)
-                q_tile.mul_(ctx.scale)
-                grad_k, grad_v = [], []
+        if grad_lse is not None:
+            grad_lse = as_rows(grad_lse.movedim(1, -1)[..., None])
+        for images, group in _chunks(q, mask, windows, CHUNK["backward"]):
+            tiles = [], [], []
+            for chunk in group:
+                q_tile, k_tile, v_tile, grad_tile = windows.tiles.gather(images, chunk.block, *maps)
+                _fill(grad_tile, chunk, slice(None), 0)
+                grad_q, grad_k, grad_v = [], [], []
                 for part in chunk.parts:
                     if kept is None:
-                        weights = _logits(q_tile, k_tile, bias, chunk, part).softmax(-1)
+                        weights = _logits(q_tile, k_tile, bias, chunk, part, ctx.scale).softmax(-1)
                     else:
                         weights = kept[images, chunk.block, :, part]
-                    grad_part = _fill(grad_tile[:, :, :, part], chunk, part, chunk.unused, 0)
+                    grad_part = grad_tile[:, :, :, part]
                     grad_logits = grad_part @ v_tile.mT
                     grad_logits = torch._softmax_backward_data(grad_logits, weights, -1, weights.dtype)
                     if grad_lse is not None:
-                        lse_part = _gather(grad_lse, chunk, heads)[:, :, :, part]
-                        grad_logits.addcmul_(weights, _fill(lse_part, chunk, part, chunk.unused, 0))
+                        lse_part = windows.tiles.gather(images, chunk.block, grad_lse)[0][:, :, :, part]
+                        grad_logits.addcmul_(weights, _fill(lse_part, chunk, part, 0))
                     if grad_bias is not None:
                         grad_bias[:, part] += grad_logits.sum((0, 1))
-                    stages[0].put(chunk, part, (grad_logits @ k_tile).mul_(ctx.scale))
+                    grad_q.append((grad_logits @ k_tile).mul_(ctx.scale))
                     grad_k.append(grad_logits.mT @ q_tile[:, :, :, part])
                     grad_v.append(weights.mT @ grad_part)
-                for stage, parts in zip(stages[1:], (grad_k, grad_v), strict=True):
-                    stage.put(chunk, slice(None), functools.reduce(Tensor.add_, parts))
-            for stage in stages:
-                stage.write(images)
+                tiles[0].append(join(grad_q, 3))
+                tiles[1].append(functools.reduce(Tensor.add_, grad_k).mul_(ctx.scale))
+                tiles[2].append(functools.reduce(Tensor.add_, grad_v))
+            for total, parts in zip(grads, tiles, strict=True):
+                windows.tiles.restore(total[images], parts)
         return *grads, None if grad_bias is None else grad_bias.to(bias.dtype), *[None] * 5
 
 
@@ -343,7 +317,7 @@ def _room(q: Tensor, windows: _Windows) -> Tensor | None:
     """For the weights of all windows, if KEEP allows."""
     if torch.compiler.is_compiling():
         return None
-    count, places = windows.tokens.shape
+    count, places = windows.wrapped.shape
     shape, dtype = (q.shape[0], count, q.shape[3], places, places), precise(q)
     return q.new_empty(shape, dtype=dtype) if math.prod(shape) * dtype.itemsize <= KEEP else None
 

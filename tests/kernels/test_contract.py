@@ -216,7 +216,7 @@ PATTERNS = {
             {"size": (8, 8), "block": 8, "halo": 3},
             {"size": (19, 23), "block": 8, "halo": 2},
         ],
-        budgets={"CHUNK": 2**18},
+        budgets={"CHUNK": 2**18, "KEEP": 2**18},
         tolerance=2e-4,
     ),
     "neighborhood": Pattern(
@@ -414,6 +414,16 @@ def test_gradient_of_one_input_only(pattern, sizes):
         alone = {key: y.detach() if key in floating(arguments) else y for key, y in arguments.items()} | {name: x}
         ours, theirs = (gradients(attend(pattern, alone, backend=b), {name: x}) for b in ("torch", "reference"))
         torch.testing.assert_close(ours, theirs)
+
+
+@each("forms")
+def test_trains_after_inference_of_the_same_sizes(pattern, sizes):
+    arguments = made(pattern, sizes | {"batch": 3})
+    with torch.inference_mode():
+        first = attend(pattern, arguments)
+    again = attend(pattern, arguments)
+    torch.testing.assert_close(again, first)
+    assert all(x.isfinite().all() for x in gradients(again, floating(arguments)).values())
 
 
 @each("forms")

@@ -1,0 +1,147 @@
+"""Tiles of a map, copied out of it and back, for the PyTorch forms of window and halo attention.
+
+A tile holds some tokens of an image as matmuls want them: [heads, tokens, dim]. Each head of a token is copied as a row
+of its own: one pass over memory, where copying whole tokens and transposing the copy were two.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visionattn.kernels._check import precise
+
+__all__ = ["Tiles", "as_rows", "chunks", "join", "split"]
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(B, *sizes, heads, dim) -> [B * N, heads, dim], in memory rows of one head each, and tokens a number of such rows
+    apart; without a copy for slices of one packed qkv."""
+    rows = x.flatten(0, -3)
+    if torch.compiler.is_compiling():
+        return rows.contiguous()
+    step, row, one = rows.stride()
+    return rows if (row, one) == (rows.shape[2], 1) and step % row == 0 else rows.contiguous()
+
+
+def chunks(images: int, tiles: int, fit: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Images, and the tiles to compute at a time: all of some images, or some of one, about `fit` together. Traced, all
+    of all images, whose number may be symbolic."""
+    if torch.compiler.is_compiling():
+        yield slice(None), [slice(0, tiles)]
+        return
+    blocks = split(tiles, fit)
+    for some in split(images, fit // tiles):
+        yield some, blocks
+
+
+def split(length: int, step: int) -> list[slice]:
+    """Slices of a range, of `step` or at least 1."""
+    step = max(1, step)
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def join(tiles: list[Tensor], dim: int) -> Tensor:
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim)
+
+
+class Tiles:
+    """T tiles of Q tokens of a map of N, the same for all images. Its methods keep what they compute from that alone.
+
+    Args:
+        tokens: [T, Q], flat positions in the map.
+        outside: [T, Q] bool, True for what is outside of the map: zeros when gathered, and never written back.
+        length: N.
+    """
+
+    def __init__(self, tokens: Tensor, outside: Tensor, length: int) -> None:
+        self.tokens, self.outside, self.length = tokens, outside, length
+        self._kept: dict = {}
+
+    def gather(self, images: slice, block: slice, *maps: Tensor) -> list[Tensor]:
+        """Of maps `as_rows` those tiles: [b, t, heads, Q, dim], at least float32."""
+        tiles, indices = [], {}
+        for x in maps:
+            heads, dim = x.shape[1:]
+            x = x[slice(*(None if n is None else n * self.length for n in (images.start, images.stop)))]
+            tokens, step = x.shape[0], heads if torch.compiler.is_compiling() else x.stride(0) // dim
+            if step not in indices:
+                first = torch.arange(0, tokens * step, self.length * step, device=x.device)
+                indices[step] = first[:, None, None, None] + self._once(self._heads, heads, step)[block]
+            rows = x.as_strided(((tokens - 1) * step + heads, dim), (dim, 1))
+            tile = rows.index_select(0, indices[step].flatten())
+            tile = tile.view(*indices[step].shape, dim).to(precise(x))
+            tiles.append(self.clear(tile, block))
+        return tiles
+
+    def clear(self, tiles: Tensor, block: slice) -> Tensor:
+        """Zeros, in place, for what is outside of the map in [b, t, heads, Q, dim]."""
+        if torch.compiler.is_compiling():
+            return tiles.masked_fill_(self.outside[block, None, :, None], 0)
+        rows = self._once(self._rows_outside, block.start, block.stop, tiles.shape[2])
+        if len(rows):
+            per_image = tiles[0].numel() // tiles.shape[4]
+            first = torch.arange(0, len(tiles) * per_image, per_image, device=tiles.device)
+            tiles.flatten(0, 3).index_fill_(0, (first[:, None] + rows).flatten(), 0)
+        return tiles
+
+    def restore(self, target: Tensor, tiles: list[Tensor]) -> None:
+        """Writes all tiles of some images, each [b, t, heads, Q, dim], to their contiguous map (b, *sizes, heads, dim),
+        of which each token is in one tile."""
+        tiles = join(tiles, 1)
+        first = torch.arange(tiles.shape[0], device=tiles.device) * (tiles[0].numel() // tiles.shape[4])
+        index = (first[:, None, None] + self._once(self._slots, tiles.shape[2])).flatten()
+        rows, target = tiles.flatten(0, 3), target.flatten(0, -2)
+        if target.dtype == rows.dtype and not torch.compiler.is_compiling():
+            torch.index_select(rows, 0, index, out=target)
+        else:
+            target.copy_(rows.index_select(0, index))
+
+    def add(self, target: Tensor, tiles: list[Tensor]) -> None:
+        """As `restore`, where tokens are in any number of tiles: writes their sums."""
+        tiles = join(tiles, 1)
+        rows, flat = tiles.flatten(0, 3), target.flatten(0, -2)
+        if torch.compiler.is_compiling():
+            heads = tiles.shape[2]
+            first = torch.arange(0, flat.shape[0], self.length * heads, device=tiles.device)
+            index = first[:, None, None, None] + self._heads(heads, heads)
+            flat.zero_().index_add_(0, index.flatten(), self.clear(tiles, slice(None)).flatten(0, 3).to(flat.dtype))
+            return
+        slots, starts = self._once(self._bags, tiles.shape[2])
+        image = torch.arange(len(tiles), device=tiles.device)[:, None]
+        slots = (slots + image * (len(rows) // len(tiles))).flatten()
+        starts = (starts + image * (len(slots) // len(tiles))).flatten()
+        flat.copy_(F.embedding_bag(slots, rows, starts, mode="sum"))
+
+    def _once(self, make: Callable, *arguments: int) -> Any:
+        key = make.__name__, *arguments
+        if key not in self._kept:
+            self._kept[key] = make(*arguments)
+        return self._kept[key]
+
+    def _heads(self, heads: int, step: int) -> Tensor:
+        """[T, heads, Q], where in the rows of an image the heads of each token are, tokens being `step` rows apart."""
+        return self.tokens[:, None] * step + torch.arange(heads, device=self.tokens.device)[:, None]
+
+    def _rows_outside(self, start: int, stop: int, heads: int) -> Tensor:
+        """Which of the rows [t, heads, Q] of tiles of an image are outside of the map."""
+        return self.outside[start:stop, None].expand(-1, heads, -1).flatten().nonzero().flatten()
+
+    def _slots(self, heads: int) -> Tensor:
+        """[N, heads], where in the rows [T, heads, Q] of all tiles of an image each token is."""
+        (count, places), device = self.tokens.shape, self.tokens.device
+        tokens = self.tokens.masked_fill(self.outside, self.length).flatten()
+        slots = torch.zeros(self.length + 1, dtype=torch.int64, device=device)
+        slots = slots.index_copy(0, tokens, torch.arange(count * places, device=device))[:-1, None]
+        return slots // places * (heads * places) + slots % places + torch.arange(heads, device=device) * places
+
+    def _bags(self, heads: int) -> tuple[Tensor, Tensor]:
+        """The rows [T, heads, Q] of all tiles of an image in the order of tokens, and for each head of each token, [N *
+        heads], the place of the first of its rows in that order."""
+        token = self._heads(heads, heads)
+        inside = ~self.outside[:, None].expand_as(token)
+        token, rows = token[inside], inside.flatten().nonzero().flatten()
+        counts = torch.bincount(token, minlength=self.length * heads)
+        return rows[token.argsort(stable=True)], counts.cumsum(0) - counts
