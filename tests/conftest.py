@@ -1,6 +1,7 @@
-"""What every test shares: two threads, tiny made pictures, the smallest recipe for them, and a run trained by it."""
+"""What tests share: two threads, tiny made pictures, a small recipe for them, a run trained by it, refused commands."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from visionattn.cli import main
 
 torch.set_num_threads(2)
+os.environ["OMP_NUM_THREADS"] = "2"  # of processes that tests start, whose weights must be the same
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
@@ -53,6 +55,17 @@ def recipe_file(tmp_path, pictures) -> Path:
     path = tmp_path / "stripes.yaml"
     path.write_text(RECIPE.replace("ROOT", str(pictures)))
     return path
+
+
+@pytest.fixture
+def refused(capsys) -> Callable[..., str]:
+    """Runs the command line, which must answer with status 2 and a message, and returns that."""
+
+    def refused(*words: object) -> str:
+        assert main([str(word) for word in words]) == 2
+        return capsys.readouterr().err
+
+    return refused
 
 
 @pytest.fixture(scope="session")

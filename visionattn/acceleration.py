@@ -32,7 +32,12 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     Returns `model`. Warns once, naming them, of attention layers that it leaves as they were: those of a kind not
     supported, and those with dropout, which the kernels do not have.
+
+    Raises:
+        TypeError: `model` is no module, but for example the name of one.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r}: expected a model, as in accelerate(timm.create_model('davit_tiny'))")
     left = []
     for name, module in model.named_modules():
         kind = type(module)

@@ -232,7 +232,8 @@ def _refuse_untrainable(found: LabelledImages, data: ClassificationData) -> None
         raise UserError(f"data: no training image of {listed([found.classes[k] for k in absent])}")
     if len(found.splits["train"]) < data.batch_size:
         raise UserError(
-            f"data.batch_size is {data.batch_size}, but there are only {len(found.splits['train'])} training images"
+            f"data.batch_size is {data.batch_size}, but there are only {len(found.splits['train'])} training images: "
+            f"set it to at most {len(found.splits['train'])}"
         )
 
 

@@ -220,14 +220,8 @@ def make_segmenter(
     encoder_args, decoder_args = encoder_args or {}, decoder_args or {}
     _check_names(encoder_name, decoder_name)
     if decoder_name is None:
-        model = _create(
-            encoder_name,
-            num_classes=num_classes,
-            in_chans=in_chans,
-            pretrained=pretrained,
-            **encoder_args,
-            **decoder_args,
-        )
+        arguments = {**encoder_args, **decoder_args}
+        model = _create(encoder_name, arguments, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained)
         if not isinstance(model, EncoderDecoder):
             raise UserError(f"model {encoder_name} is no segmenter: add a decoder, one of {', '.join(DECODERS)}")
         return model
@@ -266,17 +260,18 @@ def _check_names(encoder: str, decoder: str | None) -> None:
         raise UserError(f"model {encoder!r} is unknown{hint} (visionattn list, timm.list_models())")
 
 
-def _create(name: str, **args: Any) -> nn.Module:
+def _create(name: str, args: dict[str, Any], **ours: Any) -> nn.Module:
     try:
-        return timm.create_model(name, **args)
-    except (TypeError, ValueError, RuntimeError, OSError) as error:
-        raise UserError(f"model {name} cannot be made: {error}") from None
+        return timm.create_model(name, **ours, **args)
+    except Exception as error:  # each model raises its own for arguments that it cannot take
+        reason = str(error) or type(error).__name__
+        raise UserError(f"model {name} cannot be made with {args or 'its defaults'}: {reason}") from None
 
 
 def _make_encoder(name: str, wanted: Sequence[int], in_chans: int, pretrained: bool, args: dict[str, Any]) -> nn.Module:
     """An encoder whose `feature_info` has the wanted strides (2 only where there is one), or one stride."""
     with torch.device("meta"):
-        probe = _create(name, **args)
+        probe = _create(name, args)
     if isinstance(probe, EncoderDecoder):
         raise UserError(f"model {name} is a whole segmenter: leave the decoder out, or name an encoder alone")
     if not hasattr(probe, "forward_intermediates"):
@@ -289,10 +284,11 @@ def _make_encoder(name: str, wanted: Sequence[int], in_chans: int, pretrained: b
         indices = [len(found) - 1]
     else:
         raise UserError(f"model {name} has maps at strides {found}: expected {list(STRIDES)}, or one stride to 32")
-    if "dynamic_img_size" in inspect.signature(type(probe).__init__).parameters and "img_size" not in args:
-        args = {"dynamic_img_size": True, **args}
-    maps = {"features_only": True, "feature_cls": "getter", "out_indices": indices}
-    return _create(name, in_chans=in_chans, pretrained=pretrained, **maps, **args)
+    ours = {"features_only": True, "feature_cls": "getter", "out_indices": indices}
+    known = inspect.signature(type(probe).__init__).parameters
+    if "dynamic_img_size" in known and not args.keys() & {"img_size", "dynamic_img_size"}:
+        ours["dynamic_img_size"] = True
+    return _create(name, args, in_chans=in_chans, pretrained=pretrained, **ours)
 
 
 def _trial_size(img_size: int | Sequence[int] | None, multiple: int) -> tuple[int, int]:

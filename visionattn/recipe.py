@@ -639,6 +639,7 @@ class _Explanation:
             quoted = re.findall("'([^']+)'", allowed)
             return f"{given}; allowed: {allowed}{_nearest(str(item['input']), quoted)}"
         expected = [i["msg"].removeprefix("Value error, ").removeprefix("Input should be ") for i in items]
+        expected = ["keys and values, {key: value}" if "dictionary" in text else text for text in expected]
         return f"{given}; expected: {' or '.join(dict.fromkeys(expected))}"
 
     def _section(self, keys: tuple) -> type[Section]:

@@ -77,7 +77,7 @@ def check(data: SegmentationData) -> Findings:
         pixels={name: split.counts.sum(0) for name, split in splits.items()},
         present={name: (split.counts[:, :-1] > 0).sum(0) for name, split in splits.items()},
         sizes={name: _sizes(split) for name, split in splits.items()},
-        channels=splits["train"].items[0].channels,
+        channels=found.channels,
         mean=mean,
         std=std,
         problems=problems,

@@ -108,6 +108,11 @@ class SegmentationImages:
     skipped: Sequence[str] = ()
     warnings: Sequence[str] = ()
 
+    @property
+    def channels(self) -> int:
+        """Of every image."""
+        return next(item.channels for split in self.splits.values() for item in split.items)
+
 
 def scan(data: SegmentationData) -> tuple[list[Item], list[str]]:
     """Items of a data section and what is wrong with it, a line each; by the module of its format.
@@ -139,7 +144,7 @@ def find(data: SegmentationData) -> tuple[SegmentationImages, list[str]]:
 
 
 def find_labelled(data: SegmentationData, other: Path | None = None) -> SegmentationImages:
-    """Images with masks to evaluate a trained model on: the section's own, or those of another root with its layout.
+    """Images with masks, of which only headers are read: the section's own, or those of another root with its layout.
 
     Raises:
         UserError: anything wrong with them, all at once.
@@ -157,8 +162,12 @@ def find_labelled(data: SegmentationData, other: Path | None = None) -> Segmenta
     return found
 
 
-def prepare(data: SegmentationData) -> tuple[SegmentationImages, SegmentationData]:
-    """Find and read through all images and masks, refuse what cannot be trained on, fill what the recipe leaves open.
+def prepare(found: SegmentationImages, data: SegmentationData) -> tuple[SegmentationImages, SegmentationData]:
+    """Read through all images and masks, refuse what cannot be trained on, fill what the recipe leaves open.
+
+    Args:
+        found: of `find_labelled`.
+        data: the section that they were found by.
 
     Returns:
         the images, and the data section with `classes` as a list and `mean` and `std` set: the given ones, else as
@@ -167,19 +176,15 @@ def prepare(data: SegmentationData) -> tuple[SegmentationImages, SegmentationDat
     Raises:
         UserError: everything that is wrong, with file names.
     """
-    found, problems = find(data)
-    _refuse(problems)
+    _refuse_untrainable(found, data)
     found = look_through(found, places=data.rare_crops > 0)
     _refuse([look.error for split in found.splits.values() for look in split.looks if look.error])
-    _refuse_untrainable(found, data)
+    if not found.splits["train"].counts[:, :-1].any():
+        raise UserError("data: no training mask has a labelled pixel")
     found = replace(found, warnings=_doubts(found))
     mean, std = mean_std(found.splits["train"].looks)
-    mean, std = data.mean or mean, data.std or std
-    channels = found.splits["train"].items[0].channels
-    for key, values in (("mean", mean), ("std", std)):
-        if len(values) != channels:
-            raise UserError(f"data.{key} has {len(values)} values, but the images have {channels} channels")
-    return found, data.model_copy(update={"classes": found.classes, "mean": mean, "std": std})
+    given = {"classes": found.classes, "mean": data.mean or mean, "std": data.std or std}
+    return found, data.model_copy(update=given)
 
 
 def look_through(found: SegmentationImages, places: bool = False) -> SegmentationImages:
@@ -368,17 +373,22 @@ def _refuse(problems: list[str]) -> None:
 
 
 def _refuse_untrainable(found: SegmentationImages, data: SegmentationData) -> None:
+    """What shows before any image is read through."""
     empty = [name for name, split in found.splits.items() if len(split) == 0]
     if empty:
         raise UserError(f"data: no images in {listed(empty)}")
-    crops = len(found.splits["train"]) * data.crops_per_image
+    images = len(found.splits["train"])
+    crops, enough = images * data.crops_per_image, -(-data.batch_size // images)
     if crops < data.batch_size:
         raise UserError(
-            f"data.batch_size is {data.batch_size}, but an epoch has only {crops} training crops; "
-            "see data.crops_per_image"
+            f"data.batch_size is {data.batch_size}, but an epoch has only {crops} training crops ({images} images, "
+            f"data.crops_per_image {data.crops_per_image}): set data.batch_size to at most {crops}, or "
+            f"data.crops_per_image to at least {enough}"
         )
-    if not found.splits["train"].counts[:, :-1].any():
-        raise UserError("data: no training mask has a labelled pixel")
+    for key in ("mean", "std"):
+        values = getattr(data, key)
+        if values is not None and len(values) != found.channels:
+            raise UserError(f"data.{key} has {len(values)} values, but the images have {found.channels} channels")
 
 
 def _doubts(found: SegmentationImages) -> list[str]:

@@ -3,6 +3,7 @@
 import itertools
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from visionattn.errors import UserError
 from visionattn.losses import balanced_weights, make_loss
 from visionattn.recipe import SegmentationRecipe
 from visionattn.segdata import SegmentationImages, find_labelled, prepare
-from visionattn.segmetrics import CaseCounts, calibration
+from visionattn.segmetrics import CaseCounts, calibration, surfaces_available
 from visionattn.segresults import counted, evaluate_split
 from visionattn.sliding import predict_windows
 from visionattn.task import Task, own_statistics, start_from
@@ -29,6 +30,10 @@ from visionattn.task import Task, own_statistics, start_from
 __all__ = ["Segmenter", "build", "evaluate_split", "labelled", "restore"]
 
 MULTIPLE = 32  # sides of a resized batch
+NO_SURFACES = (
+    "HD95 and normalised surface distance are not measured, since MONAI is not installed: "
+    "pip install 'visionattn[medical]', or set evaluate.surface=false"
+)
 
 
 class Segmenter(Task):
@@ -163,9 +168,12 @@ def build(
     Raises:
         UserError: anything that cannot be trained.
     """
-    images, data = prepare(spec.data)
+    images = find_labelled(spec.data)
     seed_everything(spec.train.seed, verbose=False)
-    network = _network(spec, len(images.classes), len(data.mean))
+    network = _network(spec, len(images.classes), images.channels)  # its mistakes are told before all images are read
+    images, data = prepare(images, spec.data)
+    if spec.evaluate.surface and not surfaces_available():
+        images = replace(images, warnings=[*images.warnings, NO_SURFACES])
     if data.format != "geotiff":  # whose values are not in 0..1
         data = data.model_copy(update=own_statistics(spec, network, len(data.mean)))
     spec = spec.model_copy(update={"data": data})
@@ -201,9 +209,8 @@ def labelled(task: Segmenter, spec: SegmentationRecipe, other: Path | None) -> S
         UserError: what is wrong with them.
     """
     images = find_labelled(spec.data, other)
-    channels = next(iter(images.splits.values())).items[0].channels
-    if channels != len(spec.data.mean):
-        raise UserError(f"{other}: images of {channels} channels, the model takes {len(spec.data.mean)}")
+    if images.channels != len(spec.data.mean):
+        raise UserError(f"{other}: images of {images.channels} channels, the model takes {len(spec.data.mean)}")
     return SegmentationDataModule(images, spec.data)
 
 

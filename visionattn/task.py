@@ -6,7 +6,7 @@ Configuration stops here: networks, losses and metrics take plain parameters.
 import difflib
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
@@ -67,15 +67,25 @@ def module_of(spec: schema.Recipe) -> ModuleType:
 
 
 def check_names(spec: schema.Recipe) -> None:
-    """Refuse, before any image is read, a model or an optimizer that timm does not have."""
+    """Refuse, before any file of the data is opened, a model, a decoder or an optimizer that there is not."""
     if not timm.is_model(spec.model.name):
-        near = difflib.get_close_matches(spec.model.name, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise UserError(f"model.name is {spec.model.name!r}: unknown model{hint} (visionattn list, timm.list_models())")
+        known = timm.list_models()
+        raise _unknown("model.name", spec.model.name, "model", known, "visionattn list, timm.list_models()")
     if spec.optim.name not in list_optimizers():
-        near = difflib.get_close_matches(spec.optim.name, list_optimizers(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"optim.name is {spec.optim.name!r}: unknown optimizer{hint} (timm.optim.list_optimizers())")
+        raise _unknown("optim.name", spec.optim.name, "optimizer", list_optimizers(), "timm.optim.list_optimizers()")
+    if spec.task == "segmentation":
+        from visionattn.decoders import DECODERS  # of segmentation_models_pytorch, which classification does without
+
+        decoder = spec.model.decoder
+        if decoder is not None and decoder not in DECODERS:
+            where = f"visionattn list --decoders: {', '.join(DECODERS)}"
+            raise _unknown("model.decoder", decoder, "decoder", DECODERS, where)
+
+
+def _unknown(key: str, name: str, kind: str, known: Collection[str], where: str) -> UserError:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    return UserError(f"{key} is {name!r}: unknown {kind}{hint} ({where})")
 
 
 def make_network(spec: schema.Model, num_classes: int, channels: int, image_size: tuple[int, int]) -> nn.Module:
@@ -95,8 +105,9 @@ def make_network(spec: schema.Model, num_classes: int, channels: int, image_size
         network = timm.create_model(
             spec.name, pretrained=spec.pretrained, num_classes=num_classes, in_chans=channels, **arguments
         )
-    except (TypeError, ValueError, RuntimeError, OSError) as error:
-        raise UserError(f"model {spec.name} cannot be made with {arguments or 'its defaults'}: {error}") from None
+    except Exception as error:  # each model raises its own for arguments that it cannot take
+        reason = str(error) or type(error).__name__
+        raise UserError(f"model {spec.name} cannot be made with {arguments or 'its defaults'}: {reason}") from None
     if spec.checkpoint is not None:
         start_from(network, spec, num_classes)
     return network

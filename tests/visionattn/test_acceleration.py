@@ -110,6 +110,11 @@ def test_what_is_left_alone_is_named():
         assert not ours(visionattn.accelerate(create("volo", attn_drop_rate=0.1)))
 
 
+def test_the_name_of_a_model_is_refused():
+    with pytest.raises(TypeError, match=r"model='davit_tiny': .* accelerate\(timm.create_model\('davit_tiny'\)\)"):
+        visionattn.accelerate("davit_tiny")
+
+
 def test_our_own_models_stay_as_they_are():
     model = timm.create_model("va_volo_d1_224", layers=(1, 1, 1, 1))
     kinds = [type(module) for module in model.modules()]

@@ -259,8 +259,10 @@ def test_impossible_pairs_are_refused(arguments, message):
 
 
 def test_unknown_arguments_are_refused():
-    with pytest.raises(UserError, match=r"model resnet18 cannot be made: .*'depths'"):
+    with pytest.raises(UserError, match=r"model resnet18 cannot be made with {'depths': 3}: "):
         make_segmenter("resnet18", "fpn", 2, encoder_args={"depths": 3})
+    with pytest.raises(UserError, match=r"model resnet18 cannot be made with {'block': 3}: .*expansion"):
+        make_segmenter("resnet18", "fpn", 2, encoder_args={"block": 3})  # no error of timm's own
     with pytest.raises(UserError, match=r"decoder fpn on maps of .* channels of resnet18 cannot be made .*'width'"):
         make_segmenter("resnet18", "fpn", 2, decoder_args={"width": 3})
 

@@ -21,12 +21,6 @@ def fit(recipe: Path, run: Path, *overrides: str) -> Path:
     return run
 
 
-def refused(capsys, *words: str) -> str:
-    """Run the command line; it must answer with status 2 and one message, which is returned."""
-    assert main([str(word) for word in words]) == 2
-    return capsys.readouterr().err
-
-
 def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
 
@@ -68,9 +62,9 @@ def test_the_saved_recipe_is_the_one_that_ran_and_runs_again(recipe_file, tmp_pa
     assert all(torch.equal(value, weights(again)[key]) for key, value in weights(run).items())
 
 
-def test_a_run_directory_is_never_overwritten(recipe_file, tmp_path, capsys):
+def test_a_run_directory_is_never_overwritten(recipe_file, tmp_path, refused):
     (tmp_path / "run").mkdir()
-    message = refused(capsys, "fit", recipe_file, "--run", tmp_path / "run")
+    message = refused("fit", recipe_file, "--run", tmp_path / "run")
     assert "never overwritten" in message
     assert "--resume" in message
     assert not list((tmp_path / "run").iterdir())
@@ -181,23 +175,23 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         time.sleep(0.005)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoints(recipe_file, tmp_path, capsys):
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoints(recipe_file, tmp_path, refused):
     run = tmp_path / "run"
     overrides = ["optim.lr=1e30", "optim.warmup_epochs=1", "optim.warmup_lr=1e-4", "train.epochs=3"]
-    message = refused(capsys, "fit", recipe_file, "--run", run, *overrides)
+    message = refused("fit", recipe_file, "--run", run, *overrides)
     assert "epoch" in message
     assert "batch" in message
     assert ".png" in message
     assert "optim.lr" in message
 
 
-def test_resuming_needs_the_same_images(recipe_file, tmp_path, pictures, capsys):
+def test_resuming_needs_the_same_images(recipe_file, tmp_path, pictures, refused):
     run = fit(recipe_file, tmp_path / "run")
     spec = (run / "recipe.yaml").read_text()
     (run / "recipe.yaml").write_text(spec.replace("fold: null", "fold: 0"))
-    assert "images are not those" in refused(capsys, "fit", "--resume", run)
-    assert "not a run directory" in refused(capsys, "fit", "--resume", tmp_path)
-    assert "give no recipe" in refused(capsys, "fit", recipe_file, "--resume", run)
+    assert "images are not those" in refused("fit", "--resume", run)
+    assert "not a run directory" in refused("fit", "--resume", tmp_path)
+    assert "give no recipe" in refused("fit", recipe_file, "--resume", run)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +199,7 @@ def test_resuming_needs_the_same_images(recipe_file, tmp_path, pictures, capsys)
     [
         ("model.name=biformer_tinny", ["model.name", "biformer_tiny"]),
         ("model.args={n_wim: 2}", ["biformer_tiny", "n_wim"]),
+        ("model={name: vit_tiny_patch16_224, args: {num_heads: 5}}", ["vit_tiny_patch16_224", "divisible"]),
         ("model.checkpoint=nowhere.pth", ["nowhere.pth", "no such checkpoint"]),
         ("model.freeze=['blocks.*']", ["model.freeze", "blocks.*", "names look like"]),
         ("model.freeze=['*']", ["nothing to train"]),
@@ -216,17 +211,17 @@ def test_resuming_needs_the_same_images(recipe_file, tmp_path, pictures, capsys)
         ("trainer.callbacks=[os.system]", ["trainer.callbacks", "none of lightning's"]),
         ("loss.class_weights=[1.0]", ["loss.class_weights", "2 classes"]),
         ("data.root=nowhere", ["nowhere"]),
-        ("data.batch_size=500", ["data.batch_size", "48"]),
+        ("data.batch_size=500", ["data.batch_size is 500", "set it to at most 48"]),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_written(override, words, recipe_file, tmp_path, capsys):
-    message = refused(capsys, "fit", recipe_file, "--run", tmp_path / "run", override)
+def test_what_cannot_work_is_refused_before_anything_is_written(override, words, recipe_file, tmp_path, refused):
+    message = refused("fit", recipe_file, "--run", tmp_path / "run", override)
     for word in words:
         assert word in message
     assert not (tmp_path / "run").exists()
 
 
-def test_training_starts_from_a_checkpoint_with_another_head(recipe_file, tmp_path, capsys):
+def test_training_starts_from_a_checkpoint_with_another_head(recipe_file, tmp_path, capsys, refused):
     first = fit(recipe_file, tmp_path / "first", "train.epochs=1")
     start = f"model.checkpoint={first / 'checkpoints' / 'best.ckpt'}"
     digits = ["data={format: builtin, name: digits, image_size: 32, batch_size: 100}", "train.epochs=1"]
@@ -234,17 +229,17 @@ def test_training_starts_from_a_checkpoint_with_another_head(recipe_file, tmp_pa
     assert "head of 2 classes left out" in capsys.readouterr().out
     same = [key for key in weights(first) if "head" not in key]
     assert all(torch.equal(weights(first)[key], weights(run)[key]) for key in same)
-    message = refused(capsys, "fit", recipe_file, start, "model.args={depth: [2, 1, 1, 1]}")
+    message = refused("fit", recipe_file, start, "model.args={depth: [2, 1, 1, 1]}")
     assert "not a checkpoint of biformer_tiny" in message
     assert "missing" in message
 
 
-def test_a_checkpoint_cannot_execute_code(recipe_file, tmp_path, capsys):
+def test_a_checkpoint_cannot_execute_code(recipe_file, tmp_path, refused):
     class Evil:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "hacked",))
 
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
-    message = refused(capsys, "fit", recipe_file, f"model.checkpoint={tmp_path / 'evil.pth'}")
+    message = refused("fit", recipe_file, f"model.checkpoint={tmp_path / 'evil.pth'}")
     assert "not a checkpoint of tensors and plain data" in message
     assert not (tmp_path / "hacked").exists()

@@ -65,6 +65,7 @@ def test_what_is_saved_reads_back_the_same(tmp_path):
         ("root: photos", "root: photos\n  root: b", 6, ["data.root is given twice", "line 5"]),
         ("root: photos", "root: photos\n  fold: 5", 3, ["fold is 5", "0 to 4"]),
         ("lr: 1e-3", "lr: '1e-3'", 6, ["optim.lr is '1e-3'", "number"]),
+        ("{name: biformer_tiny}", "biformer_tiny", 2, ["model is 'biformer_tiny'; expected: keys and values"]),
     ],
 )
 def test_a_mistake_is_named_with_its_line_and_remedy(tmp_path, old, new, line, words):

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -85,11 +86,6 @@ def fit(recipe: Path, run: Path, *overrides: str) -> Path:
     return run
 
 
-def refused(capsys, *words: object) -> str:
-    assert main([str(word) for word in words]) == 2
-    return capsys.readouterr().err
-
-
 def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
 
@@ -141,7 +137,7 @@ def test_evaluating_again_gives_the_same(segmented, scenes, tmp_path):
     assert again["overall"] == pytest.approx(metrics(segmented)["overall"])
 
 
-def test_masks_are_predicted_in_native_pixels(segmented, scenes, tmp_path, capsys):
+def test_masks_are_predicted_in_native_pixels(segmented, scenes, tmp_path, capsys, refused):
     (tmp_path / "in" / "deep").mkdir(parents=True)
     shutil.copy(scenes / "images" / "test" / "00.png", tmp_path / "in" / "a.png")
     shutil.copy(scenes / "images" / "test" / "01.png", tmp_path / "in" / "deep" / "b.png")
@@ -156,7 +152,7 @@ def test_masks_are_predicted_in_native_pixels(segmented, scenes, tmp_path, capsy
         right = (np.array(mask) == truth)[truth != 255].mean()
         assert right > 0.8
         assert (tmp_path / "out" / "overlays" / f"{name}.png").is_file()
-    assert "never overwritten" in refused(capsys, "predict", segmented, tmp_path / "in", "-o", tmp_path / "out")
+    assert "never overwritten" in refused("predict", segmented, tmp_path / "in", "-o", tmp_path / "out")
 
 
 FEATURES = {
@@ -236,12 +232,12 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("how", SPOILT)
-def test_bad_data_are_refused_by_name_before_anything_is_written(how, recipe_file, scenes, tmp_path, capsys):
+def test_bad_data_are_refused_by_name_before_anything_is_written(how, recipe_file, scenes, tmp_path, capsys, refused):
     words, overrides = SPOILT[how]
     root = tmp_path / "spoilt"
     shutil.copytree(scenes, root)
     spoil(root, how)
-    message = refused(capsys, "fit", recipe_file, "--run", tmp_path / "run", f"data.root={root}", *overrides)
+    message = refused("fit", recipe_file, "--run", tmp_path / "run", f"data.root={root}", *overrides)
     for word in words:
         assert word in message
     assert not (tmp_path / "run").exists()
@@ -254,22 +250,50 @@ def test_bad_data_are_refused_by_name_before_anything_is_written(how, recipe_fil
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("model.decoder=fpnn", ["fpn"]),
-        ("model.decoder=null model.decoder_args={}", ["test_resnet", "no segmenter"]),
+        ("model.decoder=fpnn data.root=nowhere", ["model.decoder is 'fpnn'", "did you mean fpn"]),
+        ("model.decoder=null model.decoder_args={} data.batch_size=100", ["test_resnet", "no segmenter"]),
+        ("model.args.depths=3 data.batch_size=100", ["test_resnet cannot be made", "depths"]),
         ("loss.class_weights=[1.0,2.0]", ["class_weights", "3"]),
         ("data.mean=[0.5,0.5]", ["data.mean", "3 channels"]),
-        ("data.batch_size=100", ["data.batch_size", "24"]),
+        ("data.batch_size=100", ["batch_size is 100", "batch_size to at most 24", "crops_per_image to at least 5"]),
+        ("data.batch_size=49 data.crops_per_image=2", ["batch_size to at most 48", "crops_per_image to at least 3"]),
         ("data.classes=[a,b]", ["masks/train", "classes are"]),
         ("data.values=[0,1]", ["values has 2 entries for 3 classes"]),
         ("data.group='('", ["data", "regular expression"]),
         ("data.lists.train=nowhere.txt", ["nowhere.txt"]),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_written(override, words, recipe_file, tmp_path, capsys):
-    message = refused(capsys, "fit", recipe_file, "--run", tmp_path / "run", *override.split())
+def test_what_cannot_work_is_refused_before_anything_is_written(override, words, recipe_file, tmp_path, refused):
+    message = refused("fit", recipe_file, "--run", tmp_path / "run", *override.split())
     for word in words:
         assert word in message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "reader", "package", "extra"),
+    [
+        ("nifti", "volumes", "nibabel", "medical"),
+        ("dicom", "volumes", "pydicom", "medical"),
+        ("geotiff", "rasters", "rasterio", "geo"),
+    ],
+)
+def test_a_format_without_its_extra_is_refused(
+    kind, reader, package, extra, recipe_file, tmp_path, refused, monkeypatch
+):
+    monkeypatch.delitem(sys.modules, f"visionattn.{reader}", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)  # as if not installed
+    message = refused("fit", recipe_file, "--run", tmp_path / "run", f"data.format={kind}")
+    assert f"data.format {kind} needs {package}: pip install 'visionattn[{extra}]'" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_monai_surface_distances_are_left_out_with_a_warning(recipe_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "monai", None)  # as if not installed
+    run = fit(recipe_file, tmp_path / "run", "train.epochs=1")
+    assert "visionattn[medical]" in capsys.readouterr().err
+    assert metrics(run)["overall"]["hd95"] is None
+    assert metrics(run)["overall"]["dice"] is not None
 
 
 def test_check_counts_classes_and_finds_equal_images(recipe_file, scenes, tmp_path, capsys):

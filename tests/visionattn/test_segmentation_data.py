@@ -15,7 +15,7 @@ from visionattn.image_mask import read_mask
 from visionattn.items import IGNORE
 from visionattn.labels import Labels
 from visionattn.recipe import SegmentationAugment
-from visionattn.segdata import find, prepare
+from visionattn.segdata import find, find_labelled, prepare
 from visionattn.segmentation import _views
 
 ROOT = Path(__file__).parents[2]
@@ -141,7 +141,8 @@ def test_crops_keep_image_and_mask_together(resize, tmp_path):
     write(tmp_path, [f"train/{i}" for i in range(4)] + ["val/0"], mask)
     keys = {"mean": "[0.0]", "std": "[1.0]", "image_size": 32, "batch_size": 2, "resize": resize}
     augment = "{scale: [0.6, 1.6], hflip: 0.5, vflip: 0.5, rot90: 0.5}"
-    found, data = prepare(section(tmp_path, augment=augment, crops_per_image=8, **keys))
+    data = section(tmp_path, augment=augment, crops_per_image=8, **keys)
+    found, data = prepare(find_labelled(data), data)
     crops = TrainingCrops(found.splits["train"], data, seed=0)
     assert len(crops) == 32
     for n in range(len(crops)):
@@ -165,7 +166,8 @@ def test_crops_find_rare_classes(tmp_path):
     shares = {}
     for rare in (0.0, 1.0):
         keys = {"resize": "none", "image_size": 32, "batch_size": 1, "crops_per_image": 60, "rare_crops": rare}
-        found, data = prepare(section(tmp_path, **keys))
+        data = section(tmp_path, **keys)
+        found, data = prepare(find_labelled(data), data)
         crops = TrainingCrops(found.splits["train"], data, seed=0)
         shares[rare] = np.mean([(crops[0, i]["mask"] == 1).any() for i in range(60)])
     assert shares[0.0] < 0.2
@@ -177,7 +179,8 @@ def test_scenes_are_evaluated_in_parts_that_cover_them_once(tmp_path, monkeypatc
     write(tmp_path, ["train/a", "train/b", "val/a"], np.zeros((100, 90), np.uint8))
     for path in (tmp_path / "images").rglob("*.png"):
         Image.fromarray(np.zeros((100, 90), np.uint8)).save(path)
-    found, data = prepare(section(tmp_path, resize="none", image_size=32, batch_size=2))
+    data = section(tmp_path, resize="none", image_size=32, batch_size=2)
+    found, data = prepare(find_labelled(data), data)
     parts = WholeImages(found.splits["val"].items, data)
     seen = np.zeros((100, 90), int)
     for i in range(len(parts)):

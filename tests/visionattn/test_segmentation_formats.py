@@ -27,6 +27,20 @@ def recipe_for(kind: str, root: Path, folder: Path) -> str:
     return str(path)
 
 
+def block(rng: np.random.Generator, height: int, width: int, side: int) -> np.ndarray:
+    """(height, width) mask of a square anywhere."""
+    mask = np.zeros((height, width), np.uint8)
+    top, left = rng.integers(4, (height - side, width - side))
+    mask[top : top + side, left : left + side] = 1
+    return mask
+
+
+def dice(pairs: list[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Mean over pairs of prediction and truth, of class 1."""
+    found = [((a == 1) & (b == 1)).sum() / ((a == 1).sum() + (b == 1).sum()) for a, b in pairs]
+    return 2 * float(np.mean(found))
+
+
 @pytest.fixture(scope="module")
 def volumes(tmp_path_factory) -> Path:
     """Six patients with a bright block each, two volumes of two of them."""
@@ -35,9 +49,8 @@ def volumes(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     affine = np.diag([-0.8, 1.2, 5.0, 1.0])
     for name in ("p1_a", "p1_b", "p2_a", "p2_b", "p3_a", "p4_a", "p5_a", "p6_a"):
-        mask = np.zeros((40, 36, 5), np.uint8)
-        top, left = rng.integers(4, 20, 2)
-        mask[top : top + 14, left : left + 14, 1:4] = 1
+        mask = np.repeat(block(rng, 40, 36, 14)[..., None], 5, axis=2)
+        mask[..., [0, 4]] = 0
         intensities = (1000.0 * mask + rng.normal(0, 80, mask.shape)).astype(np.int16)
         for folder, content in (("images", intensities), ("masks", mask)):
             (root / folder).mkdir(exist_ok=True)
@@ -50,8 +63,10 @@ def test_volumes_are_trained_by_slices_measured_whole_and_written_back(volumes, 
     recipe, run = recipe_for("nifti", volumes, tmp_path), tmp_path / "run"
     keys = ["data.group='p[0-9]+'", "data.val_fraction=0.3", "data.test_fraction=0.2"]
     assert main(["check", recipe, *keys]) == 0
-    assert "groups" in capsys.readouterr().out
-    assert main(["fit", recipe, "--run", str(run), *keys]) == 0
+    text = capsys.readouterr().out
+    assert "groups" in text
+    assert "problems: none" in text
+    assert main(["fit", recipe, "--run", str(run), *keys, "train.epochs=6"]) == 0
     result = json.loads((run / "evaluation" / "val" / "metrics.json").read_text())
     with (run / "evaluation" / "val" / "cases.csv").open() as file:
         cases = list(csv.DictReader(file))
@@ -59,12 +74,51 @@ def test_volumes_are_trained_by_slices_measured_whole_and_written_back(volumes, 
     assert result["samples"] == len(cases)
     assert result["rules"]["unit"] == "mm"
     assert sum(row["pixels"] for row in result["per_class"]) == len(cases) * 40 * 36 * 5
-    source = volumes / "images" / "p3_a.nii.gz"
-    assert main(["predict", str(run), str(source), "-o", str(tmp_path / "out")]) == 0
-    written, image = nibabel.load(tmp_path / "out" / "p3_a.nii.gz"), nibabel.load(source)
-    assert written.shape == image.shape
-    assert np.allclose(written.affine, image.affine)
-    assert set(np.unique(np.asarray(written.dataobj))) <= {0, 1}
+    assert main(["predict", str(run), str(volumes / "images"), "-o", str(tmp_path / "out")]) == 0
+    truths = {path.name: nibabel.load(path) for path in (volumes / "masks").iterdir()}
+    found = {path.name: nibabel.load(path) for path in (tmp_path / "out").iterdir()}
+    assert found.keys() == truths.keys()
+    for name, written in found.items():
+        assert written.shape == truths[name].shape
+        np.testing.assert_allclose(written.affine, truths[name].affine)
+        assert set(np.unique(np.asarray(written.dataobj))) <= {0, 1}
+    assert dice([(np.asarray(found[name].dataobj), np.asarray(truths[name].dataobj)) for name in truths]) > 0.8
+
+
+def test_dicom_series_are_written_as_volumes_on_the_grid_of_their_masks(tmp_path, capsys):
+    nibabel, pydicom = pytest.importorskip("nibabel"), pytest.importorskip("pydicom")
+    root, affine, rng = tmp_path / "data", np.diag([-0.5, -0.5, 3.0, 1.0]), np.random.default_rng(0)
+    (root / "masks").mkdir(parents=True)
+    for k in range(5):
+        mask = np.stack([block(rng, 40, 36, 14) for _ in range(6)], axis=-1)
+        array = (100 * mask + rng.normal(0, 15, mask.shape)).astype(np.int16)
+        nibabel.save(nibabel.Nifti1Image(mask, affine), root / "masks" / f"p{k}.nii.gz")
+        (root / "images" / f"p{k}").mkdir(parents=True)
+        for z in range(6):
+            header = pydicom.Dataset()
+            header.file_meta = pydicom.dataset.FileMetaDataset()
+            header.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+            header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = pydicom.uid.CTImageStorage
+            header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID = pydicom.uid.generate_uid()
+            header.SeriesInstanceUID, header.PixelSpacing = f"1.2.{k}", [0.5, 0.5]
+            header.ImagePositionPatient, header.ImageOrientationPatient = [0, 0, 3 * z], [1, 0, 0, 0, 1, 0]
+            header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
+            header.BitsAllocated = header.BitsStored = 16
+            header.HighBit, header.PixelRepresentation = 15, 1
+            header.Columns, header.Rows = array.shape[:2]
+            header.PixelData = np.ascontiguousarray(array[:, :, z].T).tobytes()
+            header.save_as(root / "images" / f"p{k}" / f"{9 - z}.dcm", enforce_file_format=True)
+    recipe, run, keys = recipe_for("dicom", root, tmp_path), tmp_path / "run", ["data.window=150", "data.level=50"]
+    assert main(["check", recipe, *keys]) == 0
+    assert "problems: none" in capsys.readouterr().out
+    assert main(["fit", recipe, "--run", str(run), *keys, "train.epochs=6", "evaluate.surface=false"]) == 0
+    assert main(["predict", str(run), str(root / "images"), "-o", str(tmp_path / "out")]) == 0
+    found = {path.name: nibabel.load(path) for path in (tmp_path / "out").iterdir()}
+    truths = {path.name: nibabel.load(path) for path in (root / "masks").iterdir()}
+    assert found.keys() == truths.keys()
+    for written in found.values():
+        np.testing.assert_array_equal(written.affine, affine)
+    assert dice([(found[name].get_fdata(), truths[name].get_fdata()) for name in truths]) > 0.8
 
 
 def test_volumes_of_a_patient_in_two_splits_are_refused(volumes, tmp_path, capsys):
@@ -86,10 +140,9 @@ def scenes(tmp_path_factory) -> Path:
     grid = {"driver": "GTiff", "width": 70, "height": 60, "crs": "EPSG:32633"}
     for row, (split, count) in enumerate([("train", 3), ("val", 1), ("test", 1)]):
         for i in range(count):
-            mask = np.zeros((60, 70), np.uint8)
-            top, left = rng.integers(5, 25, 2)
-            mask[top : top + 25, left : left + 25] = 1
-            bands = (rng.normal(400, 40, (4, 60, 70)) + 900.0 * mask).astype(np.uint16)
+            mask = block(rng, 60, 70, 25)
+            bands = (rng.normal(400, 40, (4, 60, 70)) + 900.0 * mask).astype(np.int16)
+            bands[1] *= -1
             bands[:, :3] = 0
             place = rasterio.Affine(10, 0, 5e5 + 700 * i, 0, -10, 5e6 - 600 * row)
             for folder, content, more in (("images", bands, {"nodata": 0}), ("masks", mask[None], {})):
@@ -101,22 +154,30 @@ def scenes(tmp_path_factory) -> Path:
     return root
 
 
-def test_scenes_are_trained_by_crops_and_written_georeferenced(scenes, tmp_path):
+def test_scenes_are_trained_by_crops_and_written_georeferenced(scenes, tmp_path, capsys):
     rasterio = pytest.importorskip("rasterio")
+    pytest.importorskip("pyogrio")
     recipe, run = recipe_for("geotiff", scenes, tmp_path), tmp_path / "run"
-    keys = ["data.crops_per_image=4", "data.rare_crops=0.5", "data.augment={band_dropout: 0.2, rot90: 0.5}"]
+    keys = ["data.crops_per_image=8", "data.rare_crops=0.5", "data.augment={band_dropout: 0.2, rot90: 0.5}"]
     assert main(["check", recipe, *keys]) == 0
-    assert main(["fit", recipe, "--run", str(run), *keys, "train.monitor=miou", "evaluate.tta=[hflip]"]) == 0
+    assert "problems: none" in capsys.readouterr().out
+    keys += ["train.epochs=5", "train.monitor=miou", "evaluate.tta=[hflip]"]
+    assert main(["fit", recipe, "--run", str(run), *keys]) == 0
     result = json.loads((run / "evaluation" / "test" / "metrics.json").read_text())
     assert result["headline"] == "miou"
     assert sum(row["pixels"] for row in result["per_class"]) == 57 * 70, "the border has no label"
-    source = scenes / "images" / "test" / "0.tif"
-    assert main(["predict", str(run), str(source), "-o", str(tmp_path / "out"), "--polygons"]) == 0
-    with rasterio.open(tmp_path / "out" / "0.tif") as written, rasterio.open(source) as image:
-        assert (written.crs, written.transform, written.shape) == (image.crs, image.transform, image.shape)
-        assert (written.read(1)[:3] == 255).all()
-        assert set(np.unique(written.read(1)[3:])) <= {0, 1}
-    assert (tmp_path / "out" / "0.gpkg").is_file()
+    given, out = scenes / "images" / "train", tmp_path / "out"
+    assert main(["predict", str(run), str(given), "-o", str(out), "--polygons"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == [f"{i}.{kind}" for i in range(3) for kind in ("gpkg", "tif")]
+    pairs = []
+    for path in sorted(given.iterdir()):
+        with rasterio.open(out / path.name) as written, rasterio.open(path) as image:
+            assert (written.crs, written.transform, written.shape) == (image.crs, image.transform, image.shape)
+            assert (written.read(1)[:3] == 255).all()
+            assert set(np.unique(written.read(1)[3:])) <= {0, 1}
+            with rasterio.open(scenes / "masks" / "train" / path.name) as truth:
+                pairs.append((written.read(1), truth.read(1)))
+    assert dice(pairs) > 0.8
 
 
 def test_one_unreadable_scene_does_not_keep_the_others_from_being_predicted(scenes, tmp_path, capsys):

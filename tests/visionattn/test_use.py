@@ -13,11 +13,6 @@ from PIL import Image
 from visionattn.cli import main
 
 
-def refused(capsys, *words: object) -> str:
-    assert main([str(word) for word in words]) == 2
-    return capsys.readouterr().err
-
-
 def table(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -41,14 +36,14 @@ def test_a_checkpoint_is_enough_to_evaluate_other_images(run, pictures, tmp_path
     assert (result["samples"], result["classes"]) == (24, ["level", "upright"])
 
 
-def test_evaluation_is_refused_with_a_reason(run, tmp_path, capsys):
-    assert "no checkpoints/best.ckpt" in refused(capsys, "evaluate", tmp_path)
-    assert "no such checkpoint" in refused(capsys, "evaluate", tmp_path / "none.ckpt")
-    assert "train, val, test" in refused(capsys, "evaluate", run, "--split", "holdout")
-    assert "never overwritten" in refused(capsys, "evaluate", run, "-o", tmp_path)
+def test_evaluation_is_refused_with_a_reason(run, tmp_path, refused):
+    assert "no checkpoints/best.ckpt" in refused("evaluate", tmp_path)
+    assert "no such checkpoint" in refused("evaluate", tmp_path / "none.ckpt")
+    assert "train, val, test" in refused("evaluate", run, "--split", "holdout")
+    assert "never overwritten" in refused("evaluate", run, "-o", tmp_path)
     (tmp_path / "strange" / "oblique").mkdir(parents=True)
     Image.new("L", (32, 32)).save(tmp_path / "strange" / "oblique" / "a.png")
-    assert "oblique" in refused(capsys, "evaluate", run, "--data", tmp_path / "strange")
+    assert "oblique" in refused("evaluate", run, "--data", tmp_path / "strange")
 
 
 def test_predictions_are_a_table_with_a_row_for_each_image(run, pictures, tmp_path):
@@ -100,14 +95,14 @@ def test_any_kind_of_image_is_predicted(run, tmp_path):
     assert len(table(tmp_path / "p.csv")) == 4
 
 
-def test_prediction_is_refused_before_work(run, pictures, tmp_path, capsys):
+def test_prediction_is_refused_before_work(run, pictures, tmp_path, refused):
     (tmp_path / "there.csv").write_text("precious")
-    assert "never overwritten" in refused(capsys, "predict", run, pictures, "-o", tmp_path / "there.csv")
+    assert "never overwritten" in refused("predict", run, pictures, "-o", tmp_path / "there.csv")
     assert (tmp_path / "there.csv").read_text() == "precious"
-    assert "make it first" in refused(capsys, "predict", run, pictures, "-o", tmp_path / "no" / "p.csv")
+    assert "make it first" in refused("predict", run, pictures, "-o", tmp_path / "no" / "p.csv")
     (tmp_path / "empty").mkdir()
-    assert "no images" in refused(capsys, "predict", run, tmp_path / "empty", "-o", tmp_path / "p.csv")
-    assert "nowhere" in refused(capsys, "predict", run, pictures, tmp_path / "nowhere", "-o", tmp_path / "p.csv")
+    assert "no images" in refused("predict", run, tmp_path / "empty", "-o", tmp_path / "p.csv")
+    assert "nowhere" in refused("predict", run, pictures, tmp_path / "nowhere", "-o", tmp_path / "p.csv")
     assert not (tmp_path / "p.csv").exists()
 
 
