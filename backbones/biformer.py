@@ -39,7 +39,7 @@ from torchvision.ops import Permute
 
 from visionattn.backbones._twins import unwrap
 from visionattn.backbones.backbone import MapClassifier
-from visionattn.backbones.layers import check_in_chans, init_linear
+from visionattn.backbones.layers import check_in_chans, init_linear, linear
 from visionattn.kernels import routing_attention
 
 __all__ = ["BiFormer"]
@@ -80,7 +80,7 @@ class QKVLinear(nn.Module):
         self.qkv = nn.Linear(dim, sum(self.widths))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return [part.unflatten(-1, (self.num_heads, -1)) for part in self.qkv(x).split(self.widths, -1)]
+        return [part.unflatten(-1, (self.num_heads, -1)) for part in linear(self.qkv, x).split(self.widths, -1)]
 
 
 class TopkRouting(nn.Module):
@@ -194,7 +194,7 @@ class BiLevelRoutingAttention(nn.Module):
         if not self.soft_routing:
             weights = None
         out = routing_attention(q, k, v, self.n_win, self.topk, self.scale, routes=routes, route_weights=weights)
-        return self.wo((out.flatten(3) + lepe)[:, :height, :width])
+        return linear(self.wo, (out.flatten(3) + lepe)[:, :height, :width])
 
 
 @register_notrace_module
@@ -220,7 +220,7 @@ class RefactoredRoutingAttention(nn.Module):
         size = max(1, height // self.n_win), max(1, width // self.n_win)
         regions = -(-height // size[0]), -(-width // size[1])
         topk = min(self.topk, regions[0] * regions[1])
-        qkv = self.qkv_linear(x)
+        qkv = linear(self.qkv_linear, x)
         lepe = 0 if self.lepe is None else self.lepe(qkv.chunk(3, -1)[2])
         routes = None
         if height % size[0] or width % size[1]:
@@ -228,7 +228,7 @@ class RefactoredRoutingAttention(nn.Module):
             qkv = pad_to_multiple(qkv, *size)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(3)
         out = routing_attention(q, k, v, regions, topk, self.scale, routes=routes).flatten(3)
-        return self.output_linear(out[:, :height, :width] + lepe)
+        return linear(self.output_linear, out[:, :height, :width] + lepe)
 
     @staticmethod
     def routes(qkv: Tensor, size: tuple[int, int], topk: int) -> Tensor:
@@ -254,11 +254,11 @@ class GlobalAttention(nn.Module):
         self.lepe = DepthwiseConv(dim, side_dwconv) if side_dwconv else None
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
         out = routing_attention(q, k, v, regions=1, topk=1).flatten(3)
         if self.lepe is not None:
             out = out + self.lepe(x if self.lepe_of == "input" else v.flatten(3))
-        return self.proj(out)
+        return linear(self.proj, out)
 
 
 def create_attention(

@@ -37,6 +37,7 @@ from visionattn.backbones.layers import (
     check_in_chans,
     check_pool,
     init_linear,
+    linear,
     position_embedding,
 )
 from visionattn.kernels import gated_positional_attention, routing_attention
@@ -87,10 +88,10 @@ class GatedPositionalAttention(nn.Module):
         return rows, weight[:, 0] * right + weight[:, 2] * right**2
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k = self.qk(x).unflatten(-1, (2, self.num_heads, -1)).unbind(3)
-        v = self.v(x).unflatten(-1, (self.num_heads, -1))
+        q, k = linear(self.qk, x).unflatten(-1, (2, self.num_heads, -1)).unbind(3)
+        v = linear(self.v, x).unflatten(-1, (self.num_heads, -1))
         x = gated_positional_attention(q, k, v, self.position_logits(*x.shape[1:3]), self.gating_param)
-        return self.proj(x.flatten(3))
+        return linear(self.proj, x.flatten(3))
 
 
 def _steps(length: int, like: Tensor) -> Tensor:
@@ -110,8 +111,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x[:, :, None]).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
-        return self.proj(routing_attention(q, k, v, regions=1, topk=1)[:, :, 0].flatten(2))
+        q, k, v = linear(self.qkv, x[:, :, None]).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        return linear(self.proj, routing_attention(q, k, v, regions=1, topk=1)[:, :, 0].flatten(2))
 
 
 class Block(nn.Module):

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
-    Mlp,
     calculate_drop_path_rates,
     create_classifier,
     register_notrace_module,
@@ -44,7 +43,7 @@ from torch import Tensor, nn
 
 from visionattn.backbones._twins import unwrap
 from visionattn.backbones.backbone import MapClassifier
-from visionattn.backbones.layers import check_in_chans, init_linear, pad_to_multiple
+from visionattn.backbones.layers import Mlp, check_in_chans, init_linear, linear, pad_to_multiple
 from visionattn.kernels import window_attention
 
 __all__ = ["CrossFormer"]
@@ -166,7 +165,7 @@ class GroupAttention(nn.Module):
             interval = _ceil_div(max(x.shape[1:3]), group)
         if self.no_mask or self.pad_type == 1:
             return self._padded(x, group, interval)
-        return self.proj(self._attend(x, group, interval, None))
+        return linear(self.proj, self._attend(x, group, interval, None))
 
     def _padded(self, x: Tensor, group: int, interval: int) -> Tensor:
         """Attention with padded tokens before the map, or with those that are keys."""
@@ -176,11 +175,11 @@ class GroupAttention(nn.Module):
         padding = left, right - left, above, below - above
         mask = None if self.no_mask else F.pad(x.new_ones(1, height, width, dtype=torch.bool), padding)
         x = self._attend(F.pad(x, (0, 0, *padding)), group, interval, mask)
-        return self.proj(x[:, above : above + height, left : left + width])
+        return linear(self.proj, x[:, above : above + height, left : left + width])
 
     def _attend(self, x: Tensor, group: int, interval: int, mask: Tensor | None) -> Tensor:
         """(B, H, W, dim) -> the same before the last projection; mask (1, H, W)"""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
         if interval == 1:
             groups = tuple(min(group, length) for length in x.shape[1:3])
             return window_attention(q, k, v, groups, bias=self.bias(groups), mask=mask).flatten(3)

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
 from visionattn.backbones.backbone import HeadClassifier
-from visionattn.backbones.layers import Mlp, check_in_chans, init_linear, pad_to_multiple
+from visionattn.backbones.layers import Mlp, check_in_chans, init_linear, linear, pad_to_multiple
 from visionattn.kernels import channel_attention, window_attention
 
 __all__ = ["DaViT"]
@@ -71,9 +71,9 @@ class WindowAttention(nn.Module):
         below, right = -height % self.window_size, -width % self.window_size
         if below or right:
             x = F.pad(x, (0, 0, 0, right, 0, below))
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
         x = window_attention(q, k, v, self.window_size)
-        return self.proj(x[:, :height, :width].flatten(3))
+        return linear(self.proj, x[:, :height, :width].flatten(3))
 
 
 @register_notrace_module
@@ -87,8 +87,8 @@ class ChannelAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_groups, -1)).unbind(3)
-        return self.proj(channel_attention(k, v, q, self.num_groups).flatten(3))
+        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_groups, -1)).unbind(3)
+        return linear(self.proj, channel_attention(k, v, q, self.num_groups).flatten(3))
 
 
 class Block(nn.Module):

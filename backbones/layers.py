@@ -1,10 +1,13 @@
 """Layers and checks that several families share, and that timm.layers does not have."""
 
+from typing import Any
+
 import timm.layers
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 __all__ = [
     "Mlp",
@@ -13,6 +16,7 @@ __all__ = [
     "check_pool",
     "conv_norm",
     "init_linear",
+    "linear",
     "pad_to_multiple",
     "position_embedding",
 ]
@@ -91,11 +95,49 @@ def position_embedding(table: Tensor, height: int, width: int, stride: int = 16)
     return picture.permute(0, 2, 3, 1).to(table.dtype)
 
 
+# oneDNN's linear layer, also with GELU, which torch.compile takes; PyTorch itself multiplies by a slower library, then
+# goes over the result again.
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+if _ONEDNN is not None:
+
+    @register_flop_formula(_ONEDNN)
+    def _flops(x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
+        return 2 * out_shape.numel() * weight[1]
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x). A plain nn.Linear in float32 on a CPU, without gradients, takes 0.7 to 0.95 of its time."""
+    return _fast(layer, x) if _can_be_fast(x, layer) else layer(x)
+
+
+def _fast(layer: nn.Linear, x: Tensor, activation: str = "none") -> Tensor:
+    return _ONEDNN(x, layer.weight, layer.bias, activation, [], "none")
+
+
+def _can_be_fast(x: Tensor, *layers: nn.Module) -> bool:
+    return (
+        _ONEDNN is not None
+        and not torch.is_grad_enabled()
+        and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and all(_is_plain(layer, nn.Linear) for layer in layers)
+        and type(x) is Tensor
+        and x.numel() > 0
+        and all(type(layer.weight) is nn.Parameter for layer in layers)
+        and all((y.device.type, y.dtype) == ("cpu", torch.float32) for y in (x, *(layer.weight for layer in layers)))
+    )
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether it is of that very kind, and nobody looks on."""
+    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
+
+
 @register_notrace_module
 class Mlp(timm.layers.Mlp):
-    """timm's two layers with GELU between; on a CPU without gradients, if its hidden layer is large, in parts.
+    """timm's two layers with GELU between. On a CPU without gradients, if its hidden layer is large, in parts, and in
+    float32 with GELU as a part of the first layer.
 
-    With parts of PART bytes, images of DaViT's first stages take 0.6 to 0.85 of the time, and far less memory.
+    With parts of PART bytes, images of DaViT's first stages take half of the time, and far less memory.
     """
 
     PART = 8 * 2**20
@@ -103,8 +145,16 @@ class Mlp(timm.layers.Mlp):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
             return super().forward(x)
+        forward = self._forward_fast if self._can_be_fast(x) else super().forward
         count = x.shape[:-1].numel() * self.fc1.out_features * x.element_size() // self.PART
         if count < 2:
-            return super().forward(x)
-        parts = x.flatten(0, -2).chunk(count)
-        return torch.cat([super(Mlp, self).forward(part) for part in parts]).view(*x.shape[:-1], -1)
+            return forward(x)
+        return torch.cat([forward(part) for part in x.flatten(0, -2).chunk(count)]).view(*x.shape[:-1], -1)
+
+    def _can_be_fast(self, x: Tensor) -> bool:
+        between = (self.act, nn.GELU), (self.drop1, nn.Dropout), (self.norm, nn.Identity), (self.drop2, nn.Dropout)
+        usual = not self.training and all(_is_plain(*pair) for pair in between) and self.act.approximate == "none"
+        return usual and _can_be_fast(x, self.fc1, self.fc2)
+
+    def _forward_fast(self, x: Tensor) -> Tensor:
+        return _fast(self.fc2, _fast(self.fc1, x, "gelu"))

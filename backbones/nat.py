@@ -25,7 +25,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
     LayerScale,
-    Mlp,
     PatchEmbed,
     calculate_drop_path_rates,
     create_classifier,
@@ -44,7 +43,7 @@ from torch import Tensor, nn
 
 from visionattn.backbones._twins import unwrap
 from visionattn.backbones.backbone import MapClassifier
-from visionattn.backbones.layers import check_in_chans, init_linear
+from visionattn.backbones.layers import Mlp, check_in_chans, init_linear, linear
 from visionattn.kernels import neighborhood_attention
 
 __all__ = ["NAT"]
@@ -94,9 +93,9 @@ class NeighborhoodAttention(nn.Module):
         window = self.kernel_size * self.dilation
         if height < window or width < window:
             x = F.pad(x, (0, 0, 0, max(0, window - width), 0, max(0, window - height)))
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
         x = neighborhood_attention(q, k, v, self.kernel_size, self.dilation, bias=self.rpb)
-        return self.proj(x.flatten(3)[:, :height, :width])
+        return linear(self.proj, x.flatten(3)[:, :height, :width])
 
 
 def check_attention(dim: int, num_heads: int, kernel_size: int, dilation: int) -> None:

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import (
     DropPath,
-    Mlp,
     PatchEmbed,
     calculate_drop_path_rates,
     create_classifier,
@@ -42,7 +41,7 @@ from torch import Tensor, nn
 
 from visionattn.backbones._twins import unwrap
 from visionattn.backbones.backbone import MapClassifier
-from visionattn.backbones.layers import check_in_chans
+from visionattn.backbones.layers import Mlp, check_in_chans, linear
 
 __all__ = ["NiNformer"]
 
@@ -113,7 +112,7 @@ class MixerGatingUnit(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x) * self.mixer(x)
+        return linear(self.proj, x) * self.mixer(x)
 
 
 class Block(nn.Module):

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from timm.layers import (
     DropPath,
-    Mlp,
     get_device_dtype,
     register_notrace_module,
     resample_abs_pos_embed_nhwc,
@@ -33,11 +32,13 @@ from torch import Tensor, nn
 from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
 from visionattn.backbones.backbone import TokenClassifier
 from visionattn.backbones.layers import (
+    Mlp,
     check_image_size,
     check_in_chans,
     check_pool,
     conv_norm,
     init_linear,
+    linear,
     pad_to_multiple,
     position_embedding,
 )
@@ -61,10 +62,10 @@ class OutlookAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        v = self.v(x).unflatten(-1, (self.num_heads, -1))
+        v = linear(self.v, x).unflatten(-1, (self.num_heads, -1))
         means = F.avg_pool2d(x.permute(0, 3, 1, 2), self.stride, ceil_mode=True).permute(0, 2, 3, 1)
-        logits = self.attn(means).unflatten(-1, (self.num_heads, self.kernel_size**2, self.kernel_size**2))
-        return self.proj(outlook_attention(logits, v, self.kernel_size, self.stride).flatten(3))
+        logits = linear(self.attn, means).unflatten(-1, (self.num_heads, self.kernel_size**2, self.kernel_size**2))
+        return linear(self.proj, outlook_attention(logits, v, self.kernel_size, self.stride).flatten(3))
 
 
 @register_notrace_module
@@ -78,8 +79,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
-        return self.proj(routing_attention(q, k, v, regions=1, topk=1).flatten(3))
+        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        return linear(self.proj, routing_attention(q, k, v, regions=1, topk=1).flatten(3))
 
 
 @register_notrace_module
@@ -94,9 +95,9 @@ class ClassAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q = self.q(x[:, :1, None]).unflatten(-1, (self.num_heads, -1))
-        k, v = self.kv(x[:, :, None]).unflatten(-1, (2, self.num_heads, -1)).unbind(3)
-        return self.proj(routing_attention(q, k, v, regions=1, topk=1)[:, :, 0].flatten(2))
+        q = linear(self.q, x[:, :1, None]).unflatten(-1, (self.num_heads, -1))
+        k, v = linear(self.kv, x[:, :, None]).unflatten(-1, (2, self.num_heads, -1)).unbind(3)
+        return linear(self.proj, routing_attention(q, k, v, regions=1, topk=1)[:, :, 0].flatten(2))
 
 
 class Block(nn.Module):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
 from visionattn.backbones.backbone import TokenClassifier
-from visionattn.backbones.layers import Mlp, check_in_chans, check_pool, conv_norm, init_linear
+from visionattn.backbones.layers import Mlp, check_in_chans, check_pool, conv_norm, init_linear, linear
 from visionattn.kernels import cross_covariance_attention, routing_attention
 
 __all__ = ["XCiT"]
@@ -108,8 +108,8 @@ class CrossCovarianceAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
-        return self.proj(cross_covariance_attention(q, k, v, self.temperature).flatten(3))
+        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        return linear(self.proj, cross_covariance_attention(q, k, v, self.temperature).flatten(3))
 
 
 @register_notrace_module
@@ -126,9 +126,9 @@ class ClassAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x[:, :, None]
-        q, k, v = self.q(x[:, :1]), self.k(x), self.v(x)
+        q, k, v = linear(self.q, x[:, :1]), linear(self.k, x), linear(self.v, x)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
-        return self.proj(routing_attention(q, k, v, regions=1, topk=1)[:, :, 0].flatten(2))
+        return linear(self.proj, routing_attention(q, k, v, regions=1, topk=1)[:, :, 0].flatten(2))
 
 
 class Block(nn.Module):
