@@ -31,7 +31,7 @@ Geometry = tuple[Pair, Pair, bool]  # window, shift, dilated
 
 # Bytes of logits to compute at a time: with all that is computed from the same tokens they stay in a CPU's cache.
 CHUNK = {"forward": 4 * 2**20, "backward": 2 * 2**20}
-KEEP = 32 * 2**20  # bytes of weights up to which backward finds them kept: a third less time than computing them again
+KEEP = 16 * 2**20  # bytes of weights up to which backward finds them kept: less time than computing them again
 
 
 def _reference(
