@@ -140,7 +140,7 @@ def _blocks(q: Tensor, k: Tensor, block_size: int, halo_size: int) -> _Blocks:
     return make(q.shape[1:3], k.shape[1:3], block_size, halo_size, q.device)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _make_blocks(size: Pair, size_of_keys: Pair, block_size: int, halo_size: int, device: torch.device) -> _Blocks:
     axes = _axes(size, size_of_keys, block_size, halo_size, device)
     queries = Tiles(*_combine(*(axis.queries for axis in axes), size), size[0] * size[1])

@@ -125,7 +125,7 @@ class _Windows(NamedTuple):
     """T windows of a map, of Q places; those whose tokens all attend to each other first."""
 
     plain: int  # how many those are
-    masks: _Masks  # of the others
+    masks: _Masks | None  # of the others; None where they are large, and made when they are needed
     tiles: Tiles
     wrapped: Tensor  # [T, Q]: 0 to 3: whether the position wrapped around on either axis
 
@@ -136,7 +136,7 @@ def _windows(q: Tensor, geometry: Geometry) -> _Windows:
     return make(q.shape[1:3], geometry, precise(q), q.device)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _make_windows(size: Pair, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> _Windows:
     window, shift, dilated = geometry
     axes = list(zip(size, window, shift, strict=True))
@@ -149,7 +149,8 @@ def _make_windows(size: Pair, geometry: Geometry, dtype: torch.dtype, device: to
     grid = torch.arange(counts[0] * counts[1], device=device).view(counts)
     order = torch.cat([grid[:rows, :columns].flatten(), grid[:rows, columns:].flatten(), grid[rows:].flatten()])
     plain, (tokens, outside, wrapped) = rows * columns, (part.flatten(2).flatten(0, 1)[order] for part in parts)
-    masks = _masks(outside[plain:], wrapped[plain:], None, dtype)
+    small = (len(tokens) - plain) * tokens.shape[1] ** 2 * dtype.itemsize <= CHUNK["forward"]
+    masks = _masks(outside[plain:], wrapped[plain:], None, dtype) if small else None
     return _Windows(plain, masks, Tiles(tokens, outside, size[0] * size[1]), wrapped)
 
 
@@ -197,22 +198,21 @@ def _chunks(q: Tensor, mask: Tensor | None, windows: _Windows, size: int) -> Ite
     fit = max(1, size // (4 * heads * places))  # queries
     parts = split(places, places if torch.compiler.is_compiling() else fit)
     for images, blocks in chunks(q.shape[0], count, fit // places):
-        yield images, [_chunk(mask, windows, images, block, parts) for block in blocks]
+        yield images, [_chunk(q, mask, windows, images, block, parts) for block in blocks]
 
 
-def _chunk(mask: Tensor | None, windows: _Windows, images: slice, block: slice, parts: list[slice]) -> _Chunk:
-    if mask is None:
-        rest = slice(max(0, block.start - windows.plain), max(0, block.stop - windows.plain))
-        masks = _Masks(windows.masks.values[:, rest], None)
-        return _Chunk(block, parts, max(0, windows.plain - block.start), masks)
-    tiles, mask = windows.tiles, mask if mask.shape[0] == 1 else mask[images]
-    masks = _masks(
-        tiles.outside[block],
-        windows.wrapped[block],
-        mask.flatten(1)[:, tiles.tokens[block]],
-        windows.masks.values.dtype,
-    )
-    return _Chunk(block, parts, 0, masks)
+def _chunk(
+    q: Tensor, mask: Tensor | None, windows: _Windows, images: slice, block: slice, parts: list[slice]
+) -> _Chunk:
+    start = 0 if mask is not None else min(max(0, windows.plain - block.start), block.stop - block.start)
+    rest, keys = slice(block.start + start, block.stop), None
+    if mask is None and windows.masks is not None:
+        values = windows.masks.values[:, rest.start - windows.plain : rest.stop - windows.plain]
+        return _Chunk(block, parts, start, _Masks(values, None))
+    if mask is not None:
+        keys = (mask if mask.shape[0] == 1 else mask[images]).flatten(1)[:, windows.tiles.tokens[rest]]
+    masks = _masks(windows.tiles.outside[rest], windows.wrapped[rest], keys, precise(q))
+    return _Chunk(block, parts, start, masks)
 
 
 def _fill(tile: Tensor, chunk: _Chunk, part: slice, value: float) -> Tensor:
