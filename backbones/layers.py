@@ -117,6 +117,7 @@ def _fast(layer: nn.Linear, x: Tensor, activation: str = "none") -> Tensor:
 def _can_be_fast(x: Tensor, *layers: nn.Module) -> bool:
     return (
         _ONEDNN is not None
+        and torch.backends.mkldnn.enabled
         and not torch.is_grad_enabled()
         and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing())
         and all(_is_plain(layer, nn.Linear) for layer in layers)

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,10 +126,9 @@ def predict_scene(
             sink.descriptions = ("class", "confidence in percent")
             sink.update_tags(classes="; ".join(f"{k}: {name}" for k, name in enumerate(classes)))
             for strip in _strips(source.width, 4 * len(classes) * window[0]):
-                found = slide(
-                    predict, pixels.read, source.shape, len(classes), window, overlap, batch_size, strip, device
-                )
-                _write_tiles(_labelled(found), pixels, strip, sink)
+                read = predict, pixels.read, source.shape, len(classes), window, overlap, batch_size, strip, device
+                with closing(slide(*read)) as found:  # whose reading ends before an error closes what it reads
+                    _write_tiles(_labelled(found), pixels, strip, sink)
         _optimise(plain, whole)
         if polygons is not None:
             with new_file(polygons) as layer:

@@ -5,8 +5,9 @@ quarter of the overlap is left out, since a network knows least there: one that 
 gives the same map tiled or whole.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import pairwise
 from typing import Any
 
@@ -34,7 +35,7 @@ def slide(
     batch_size: int = 4,
     columns: slice | None = None,
     device: torch.device | str = "cpu",
-) -> Iterator[tuple[slice, Tensor]]:
+) -> Generator[tuple[slice, Tensor], None, None]:
     """Class probabilities of an image too large for memory, as bands of finished rows from top to bottom.
 
     The band that is being blended takes 4 * classes * window height * columns bytes, whatever the image's height. To
@@ -42,8 +43,8 @@ def slide(
 
     Args:
         predict: gets batches of windows on `device`, and gives probabilities, not logits.
-        read: the pixels of a window; the next batch is read in another thread while the network works. Windows without
-            anything (None) are left out.
+        read: the pixels of a window; the next batch is read in another thread while the network works, to the end or
+            until the generator is closed. Windows without anything (None) are left out.
         size: (H, W) of the image.
         window: (h, w) of what the network sees at most; it sees smaller images whole.
         overlap: least share of a window that the next one covers again, from 0 to below 1.
@@ -68,17 +69,17 @@ def slide(
         found = [(i, read((slice(top, top + height), slice(lefts[i], lefts[i] + width)))) for i in group]
         return [(i, image) for i, image in found if image is not None]
 
-    coming = _ahead(images, [(top, group) for top in tops for group in groups])
     band = torch.zeros(classes, height, columns.stop - columns.start, device=device)
-    for weights, (top, end) in zip(down, pairwise([*tops, size[0]]), strict=True):
-        for _ in groups:
-            if batch := next(coming):
-                stack = torch.from_numpy(np.stack([image for _, image in batch])).to(device)
-                values = _checked(predict, stack, classes)
-                for (i, _), value in zip(batch, values, strict=True):
-                    _add(band, value * (weights[:, None] * across[i]), lefts[i] - columns.start)
-        yield slice(top, end), band[:, : end - top].clone()
-        _move_up(band, end - top)
+    with closing(_ahead(images, [(top, group) for top in tops for group in groups])) as coming:
+        for weights, (top, end) in zip(down, pairwise([*tops, size[0]]), strict=True):
+            for _ in groups:
+                if batch := next(coming):
+                    stack = torch.from_numpy(np.stack([image for _, image in batch])).to(device)
+                    values = _checked(predict, stack, classes)
+                    for (i, _), value in zip(batch, values, strict=True):
+                        _add(band, value * (weights[:, None] * across[i]), lefts[i] - columns.start)
+            yield slice(top, end), band[:, : end - top].clone()
+            _move_up(band, end - top)
 
 
 def predict_windows(
@@ -99,7 +100,7 @@ def predict_windows(
     return total
 
 
-def _ahead(work: Callable[..., Any], calls: Sequence[tuple]) -> Iterator[Any]:
+def _ahead(work: Callable[..., Any], calls: Sequence[tuple]) -> Generator[Any, None, None]:
     """Results of the calls in order; each call runs in another thread while its predecessor's result is used."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(work, *calls[0])

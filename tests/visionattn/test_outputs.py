@@ -2,6 +2,7 @@
 
 import resource
 import signal
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -204,10 +205,11 @@ def test_an_error_halfway_leaves_nothing(tmp_path, tif):
             raise RuntimeError("out of memory")
         return brightest(batch)
 
-    predict.calls = 0
+    predict.calls, threads = 0, threading.active_count()
     with pytest.raises(RuntimeError, match="out of memory"):
         predict_scene(scene, tmp_path / "mask.tif", predict)
     assert [p.name for p in tmp_path.iterdir()] == ["scene.tif"]
+    assert threading.active_count() == threads  # none reads on from the closed scene
 
 
 @contextmanager
@@ -226,8 +228,10 @@ def full_disk(size: int):
 def test_a_full_disk_leaves_nothing_half_done(tmp_path, tif, name, size):
     pytest.importorskip("pyogrio")
     scene = tif(tmp_path / "scene.tif", blobs(500, 500))
+    threads = threading.active_count()
     with full_disk(size), pytest.raises(UserError, match=rf"{name}: could not be written .*has been removed"):
         predict_scene(scene, tmp_path / "mask.tif", polygons=tmp_path / "mask.gpkg")
+    assert threading.active_count() == threads
     assert [p.name for p in tmp_path.iterdir()] == ["scene.tif"]
 
 

@@ -1,5 +1,8 @@
 """Sliding windows: no seams, no row or column forgotten, bounded memory, wrong networks named."""
 
+import time
+from contextlib import closing
+
 import numpy as np
 import pytest
 import torch
@@ -105,6 +108,24 @@ def test_windows_without_anything_are_left_out():
     assert sum(calls) == 4
     assert not values[:, :, :32].any()
     torch.testing.assert_close(values[:, :, 32:], pointwise(image[None, :, :, 32:])[0])
+
+
+def test_nothing_is_read_after_closing():
+    """What is read may be closed then, as a raster is whose mask could not be written."""
+    reading = []
+
+    def read(window: tuple[slice, slice]) -> np.ndarray:
+        reading.append("starts")
+        time.sleep(0.2)
+        reading.append("ends")
+        return np.zeros((2, 16, 16), dtype=np.float32)
+
+    with closing(slide(pointwise, read, (320, 16), CLASSES, (16, 16), batch_size=1)) as bands:
+        next(bands)
+    seen = list(reading)
+    time.sleep(0.3)
+    assert seen[-1] == "ends"
+    assert reading == seen
 
 
 def test_bands_stay_small_however_high_the_image():
