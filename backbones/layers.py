@@ -106,7 +106,7 @@ if _ONEDNN is not None:
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x). A plain nn.Linear in float32 on a CPU, without gradients, takes 0.7 to 0.95 of its time."""
+    """layer(x). A plain nn.Linear in float32 on a CPU, without gradients, takes 0.75 to 0.95 of its time."""
     return _fast(layer, x) if _can_be_fast(x, layer) else layer(x)
 
 

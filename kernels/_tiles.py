@@ -13,7 +13,7 @@ from torch import Tensor
 
 from visionattn.kernels._check import precise
 
-__all__ = ["Tiles", "as_rows", "chunks", "join", "split"]
+__all__ = ["Tiles", "as_rows", "chunks", "join", "once", "split"]
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -22,8 +22,13 @@ def as_rows(x: Tensor) -> Tensor:
     rows = x.flatten(0, -3)
     if torch.compiler.is_compiling():
         return rows.contiguous()
-    step, row, one = rows.stride()
-    return rows if (row, one) == (rows.shape[2], 1) and step % row == 0 else rows.contiguous()
+    (_, heads, dim), (step, row, one) = rows.shape, rows.stride()
+    return rows if (row, one) == (dim, 1) and step % dim == 0 and step >= heads * dim else rows.contiguous()
+
+
+def once(make: Callable, q: Tensor) -> Callable:
+    """`make`, an lru_cache, or, for a q that is traced or fake, what it wraps: such tensors must not be kept."""
+    return make if type(q) is Tensor and not torch.compiler.is_compiling() else make.__wrapped__
 
 
 def chunks(images: int, tiles: int, fit: int) -> Iterator[tuple[slice, list[slice]]]:
@@ -66,7 +71,7 @@ class Tiles:
         for x in maps:
             heads, dim = x.shape[1:]
             x = x[slice(*(None if n is None else n * self.length for n in (images.start, images.stop)))]
-            tokens, step = x.shape[0], heads if torch.compiler.is_compiling() else x.stride(0) // dim
+            tokens, step = x.shape[0], heads if torch.compiler.is_compiling() else max(heads, x.stride(0) // dim)
             if step not in indices:
                 first = torch.arange(0, tokens * step, self.length * step, device=x.device)
                 indices[step] = first[:, None, None, None] + self._once(self._heads, heads, step)[block]

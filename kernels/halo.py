@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import check_int, check_maps, check_tensor, precise
 from visionattn.kernels._dispatch import dispatch
-from visionattn.kernels._tiles import Tiles, as_rows, chunks, join, split
+from visionattn.kernels._tiles import Tiles, as_rows, chunks, join, once, split
 
 __all__ = ["halo_attention"]
 
@@ -135,9 +135,7 @@ class _Blocks(NamedTuple):
 
 
 def _blocks(q: Tensor, k: Tensor, block_size: int, halo_size: int) -> _Blocks:
-    """Made once for each size, but where it is traced."""
-    make = _make_blocks if type(q) is Tensor and not torch.compiler.is_compiling() else _make_blocks.__wrapped__
-    return make(q.shape[1:3], k.shape[1:3], block_size, halo_size, q.device)
+    return once(_make_blocks, q)(q.shape[1:3], k.shape[1:3], block_size, halo_size, q.device)
 
 
 @functools.lru_cache(maxsize=16)

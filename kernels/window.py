@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import check_maps, check_tensor, per_axis, precise
 from visionattn.kernels._dispatch import dispatch
-from visionattn.kernels._tiles import Tiles, as_rows, chunks, join, split
+from visionattn.kernels._tiles import Tiles, as_rows, chunks, join, once, split
 
 __all__ = ["window_attention"]
 
@@ -131,9 +131,7 @@ class _Windows(NamedTuple):
 
 
 def _windows(q: Tensor, geometry: Geometry) -> _Windows:
-    """Of the map of q; made once for each size, but where it is traced."""
-    make = _make_windows if type(q) is Tensor and not torch.compiler.is_compiling() else _make_windows.__wrapped__
-    return make(q.shape[1:3], geometry, precise(q), q.device)
+    return once(_make_windows, q)(q.shape[1:3], geometry, precise(q), q.device)
 
 
 @functools.lru_cache(maxsize=16)

@@ -445,6 +445,17 @@ def test_strides_do_not_matter(pattern, sizes):
     torch.testing.assert_close(*(gradients(x, floating(y)) for x, y in zip(outputs, (arguments, copies), strict=True)))
 
 
+@each("forms")
+@pytest.mark.parametrize("batch", [1, 2])
+def test_one_value_for_all_tokens_may_be_expanded(pattern, sizes, batch):
+    arguments = made(pattern, sizes | {"batch": batch})
+    maps = {name: x for name, x in arguments.items() if name in ("q", "k", "v")}
+    for name, x in maps.items():
+        value = x.detach()[(slice(1),) * (x.ndim - 2)].expand(x.shape)
+        outputs = [attend(pattern, arguments | {name: y}) for y in (value, value.contiguous())]
+        torch.testing.assert_close(*outputs)
+
+
 @each("forms", "more")
 def test_no_images(pattern, sizes):
     arguments = made(pattern, sizes, batch=0)
