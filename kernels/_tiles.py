@@ -1,10 +1,10 @@
-"""Tiles of a map, copied out of it and back, for the PyTorch forms of window and halo attention.
+"""Tiles of a map, copied out of it and back, for the PyTorch forms of window, halo and routing attention.
 
 A tile holds some tokens of an image as matmuls want them: [heads, tokens, dim]. Each head of a token is copied as a row
 of its own: one pass over memory, where copying whole tokens and transposing the copy were two.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,19 +67,30 @@ class Tiles:
 
     def gather(self, images: slice, block: slice, *maps: Tensor) -> list[Tensor]:
         """Of maps `as_rows` those tiles: [b, t, heads, Q, dim], at least float32."""
-        tiles, indices = [], {}
+        tiles = self._copies(images, maps, lambda *sizes: self._once(self._heads, *sizes)[block])
+        return [self.clear(tile, block) for tile in tiles]
+
+    def select(self, images: slice, tiles: Tensor, *maps: Tensor) -> list[Tensor]:
+        """As `gather`, of each image the K tiles named by each row of `tiles` [b, t, K], next to each other: [b, t,
+        heads, K * Q, dim]. For tiles inside of the map."""
+        tokens = self.tokens[tiles].flatten(2)
+        return self._copies(images, maps, lambda *sizes: _heads(tokens, *sizes))
+
+    def _copies(self, images: slice, maps: Sequence[Tensor], rows: Callable[[int, int], Tensor]) -> list[Tensor]:
+        """Of each image the `rows`, [1 or b, t, heads, n], of maps of so many heads, and so many rows from one token to
+        the next."""
+        copies, indices = [], {}
         for x in maps:
             heads, dim = x.shape[1:]
             x = x[slice(*(None if n is None else n * self.length for n in (images.start, images.stop)))]
             tokens, step = x.shape[0], heads if torch.compiler.is_compiling() else max(heads, x.stride(0) // dim)
             if step not in indices:
                 first = torch.arange(0, tokens * step, self.length * step, device=x.device)
-                indices[step] = first[:, None, None, None] + self._once(self._heads, heads, step)[block]
-            rows = x.as_strided(((tokens - 1) * step + heads, dim), (dim, 1))
-            tile = rows.index_select(0, indices[step].flatten())
-            tile = tile.view(*indices[step].shape, dim).to(precise(x))
-            tiles.append(self.clear(tile, block))
-        return tiles
+                indices[step] = first[:, None, None, None] + rows(heads, step)
+            memory = x.as_strided(((tokens - 1) * step + heads, dim), (dim, 1))
+            copy = memory.index_select(0, indices[step].flatten())
+            copies.append(copy.view(*indices[step].shape, dim).to(precise(x)))
+        return copies
 
     def clear(self, tiles: Tensor, block: slice) -> Tensor:
         """Zeros, in place, for what is outside of the map in [b, t, heads, Q, dim]."""
@@ -127,8 +138,7 @@ class Tiles:
         return self._kept[key]
 
     def _heads(self, heads: int, step: int) -> Tensor:
-        """[T, heads, Q], where in the rows of an image the heads of each token are, tokens being `step` rows apart."""
-        return self.tokens[:, None] * step + torch.arange(heads, device=self.tokens.device)[:, None]
+        return _heads(self.tokens, heads, step)
 
     def _rows_outside(self, start: int, stop: int, heads: int) -> Tensor:
         """Which of the rows [t, heads, Q] of tiles of an image are outside of the map."""
@@ -150,3 +160,8 @@ class Tiles:
         token, rows = token[inside], inside.flatten().nonzero().flatten()
         counts = torch.bincount(token, minlength=self.length * heads)
         return rows[token.argsort(stable=True)], counts.cumsum(0) - counts
+
+
+def _heads(tokens: Tensor, heads: int, step: int) -> Tensor:
+    """[..., heads, Q], where in the rows of an image the heads of tokens [..., Q] are, those `step` rows apart."""
+    return tokens[..., None, :] * step + torch.arange(heads, device=tokens.device)[:, None]

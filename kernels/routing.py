@@ -6,7 +6,8 @@ Sizes in comments: B images, R regions (row-major over the grid of rows x column
 region, K regions that a region attends to (top-k), S = K * T keys of a query.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+import math
 from contextlib import nullcontext
 
 import torch
@@ -16,21 +17,24 @@ from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import autocasting, check_maps, check_tensor, precise
 from visionattn.kernels._dispatch import dispatch
+from visionattn.kernels._tiles import Tiles, as_rows, chunks, join, once, split
 
 __all__ = ["routing_attention"]
 
 Grid = tuple[int, int]  # rows, columns of regions
 
-CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}  # of selected keys and logits at a time; on a CPU they stay in its cache
-SMALL_LOGITS = 2**13  # T * S up to which separate matmuls beat the fused kernel on a CPU
-MASKED_TOKENS = 512  # N up to which masking all keys may beat selecting some
+# Bytes of selected keys and values and of logits to compute at a time, which stay in a CPU's cache.
+CHUNK = {"forward": 8 * 2**20, "backward": 4 * 2**20}
+KEEP = 16 * 2**20  # bytes of weights up to which backward finds them kept: less time than computing them again
+SMALL_LOGITS = 2**13  # T * S up to which matmuls beat the fused kernel
+MASKED_TOKENS = 512  # N up to which masking all keys may beat selecting some, and its mask is small
 
 
 def _reference(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Tensor | None, grid: Grid, scale: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     image = torch.arange(q.shape[0], device=q.device)[:, None, None]
-    positions = _positions(k, grid)[routes]  # [B, R, K, T]
+    positions = _positions(k.shape[1:3], grid, k.device)[routes]  # [B, R, K, T]
     q, k, v = _split(q, grid), _by_region(k, grid)[image, routes], _by_region(v, grid)[image, routes]
     if route_weights is not None:
         k, v = (x * route_weights[..., None, None, None] for x in (k, v))
@@ -54,131 +58,187 @@ def _by_region(x: Tensor, grid: Grid) -> Tensor:
     return _split(x, grid).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def _positions(x: Tensor, grid: Grid) -> Tensor:
-    """Flat positions, in a map of the size of x, of the tokens of each region: [R, T]"""
-    h, w = x.shape[1:3]
-    return _by_region(torch.arange(h * w, device=x.device).view(1, h, w), grid)[0]
+def _positions(size: tuple[int, int], grid: Grid, device: torch.device) -> Tensor:
+    """Flat positions, in a map of this size, of the tokens of each region: [R, T]"""
+    return _by_region(torch.arange(size[0] * size[1], device=device).view(1, *size), grid)[0]
 
 
 def _torch(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Tensor | None, grid: Grid, scale: float
 ) -> Tensor:
-    if grid == (1, 1) and route_weights is None:
-        return _fused(*(x.flatten(1, 2) for x in (q, k, v)), scale).unflatten(1, q.shape[1:3])
+    """The keys of the routed regions are selected, but masked where regions are so small that matmuls of one are slow,
+    and many of a small map are routed; CPU, 8 heads, batch 8, forward + backward in ms:
+        14 x 14 map, 7 x 7 regions of 4 tokens:   topk 2: 19 selected, 21 masked; topk 8: 59, 18; topk 16: 109, 22
+        21 x 21 map, 7 x 7 regions of 9 tokens (batch 4):   topk 13: 55 selected, 35 masked
+        16 x 16 map, 4 x 4 regions of 16 tokens:   topk 4: 21 selected, 23 masked
+    """
+    queries, keys = (x.shape[1] * x.shape[2] for x in (q, k))
+    masked = 64 * routes.shape[2] >= keys and max(queries, keys) <= MASKED_TOKENS
+    if route_weights is None and (grid == (1, 1) or masked):
+        mask = None if grid == (1, 1) else _mask(q, k, routes, grid)
+        maps = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+        output = F.scaled_dot_product_attention(*maps, mask, scale=scale)
+        return output.transpose(1, 2).unflatten(1, q.shape[1:3])
     if torch.compiler.is_compiling():
-        return _attend(q, k, v, routes, route_weights, grid, scale).flatten(3, 4).flatten(1, 2)
-    return _Chunked.apply(q, k, v, routes, route_weights, grid, scale)
+        return _selected(q, k, v, routes, route_weights, grid, scale)
+    regions = [once(_make_regions, q)(x.shape[1:3], grid, x.device) for x in (q, k)]
+    trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, route_weights))
+    kept = _room(q, routes, *regions) if trained else None
+    return _Routed.apply(q, k, v, routes, route_weights, kept, *regions, scale)
 
 
-class _Chunked(torch.autograd.Function):
-    """`_attend`, chunk by chunk of the map, and once more in backward, so that no selected key or logit is kept."""
+def _mask(q: Tensor, k: Tensor, routes: Tensor, grid: Grid) -> Tensor:
+    """[B, 1, N, N], the logarithm of how often the key's region is among the routes of the query's: -inf for never."""
+    split_q, split_k = (_split(x, grid).shape[1:5] for x in (q, k))
+    mask = (routes[..., None] == torch.arange(grid[0] * grid[1], device=q.device)).sum(2).to(q.dtype).log()  # [B, R, R]
+    mask = mask.unflatten(2, (grid[0], 1, grid[1], 1)).unflatten(1, (grid[0], 1, grid[1], 1))
+    return mask.expand(-1, *split_q, *split_k).flatten(5, 8).flatten(1, 4).unsqueeze(1)
+
+
+def _selected(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Tensor | None, grid: Grid, scale: float
+) -> Tensor:
+    """All at once, to be traced: the compiler fuses the copies, and takes care of backward."""
+    image = torch.arange(q.shape[0], device=q.device)[:, None, None]
+    k, v = (_by_region(x, grid)[image, routes] for x in (k, v))  # [B, R, K, T, heads, dim]
+    if route_weights is not None:
+        k, v = (x * route_weights[..., None, None, None] for x in (k, v))
+    _, height, _, width = _split(q, grid).shape[1:5]
+    q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (_by_region(q, grid), k.flatten(2, 3), v.flatten(2, 3)))
+    small = q.shape[2] * k.shape[2] <= SMALL_LOGITS
+    output = (q * scale @ k.mT).softmax(-1) @ v if small else F.scaled_dot_product_attention(q, k, v, scale=scale)
+    output = output.transpose(1, 2).unflatten(1, (height, width)).unflatten(0, (-1, *grid))
+    return output.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+@functools.lru_cache(maxsize=16)
+def _make_regions(size: tuple[int, int], grid: Grid, device: torch.device) -> Tiles:
+    tokens = _positions(size, grid, device)
+    return Tiles(tokens, torch.zeros_like(tokens, dtype=torch.bool), size[0] * size[1])
+
+
+def _room(q: Tensor, routes: Tensor, queries: Tiles, keys: Tiles) -> Tensor | None:
+    """For all weights, [B, R, heads, T, S], if KEEP allows."""
+    (regions, tokens), selected = queries.tokens.shape, routes.shape[2] * keys.tokens.shape[1]
+    shape, dtype = (q.shape[0], regions, q.shape[3], tokens, selected), precise(q)
+    return q.new_empty(shape, dtype=dtype) if math.prod(shape) * dtype.itemsize <= KEEP else None
+
+
+def _fit(k: Tensor, v: Tensor, selected: int, logits: int, size: int) -> int:
+    """How many regions fit into `size` bytes of selected keys, values, and so many logits of each."""
+    return size // (4 * k.shape[3] * selected * (k.shape[4] + v.shape[4] + logits))
+
+
+class _Routed(torch.autograd.Function):
+    """Chunk by chunk of regions: rows of q, and of k and v those of the routed regions, are copied, then matmul,
+    softmax, matmul, and rows copied back. Backward copies again, so that nothing copied is kept."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        *tensors, grid, scale = arguments
-        ctx.save_for_backward(*tensors)
-        ctx.parameters = grid, scale
-        q, _, v = tensors[:3]
+    def forward(
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routes: Tensor,
+        factors: Tensor | None,
+        kept: Tensor | None,
+        queries: Tiles,
+        keys: Tiles,
+        scale: float,
+    ) -> Tensor:
+        """The output; writes the weights to `kept`."""
+        ctx.save_for_backward(q, k, v, routes, factors, kept)
+        ctx.queries, ctx.keys, ctx.scale = queries, keys, scale
+        maps = [as_rows(x) for x in (q, k, v)]
         output = q.new_empty(*q.shape[:4], v.shape[4])
-        for places in _chunks(*tensors, grid):
-            chunk = _attend(*_take(tensors, places), grid, scale)
-            output[places[0]].view(chunk.shape).copy_(chunk)
+        tokens, selected = queries.tokens.shape[1], routes.shape[2] * keys.tokens.shape[1]
+        large = kept is None and tokens * selected > SMALL_LOGITS
+        fit = _fit(k, v, selected, 0 if large else tokens, CHUNK["forward"])
+        for images, blocks in chunks(len(q), routes.shape[1], fit):
+            outputs = []
+            for block in blocks:
+                (q_tile,) = queries.gather(images, block, maps[0])
+                tiles = keys.select(images, routes[images, block], *maps[1:])
+                k_tile, v_tile = (_times(x, factors, images, block) for x in tiles)
+                if large:
+                    parts = (x.flatten(0, 1) for x in (q_tile, k_tile, v_tile))
+                    parts = F.scaled_dot_product_attention(*parts, scale=scale)
+                    outputs.append(parts.unflatten(0, q_tile.shape[:2]))
+                else:
+                    weights = None if kept is None else kept[images, block]
+                    outputs.append(_weights(q_tile, k_tile, scale, weights) @ v_tile)
+            queries.restore(output[images], outputs)
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):
-        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad
-        totals = [x.new_zeros(x.shape) if need else None for x, need in zip(tensors, needed, strict=False)]
-        for places in _chunks(*tensors, ctx.parameters[0]):
-            chunk = [x if x is None else x.detach() for x in _take(tensors, places)]
-            inputs = [x.requires_grad_() for x, total in zip(chunk, totals, strict=True) if total is not None]
-            with torch.enable_grad():
-                output = _attend(*chunk, *ctx.parameters)
-            sums = [x for x in _take(totals, places) if x is not None]
-            parts = torch.autograd.grad(output, inputs, gradient[places[0]].reshape(output.shape))
-            for total, part in zip(sums, parts, strict=True):
-                total += part
-        return *totals, None, None
+    def backward(ctx, grad: Tensor) -> tuple:
+        (q, k, v, routes, factors, kept), queries, keys = ctx.saved_tensors, ctx.queries, ctx.keys
+        maps = [as_rows(x) for x in (q, k, v, grad)]
+        grads = [x.new_empty(x.shape) for x in (q, k, v)]
+        grad_factors = None if factors is None else torch.empty_like(factors)
+        fit = _fit(k, v, routes.shape[2] * keys.tokens.shape[1], queries.tokens.shape[1], CHUNK["backward"])
+        for images, blocks in chunks(len(q), routes.shape[1], fit):
+            grads_q, totals = [], [_zeros(x[images], keys) for x in (k, v)]
+            for block in blocks:
+                q_tile, grad_tile = queries.gather(images, block, maps[0], maps[3])
+                tiles = keys.select(images, routes[images, block], *maps[1:3])
+                scaled = (_times(x, factors, images, block) for x in tiles)
+                weights = None if kept is None else kept[images, block]
+                grad_q, *pair = _gradients(q_tile, *scaled, grad_tile, ctx.scale, weights)
+                grads_q.append(grad_q)
+                if factors is not None:
+                    products = (x * y for x, y in zip(pair, tiles, strict=True))
+                    sums = (x.unflatten(3, (routes.shape[2], -1)).sum((2, 4, 5)) for x in products)
+                    grad_factors[images, block] = sum(sums)
+                for total, part in zip(totals, pair, strict=True):
+                    _add(total, routes[images, block], _times(part, factors, images, block))
+            queries.restore(grads[0][images], grads_q)
+            for target, total in zip(grads[1:], totals, strict=True):
+                keys.restore(target[images], [total])
+        return *grads, None, grad_factors, *[None] * 4
 
 
-def _chunks(
-    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Tensor | None, grid: Grid
-) -> Iterator[Sequence[tuple[slice, ...]]]:
-    """Where chunks of CHUNK_BYTES lie in the five tensors: some images, or a band of region rows of one."""
-    rows, columns = grid
-    height, heads = q.shape[1] // rows, q.shape[3]
-    tokens = height * q.shape[2] // columns
-    keys = routes.shape[2] * (k.shape[1] // rows) * (k.shape[2] // columns)
-    logits = heads * min(tokens * keys, SMALL_LOGITS)
-    row_bytes = columns * (keys * heads * (k.shape[4] + v.shape[4]) + logits) * q.element_size()
-    fit = CHUNK_BYTES.get(q.device.type, 2**28) // row_bytes  # rows of regions
-    images, band = max(1, fit // rows), min(rows, max(1, fit))
-    for i in range(0, len(q), images):
-        for row in range(0, rows, band):
-            whole = (slice(i, i + images),)
-            regions = (*whole, slice(row * columns, (row + band) * columns))
-            yield (*whole, slice(row * height, (row + band) * height)), whole, whole, regions, regions
+def _times(tiles: Tensor, factors: Tensor | None, images: slice, block: slice) -> Tensor:
+    """Selected tiles [b, t, heads, S, dim], times the factors of their routes."""
+    if factors is None:
+        return tiles
+    factors = factors[images, block, None, :, None, None]
+    return (tiles.unflatten(3, (factors.shape[3], -1)) * factors).flatten(3, 4)
 
 
-def _take(tensors: Sequence[Tensor | None], places: Sequence[tuple[slice, ...]]) -> list[Tensor | None]:
-    return [x if x is None else x[place] for x, place in zip(tensors, places, strict=True)]
+def _weights(q: Tensor, k: Tensor, scale: float, room: Tensor | None = None) -> Tensor:
+    zero = q.new_zeros(())
+    logits = torch.baddbmm(zero, q.flatten(0, 2), k.flatten(0, 2).mT, beta=0, alpha=scale).view(*q.shape[:4], -1)
+    return torch.softmax(logits, -1, out=logits if room is None else room)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Tensor | None, grid: Grid, scale: float
-) -> Tensor:
-    """Attention of a band of region rows (q and its routes; it may be the whole map) to a map (k and v, and its grid).
-
-    Returns the band as [B, rows of the band, h, columns, w, heads, dim]. Keys are selected, but where the routed
-    regions are a large part of a small map they are masked; CPU, batch 8, 8 heads, forward + backward in ms:
-        14 x 14 map, 7 x 7 regions, one core:   topk 2: 24 selected, 32 masked; topk 8: 32, 32; topk 16: 53, 32
-        32 x 32 map, 8 x 8 regions, two cores (batch 2):   topk 16: 67 selected, 93 masked
-    """
-    band = (routes.shape[1] // grid[1], grid[1])
-    split = _split(q, band).shape[1:5]
-    many = 4 * routes.shape[2] >= grid[0] * grid[1] and k.shape[1] * k.shape[2] <= MASKED_TOKENS
-    if many and route_weights is None:
-        mask = _mask(routes, split, _split(k, grid).shape[1:5], q.dtype)
-        return _fused(*(x.flatten(1, 2) for x in (q, k, v)), scale, mask).unflatten(1, split)
-    k, v = _select(k, v, routes, route_weights, grid)
-    q = _by_region(q, band).flatten(0, 1)
-    small = q.device.type == "cpu" and q.shape[1] * k.shape[1] <= SMALL_LOGITS
-    output = _separate(q, k, v, scale) if small else _fused(q, k, v, scale)
-    return output.unflatten(1, split[1::2]).unflatten(0, (-1, *band)).transpose(2, 3)
+def _gradients(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float, kept: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of q, k and v, tiles [b, t, heads, T or S, dim]."""
+    grads_q, grad_k, grad_v = [], 0, 0
+    for part in split(q.shape[3], CHUNK["backward"] // (4 * q.shape[:3].numel() * k.shape[3])):
+        q_part, grad_part = q[:, :, :, part], grad[:, :, :, part]
+        weights = _weights(q_part, k, scale) if kept is None else kept[:, :, :, part]
+        grad_logits = torch._softmax_backward_data(grad_part @ v.mT, weights, -1, weights.dtype).mul_(scale)
+        grads_q.append(grad_logits @ k)
+        grad_k += grad_logits.mT @ q_part
+        grad_v += weights.mT @ grad_part
+    return join(grads_q, 3), grad_k, grad_v
 
 
-def _select(k: Tensor, v: Tensor, routes: Tensor, route_weights: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The tokens of the routed regions, times the weights of the routes: two of [B * R, S, heads, dim]."""
-    b, regions, topk = routes.shape
-    tokens = _positions(k, grid).index_select(0, routes.flatten()).view(b, -1)  # [B, R * S]
-    tokens = (tokens + k.shape[1] * k.shape[2] * torch.arange(b, device=k.device)[:, None]).flatten()
-    k, v = (x.flatten(0, 2).flatten(1).index_select(0, tokens).unflatten(1, x.shape[3:]) for x in (k, v))
-    if route_weights is not None:
-        weights = route_weights.flatten()[:, None, None, None]
-        k, v = ((x.unflatten(0, (b * regions * topk, -1)) * weights).flatten(0, 1) for x in (k, v))
-    return tuple(x.unflatten(0, (b * regions, -1)) for x in (k, v))
+def _zeros(x: Tensor, regions: Tiles) -> Tensor:
+    """[b, R, heads, T, dim]"""
+    return x.new_zeros(len(x), len(regions.tokens), x.shape[3], regions.tokens.shape[1], x.shape[4], dtype=precise(x))
 
 
-def _mask(routes: Tensor, split_q: Sequence[int], split_k: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """[B, 1, N, N], the logarithm of how often the key's region is among the routes of the query's: -inf for never."""
-    regions = torch.arange(split_k[0] * split_k[2], device=routes.device)
-    mask = (routes[..., None] == regions).sum(2).to(dtype).log()  # [B, R, R]
-    mask = mask.unflatten(2, (split_k[0], 1, split_k[2], 1)).unflatten(1, (split_q[0], 1, split_q[2], 1))
-    return mask.expand(-1, *split_q, *split_k).flatten(5, 8).flatten(1, 4).unsqueeze(1)
-
-
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """Attention of [B, queries, heads, dim] to [B, keys, heads, dim]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
-
-
-def _separate(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """As `_fused`, in matmuls of one head at a time, which read their operands where they lie."""
-    heads, zero = zip(q.unbind(2), k.unbind(2), v.unbind(2), strict=True), q.new_zeros(1, 1, 1)
-    weights = [(torch.baddbmm(zero, a, b.mT, beta=0, alpha=scale).softmax(-1), c) for a, b, c in heads]
-    return torch.stack([torch.bmm(a, c) for a, c in weights], 2)
+def _add(total: Tensor, routes: Tensor, parts: Tensor) -> None:
+    """Adds tiles [b, t, heads, S, dim] of the routed regions to those [b, R, heads, T, dim] of all."""
+    image, head = (torch.arange(n, device=routes.device) for n in total.shape[:3:2])
+    rows = (image[:, None, None] * total.shape[1] + routes)[:, :, None] * total.shape[2] + head[:, None]
+    total = total.flatten(0, 2).flatten(1)
+    total.index_add_(0, rows.flatten(), parts.reshape(-1, total.shape[1]))
 
 
 def _top_regions(q: Tensor, k: Tensor, grid: Grid, topk: int) -> Tensor:

@@ -271,7 +271,7 @@ PATTERNS = {
             {"size": (64, 64), "grid": (2, 2), "topk": 1},
             {"size": (7, 7), "grid": (1, 1), "topk": 1},
         ],
-        budgets={"CHUNK_BYTES": 2**17},
+        budgets={"CHUNK": 2**17, "KEEP": 2**17},
         tolerance=2e-5,
     ),
     "window": Pattern(
