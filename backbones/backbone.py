@@ -1,16 +1,19 @@
-"""What every classifier here shares: timm's methods, around one loop over the stages of a family."""
+"""What classifiers here share: how they are made, and timm's methods, around one loop over the stages of a family."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice
+from typing import Any
 
 import torch
 from timm.layers import create_classifier, get_device_dtype
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from visionattn.backbones.layers import check_image_size, check_pool
 
-__all__ = ["HeadClassifier", "MapClassifier", "TokenClassifier"]
+__all__ = ["HeadClassifier", "MapClassifier", "TokenClassifier", "create", "placed"]
 
 torch.fx.wrap("check_image_size")
 
@@ -128,6 +131,8 @@ class MapClassifier(Backbone):
         self.num_classes = num_classes
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool, **get_device_dtype(self))
+        self.global_pool.train(self.training)
+        self.head.train(self.training)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.head_drop(self.global_pool(x))
@@ -146,7 +151,8 @@ class HeadClassifier(Backbone):
         A norm after pooling stays, as in timm.
         """
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
+        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+        self.head.train(self.training)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x, pre_logits=pre_logits)
@@ -177,3 +183,50 @@ class TokenClassifier(Backbone):
             x = x[:, 0 if self.cls_token is None else 1 :].mean(1)
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
+
+
+def create(
+    network: Callable[..., nn.Module],
+    variant: str,
+    pretrained: bool,
+    checkpoint_filter_fn: Callable,
+    out_indices: int | tuple[int, ...] = (0, 1, 2, 3),
+    unpublished: str = "its weights were never published",
+    **kwargs: Any,
+) -> nn.Module:
+    """What `timm.create_model(variant)` returns: `network` of these arguments, which may name a device and a dtype.
+
+    Args:
+        network: class of a family.
+        variant: registered name.
+        pretrained: load weights, through checkpoint_filter_fn.
+        out_indices: of `features_only=True`, unless the arguments name others.
+        unpublished: why weights cannot be fetched, where no address of them is known.
+
+    Raises RuntimeError for `pretrained` weights that cannot be fetched.
+    """
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    if pretrained and not (cfg.has_weights or cfg.state_dict):
+        raise RuntimeError(
+            f"pretrained=True: {variant}: {unpublished}; add pretrained_cfg_overlay=dict(file=PATH) for a file of your"
+            " own, or use pretrained=False"
+        )
+    return build_model_with_cfg(
+        placed(network),
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": kwargs.pop("out_indices", out_indices), "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+def placed(network: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """`network`, which then takes a device and a dtype too, and is made there."""
+
+    def make(device: torch.device | str | None = None, dtype: torch.dtype | None = None, **kwargs: Any) -> nn.Module:
+        with nullcontext() if device is None else torch.device(device):
+            model = network(**kwargs)
+        return model if dtype is None else model.to(dtype)
+
+    return make

@@ -28,17 +28,15 @@ from timm.layers import (
     to_ntuple,
 )
 from timm.models import (
-    build_model_with_cfg,
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
-    resolve_pretrained_cfg,
 )
 from torch import Tensor, nn
 from torchvision.ops import Permute
 
 from visionattn.backbones._twins import unwrap
-from visionattn.backbones.backbone import MapClassifier
+from visionattn.backbones.backbone import MapClassifier, create
 from visionattn.backbones.layers import check_in_chans, init_linear, linear
 from visionattn.kernels import routing_attention
 
@@ -515,6 +513,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return renamed
 
 
+AUTHORS = "https://github.com/rayleizhu/BiFormer"
+
+
 def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         "num_classes": 1000,
@@ -527,7 +528,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
         "first_conv": "downsample_layers.0.0",
         "classifier": "head",
         "license": "mit",
-        "origin_url": "https://github.com/rayleizhu/BiFormer",
+        "origin_url": AUTHORS,
         "paper_name": "BiFormer: Vision Transformer with Bi-Level Routing Attention",
         "paper_ids": "arXiv:2303.08810",
         **kwargs,
@@ -541,22 +542,11 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_biformer(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    if pretrained and not (cfg.has_weights or cfg.state_dict):
-        raise RuntimeError(
-            f"pretrained=True: the weights of {variant} are published on OneDrive, from where a program cannot fetch"
-            f" them; download the file by hand from the links at {cfg.origin_url} and add"
-            " pretrained_cfg_overlay=dict(file=PATH), or use pretrained=False"
-        )
-    indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build_model_with_cfg(
-        BiFormer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": indices, "feature_cls": "getter"},
-        **kwargs,
+    unpublished = (
+        "its weights are on OneDrive, from where a program cannot fetch them; download the file by hand from the links"
+        f" at {AUTHORS}"
     )
+    return create(BiFormer, variant, pretrained, checkpoint_filter_fn, unpublished=unpublished, **kwargs)
 
 
 @register_model

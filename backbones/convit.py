@@ -27,11 +27,11 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
-from visionattn.backbones.backbone import TokenClassifier
+from visionattn.backbones.backbone import TokenClassifier, create
 from visionattn.backbones.layers import (
     Mlp,
     check_in_chans,
@@ -207,7 +207,7 @@ class ConViT(TokenClassifier):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resample the table of absolute positions for images of another size, as a new parameter."""
         table = _resample(self.pos_embed.detach(), self.grid, _grid(img_size))
-        self.pos_embed, self.grid = nn.Parameter(table.clone()), _grid(img_size)
+        self.pos_embed, self.grid = nn.Parameter(table.clone(), self.pos_embed.requires_grad), _grid(img_size)
 
     def forward_stages(self, images: Tensor) -> Iterator[Tensor]:
         table = position_embedding(self.pos_embed.unflatten(1, self.grid), images.shape[-2], images.shape[-1], PATCH)
@@ -282,14 +282,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_convit(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    return build_model_with_cfg(
-        ConViT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-        **kwargs,
-    )
+    return create(ConViT, variant, pretrained, checkpoint_filter_fn, 3, **kwargs)
 
 
 @register_model

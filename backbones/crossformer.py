@@ -33,16 +33,14 @@ from timm.layers import (
     trunc_normal_,
 )
 from timm.models import (
-    build_model_with_cfg,
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
-    resolve_pretrained_cfg,
 )
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import unwrap
-from visionattn.backbones.backbone import MapClassifier
+from visionattn.backbones.backbone import MapClassifier, create
 from visionattn.backbones.layers import Mlp, check_in_chans, init_linear, linear, pad_to_multiple
 from visionattn.kernels import window_attention
 
@@ -509,6 +507,9 @@ def _configuration(state_dict: dict[str, Tensor]) -> str:
     return f"embed_dim={None if norm is None else len(norm)}, {depths=}, use_acl={cooled}"
 
 
+AUTHORS = "https://github.com/cheerss/CrossFormer"
+
+
 def _cfg(name: str, **kwargs: Any) -> dict[str, Any]:
     plus_plus = "pp_" in name
     return {
@@ -522,7 +523,7 @@ def _cfg(name: str, **kwargs: Any) -> dict[str, Any]:
         "first_conv": tuple(f"patch_embed.projs.{i}" for i in range(4)),
         "classifier": "head",
         "license": "mit",
-        "origin_url": "https://github.com/cheerss/CrossFormer",
+        "origin_url": AUTHORS,
         "paper_name": "CrossFormer++" if plus_plus else "CrossFormer",
         "paper_ids": "arXiv:2303.06908" if plus_plus else "arXiv:2108.00154",
         **kwargs,
@@ -545,25 +546,12 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_crossformer(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    if pretrained and not (cfg.has_weights or cfg.state_dict):
-        drive = PUBLISHED[variant][1]
-        place = f"https://drive.google.com/file/d/{drive}" if drive else f"Baidu, linked from {cfg.origin_url}"
-        raise RuntimeError(
-            f"pretrained=True: a program cannot fetch the published weights of {variant}; download the file by hand"
-            f" from {place}, and add pretrained_cfg_overlay=dict(file=PATH), or use pretrained=False"
-        )
-    indices = kwargs.pop("out_indices", (0, 1, 2, 3))
+    drive = PUBLISHED[variant][1]
+    place = f"https://drive.google.com/file/d/{drive}" if drive else f"Baidu, linked from {AUTHORS}"
+    unpublished = f"a program cannot fetch its weights; download the file by hand from {place}"
     # Published files contain the authors' settings too, as a subclass of dict
     with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
-        return build_model_with_cfg(
-            CrossFormer,
-            variant,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": indices, "feature_cls": "getter"},
-            **kwargs,
-        )
+        return create(CrossFormer, variant, pretrained, checkpoint_filter_fn, unpublished=unpublished, **kwargs)
 
 
 @register_model

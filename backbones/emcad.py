@@ -18,6 +18,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 
+from visionattn.backbones.backbone import placed
 from visionattn.backbones.encoder_decoder import EncoderDecoder
 
 __all__ = ["EMCAD"]
@@ -201,7 +202,7 @@ def _create_emcad(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     whole = bool(cfg.has_weights or cfg.state_dict)
     return build_model_with_cfg(
-        _build,
+        placed(_build),
         variant,
         pretrained and whole,
         pretrained_filter_fn=checkpoint_filter_fn,

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import torch.nn.functional as F
+from timm.layers import get_device_dtype
 from torch import Tensor, nn
 
 __all__ = ["EncoderDecoder"]
@@ -78,7 +79,10 @@ class EncoderDecoder(nn.Module):
         if num_classes < 1:
             raise ValueError(f"num_classes={num_classes}: expected at least 1; for maps call forward_features")
         self.num_classes = num_classes
-        self.heads = nn.ModuleList(nn.Conv2d(channels, num_classes, 1) for channels in self.decoder.out_channels)
+        options = get_device_dtype(self)
+        self.heads = nn.ModuleList(
+            nn.Conv2d(channels, num_classes, 1, **options) for channels in self.decoder.out_channels
+        ).train(self.training)
         for head in self.heads:
             nn.init.zeros_(head.bias)
 

@@ -33,16 +33,14 @@ from timm.layers import (
     trunc_normal_,
 )
 from timm.models import (
-    build_model_with_cfg,
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
-    resolve_pretrained_cfg,
 )
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
-from visionattn.backbones.backbone import HeadClassifier
+from visionattn.backbones.backbone import HeadClassifier, create
 from visionattn.backbones.layers import check_in_chans, conv_norm
 from visionattn.kernels import halo_attention
 
@@ -313,20 +311,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_halonet(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    if pretrained and not (cfg.has_weights or cfg.state_dict):
-        raise RuntimeError(
-            f"pretrained=True: weights of {variant} were never published; to load a file of your own add"
-            " pretrained_cfg_overlay=dict(file=PATH), or use pretrained=False"
-        )
-    return build_model_with_cfg(
-        HaloNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3)), "feature_cls": "getter"},
-        **kwargs,
-    )
+    return create(HaloNet, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 def _paper(third: int, b: int, h: int, rv: float = 1.0, rb: float = 1.0, lf: int = 0, **kwargs: Any) -> dict[str, Any]:

@@ -32,7 +32,6 @@ from timm.layers import (
     trunc_normal_,
 )
 from timm.models import (
-    build_model_with_cfg,
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
@@ -42,7 +41,7 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import unwrap
-from visionattn.backbones.backbone import MapClassifier
+from visionattn.backbones.backbone import MapClassifier, create
 from visionattn.backbones.layers import Mlp, check_in_chans, init_linear, linear
 from visionattn.kernels import neighborhood_attention
 
@@ -407,15 +406,7 @@ def _create_nat(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         at_384 = (cfg.tag or "").endswith("_384")
         kwargs.setdefault("dilations", (13, 6, 3, 1) if at_384 else (8, 4, 2, 1))
-    indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build_model_with_cfg(
-        NAT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return create(NAT, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 TINY = {"depths": (3, 4, 18, 5)}

@@ -10,9 +10,10 @@ Any size of image: on larger maps its windows then slide like those of the other
 
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from visionattn.backbones.backbone import create
 from visionattn.backbones.nat import DINAT_WEIGHTS, NAT, checkpoint_filter_fn, imagenet_cfg
 
 __all__ = ["NATIsotropic"]
@@ -70,15 +71,7 @@ default_cfgs = generate_default_cfgs({f"{name}.in1k": _isotropic_cfg(name, top1)
 
 
 def _create_isotropic(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    indices = kwargs.pop("out_indices", 3)
-    return build_model_with_cfg(
-        NATIsotropic,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return create(NATIsotropic, variant, pretrained, checkpoint_filter_fn, 3, **kwargs)
 
 
 BASE = {"embed_dim": 768, "num_heads": 24}

@@ -31,16 +31,14 @@ from timm.layers import (
     to_2tuple,
 )
 from timm.models import (
-    build_model_with_cfg,
     checkpoint,
     generate_default_cfgs,
     register_model,
-    resolve_pretrained_cfg,
 )
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import unwrap
-from visionattn.backbones.backbone import MapClassifier
+from visionattn.backbones.backbone import MapClassifier, create
 from visionattn.backbones.layers import Mlp, check_in_chans, linear
 
 __all__ = ["NiNformer"]
@@ -82,9 +80,10 @@ class TokenMlp(nn.Module):
         return weights if size == self.grid else resize_mixing(*weights, self.grid, size)
 
     def set_grid(self, size: Size) -> None:
-        read, write, bias = (nn.Parameter(weight.detach().clone()) for weight in self.resized(size))
+        old = self.fc1.weight, self.fc2.weight, self.fc2.bias
+        new = (nn.Parameter(x.detach().clone(), y.requires_grad) for x, y in zip(self.resized(size), old, strict=True))
+        self.fc1.weight, self.fc2.weight, self.fc2.bias = new
         self.grid = size
-        self.fc1.weight, self.fc2.weight, self.fc2.bias = read, write, bias
         self.fc1.in_features = self.fc2.out_features = math.prod(size)
 
 
@@ -298,21 +297,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_ninformer(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    if pretrained and not (cfg.has_weights or cfg.state_dict):
-        raise RuntimeError(
-            f"pretrained=True: the authors have published no weights of {variant}; add"
-            " pretrained_cfg_overlay=dict(file=PATH) for a file of your own, or use pretrained=False"
-        )
-    indices = kwargs.pop("out_indices", 3)
-    return build_model_with_cfg(
-        NiNformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return create(NiNformer, variant, pretrained, checkpoint_filter_fn, 3, **kwargs)
 
 
 @register_model

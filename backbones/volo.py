@@ -26,11 +26,11 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
-from visionattn.backbones.backbone import TokenClassifier
+from visionattn.backbones.backbone import TokenClassifier, create
 from visionattn.backbones.layers import (
     Mlp,
     check_image_size,
@@ -261,13 +261,14 @@ class VOLO(TokenClassifier):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resample the position embedding for images of another size, as a new parameter."""
         table = resample_abs_pos_embed_nhwc(self.pos_embed.detach(), _table_size(img_size))
-        self.pos_embed = nn.Parameter(table.clone())
+        self.pos_embed = nn.Parameter(table.clone(), self.pos_embed.requires_grad)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace both heads by new ones for num_classes, or by nothing for 0; global_pool "" leaves tokens."""
         super().reset_classifier(num_classes, global_pool)
-        needed = self.use_aux_head and num_classes
-        self.aux_head = nn.Linear(self.num_features, num_classes, **get_device_dtype(self)) if needed else None
+        self.aux_head = None
+        if self.use_aux_head and num_classes:
+            self.aux_head = nn.Linear(self.num_features, num_classes, **get_device_dtype(self)).train(self.training)
 
     def forward_stages(self, images: Tensor) -> Iterator[Tensor]:
         return self._stages(self.patch_embed(images), _size(images))
@@ -410,14 +411,7 @@ D5 = {**D4, "layers": (12, 12, 20, 4), "mlp_ratio": 4.0, "stem_hidden_dim": 128}
 
 
 def _create_volo(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    return build_model_with_cfg(
-        VOLO,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3)), "feature_cls": "getter"},
-        **kwargs,
-    )
+    return create(VOLO, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, register_notrace_module, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
-from visionattn.backbones.backbone import TokenClassifier
+from visionattn.backbones.backbone import TokenClassifier, create
 from visionattn.backbones.layers import Mlp, check_in_chans, check_pool, conv_norm, init_linear, linear
 from visionattn.kernels import cross_covariance_attention, routing_attention
 
@@ -327,18 +327,11 @@ default_cfgs = generate_default_cfgs({name: cfg for twin in VARIANTS for name, c
 def _register(variant: str, arguments: dict[str, Any]) -> None:
     """Make the entry point of a variant, a function of this module by the variant's name."""
 
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build_model_with_cfg(
-            XCiT,
-            variant,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-            **{**arguments, **kwargs},
-        )
+    def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return create(XCiT, variant, pretrained, checkpoint_filter_fn, 3, **{**arguments, **kwargs})
 
-    create.__name__ = create.__qualname__ = variant
-    globals()[variant] = register_model(create)
+    entry.__name__ = entry.__qualname__ = variant
+    globals()[variant] = register_model(entry)
 
 
 for _twin, _arguments in VARIANTS.items():

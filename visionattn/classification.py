@@ -115,6 +115,7 @@ def build(
     seed_everything(spec.train.seed, verbose=False)
     size = data.image_size if isinstance(data.image_size, list) else [data.image_size] * 2
     network = make_network(spec.model, len(images.classes), data.channels, (size[0], size[1]))
+    _check_takes(network, spec.model.name, (data.channels, *size))
     data = data.model_copy(update={"classes": images.classes} | own_statistics(spec, network, data.channels))
     spec = spec.model_copy(update={"data": data})
     loss = spec.loss.name or ("bce" if images.multi_label else "cross_entropy")
@@ -136,6 +137,20 @@ def build(
         provenance={"format": 1, "recipe": recipe.dump(spec), "multi_label": images.multi_label},
     )
     return spec, images, ClassificationDataModule(images, data, spec.train.seed), task
+
+
+def _check_takes(network: nn.Module, name: str, image: tuple[int, int, int]) -> None:
+    """Refuse, before anything is trained, a network that fails on an image of this shape."""
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, *image))
+    except Exception as error:  # each model raises its own
+        reason = str(error) or type(error).__name__
+        shape = " x ".join(map(str, image))
+        raise UserError(
+            f"model {name} cannot take images of {shape} (data.channels, data.image_size): {reason}"
+        ) from None
+    network.train()
 
 
 def restore(spec: ClassificationRecipe, about: dict[str, Any]) -> Classifier:

@@ -178,8 +178,13 @@ def test_channels(channels):
 
 @torch.no_grad()
 def test_number_of_classes_can_be_changed():
-    network = timm.create_model(NAMES[0], num_classes=9)
+    network = timm.create_model(NAMES[0], num_classes=9, device="meta", dtype=torch.float64).eval()
     assert [head.out_channels for head in network.get_classifier()] == [9] * 4
+    network.reset_classifier(2)
+    tensors = [x for x in network.state_dict().values() if x.is_floating_point()]
+    assert {(x.device.type, x.dtype) for x in tensors} == {("meta", torch.float64)}
+    assert not any(module.training for module in network.modules())
+    network = timm.create_model(NAMES[0], num_classes=9)
     network.reset_classifier(1)
     assert network.eval()(images()).shape == (2, 1, 64, 64)
     with pytest.raises(ValueError, match="num_classes=0: expected at least 1"):

@@ -189,6 +189,25 @@ def test_weights_that_cannot_be_fetched_are_explained(name):
         timm.create_model(name, pretrained=True)
 
 
+@every_model
+@torch.no_grad()
+def test_device_dtype_mode_and_freezing_last(name):
+    """From making the model on, through all that replaces a part of it."""
+    model = timm.create_model(name, device="meta", dtype=torch.bfloat16).eval().requires_grad_(False)
+    model.reset_classifier(0)
+    if hasattr(model, "set_input_size"):
+        model.set_input_size((96, 64))
+    assert not [key for key, x in model.named_parameters() if x.requires_grad]
+    model.reset_classifier(3)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert not [key for key, x in tensors.items() if x.device.type != "meta"]
+    assert not [key for key, x in tensors.items() if x.is_floating_point() and x.dtype != torch.bfloat16]
+    assert not [key for key, module in model.named_modules() if module.training]
+    channels = model.default_cfg["input_size"][0]
+    logits = model(torch.empty(2, channels, 96, 64, device="meta", dtype=torch.bfloat16))
+    assert (logits.shape, logits.dtype) == ((2, 3), torch.bfloat16)
+
+
 # Classification
 
 

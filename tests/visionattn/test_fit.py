@@ -211,6 +211,10 @@ def test_resuming_needs_the_same_images(recipe_file, tmp_path, pictures, refused
         ("trainer.callbacks=[os.system]", ["trainer.callbacks", "none of lightning's"]),
         ("loss.class_weights=[1.0]", ["loss.class_weights", "2 classes"]),
         ("data.root=nowhere", ["nowhere"]),
+        (
+            "model={name: vit_tiny_patch16_224, args: {img_size: 64}}",
+            ["vit_tiny_patch16_224 cannot take images of 1 x 32 x 32", "data.image_size", "64"],
+        ),
         ("data.batch_size=500", ["data.batch_size is 500", "set it to at most 48"]),
     ],
 )
