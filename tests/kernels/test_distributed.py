@@ -1,10 +1,11 @@
 """Every pattern under DistributedDataParallel: two processes give the gradients of one with the whole batch."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
-import torch.multiprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -59,7 +60,12 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one(tmp_path):
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    workers = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
     expected = gradients(*made())
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected)
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), sys.argv[2])
