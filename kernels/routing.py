@@ -208,6 +208,7 @@ def _times(tiles: Tensor, factors: Tensor | None, images: slice, block: slice) -
 
 
 def _weights(q: Tensor, k: Tensor, scale: float, room: Tensor | None = None) -> Tensor:
+    """[b, t, heads, q, S], of [b, t, heads, q, dim] and [b, t, heads, S, dim]; written to `room` if there is one."""
     zero = q.new_zeros(())
     logits = torch.baddbmm(zero, q.flatten(0, 2), k.flatten(0, 2).mT, beta=0, alpha=scale).view(*q.shape[:4], -1)
     return torch.softmax(logits, -1, out=logits if room is None else room)
