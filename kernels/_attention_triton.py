@@ -47,9 +47,9 @@ OPTIONS = {"enable_fp_fusion": True, "maxnreg": 255}
 # with which the patterns compile without spills for sm_80, sm_90 and sm_100 (but halo with tables at 128). Not timed on
 # a GPU yet.
 TILES = {
-    "forward": {32: (64, 64, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 2)},
+    "forward": {32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 2)},
     "queries": {32: (64, 32, 4, 2), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1)},
-    "keys": {32: (64, 32, 4, 1), 64: (32, 32, 4, 2), 128: (32, 32, 4, 2)},
+    "keys": {32: (64, 32, 4, 1), 64: (32, 32, 4, 2), 128: (32, 32, 8, 2)},
 }
 BIAS_PROGRAMS = 1024  # about as many as the gradient of a bias is split over; each keeps a partial sum
 

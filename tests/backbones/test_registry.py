@@ -512,6 +512,15 @@ def test_export_with_dynamic_batch(name):
 
 
 @models
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_tracing_by_torchscript(name, tmp_path):
+    model, x = ready(name), images(name)
+    torch.jit.trace(model, x, check_trace=False).save(tmp_path / "model.pt")
+    assert_close(torch.jit.load(tmp_path / "model.pt")(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@models
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the exporter's own code
 @torch.no_grad()
 def test_onnx_in_onnxruntime(name, tmp_path):
