@@ -190,7 +190,7 @@ def create(
     variant: str,
     pretrained: bool,
     checkpoint_filter_fn: Callable,
-    out_indices: int | tuple[int, ...] = (0, 1, 2, 3),
+    default_indices: int | tuple[int, ...] = (0, 1, 2, 3),
     unpublished: str = "its weights were never published",
     **kwargs: Any,
 ) -> nn.Module:
@@ -200,7 +200,7 @@ def create(
         network: class of a family.
         variant: registered name.
         pretrained: load weights, through checkpoint_filter_fn.
-        out_indices: of `features_only=True`, unless the arguments name others.
+        default_indices: `out_indices` of `features_only=True`, unless the arguments have others.
         unpublished: why weights cannot be fetched, where no address of them is known.
 
     Raises RuntimeError for `pretrained` weights that cannot be fetched.
@@ -216,7 +216,7 @@ def create(
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", out_indices), "feature_cls": "getter"},
+        feature_cfg={"out_indices": kwargs.pop("out_indices", default_indices), "feature_cls": "getter"},
         **kwargs,
     )
 

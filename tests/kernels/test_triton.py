@@ -47,8 +47,8 @@ def routing(b=1, size=(8, 8), heads=1, dim=16, grid=(2, 2), topk=2, pool=1, valu
     if value_dim is not None:
         v = torch.randn(*v.shape[:4], value_dim, device=DEVICE)
     regions = grid[0] * grid[1]
-    routes = torch.rand(b, regions, regions, device=DEVICE).topk(topk).indices
-    return [q, k, v, routes, None, grid, dim**-0.5]
+    scores = torch.rand(b, regions, regions, device=DEVICE) + torch.eye(regions, device=DEVICE)  # so each has an asker
+    return [q, k, v, scores.topk(topk).indices, None, grid, dim**-0.5]
 
 
 def neighborhood(b=1, size=(7, 9), heads=1, dim=16, kernel=(3, 3), dilation=(1, 1), stride=(1, 1), bias=True) -> list:
