@@ -203,7 +203,7 @@ def create(
         default_indices: `out_indices` of `features_only=True`, unless the arguments have others.
         unpublished: why weights cannot be fetched, where no address of them is known.
 
-    Raises RuntimeError for `pretrained` weights that cannot be fetched.
+    Raises RuntimeError for `pretrained` weights that cannot be fetched, ValueError for a dtype that is none of weights.
     """
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if pretrained and not (cfg.has_weights or cfg.state_dict):
@@ -225,8 +225,9 @@ def placed(network: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """`network`, which then takes a device and a dtype too, and is made there."""
 
     def make(device: torch.device | str | None = None, dtype: torch.dtype | None = None, **kwargs: Any) -> nn.Module:
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype={dtype!r}: expected a floating torch.dtype, such as torch.float16")
         with nullcontext() if device is None else torch.device(device):
-            model = network(**kwargs)
-        return model if dtype is None else model.to(dtype)
+            return network(**kwargs).to(dtype=dtype)
 
     return make

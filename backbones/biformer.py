@@ -27,11 +27,7 @@ from timm.layers import (
     register_notrace_module,
     to_ntuple,
 )
-from timm.models import (
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-)
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torchvision.ops import Permute
 

@@ -282,7 +282,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_convit(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    return create(ConViT, variant, pretrained, checkpoint_filter_fn, 3, **kwargs)
+    return create(ConViT, variant, pretrained, checkpoint_filter_fn, default_indices=3, **kwargs)
 
 
 @register_model

@@ -32,11 +32,7 @@ from timm.layers import (
     to_ntuple,
     trunc_normal_,
 )
-from timm.models import (
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-)
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import unwrap

@@ -26,11 +26,7 @@ from timm.layers import (
     calculate_drop_path_rates,
     register_notrace_module,
 )
-from timm.models import (
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-)
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap

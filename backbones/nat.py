@@ -31,12 +31,7 @@ from timm.layers import (
     register_notrace_module,
     trunc_normal_,
 )
-from timm.models import (
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-    resolve_pretrained_cfg,
-)
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 

@@ -71,7 +71,7 @@ default_cfgs = generate_default_cfgs({f"{name}.in1k": _isotropic_cfg(name, top1)
 
 
 def _create_isotropic(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    return create(NATIsotropic, variant, pretrained, checkpoint_filter_fn, 3, **kwargs)
+    return create(NATIsotropic, variant, pretrained, checkpoint_filter_fn, default_indices=3, **kwargs)
 
 
 BASE = {"embed_dim": 768, "num_heads": 24}

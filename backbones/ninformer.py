@@ -30,11 +30,7 @@ from timm.layers import (
     register_notrace_module,
     to_2tuple,
 )
-from timm.models import (
-    checkpoint,
-    generate_default_cfgs,
-    register_model,
-)
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import unwrap
@@ -297,7 +293,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_ninformer(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    return create(NiNformer, variant, pretrained, checkpoint_filter_fn, 3, **kwargs)
+    return create(NiNformer, variant, pretrained, checkpoint_filter_fn, default_indices=3, **kwargs)
 
 
 @register_model

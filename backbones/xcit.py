@@ -328,7 +328,7 @@ def _register(variant: str, arguments: dict[str, Any]) -> None:
     """Make the entry point of a variant, a function of this module by the variant's name."""
 
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return create(XCiT, variant, pretrained, checkpoint_filter_fn, 3, **{**arguments, **kwargs})
+        return create(XCiT, variant, pretrained, checkpoint_filter_fn, default_indices=3, **{**arguments, **kwargs})
 
     entry.__name__ = entry.__qualname__ = variant
     globals()[variant] = register_model(entry)

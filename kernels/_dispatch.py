@@ -108,9 +108,7 @@ def _choose(pattern: str, backend: str, arguments: tuple) -> str:
     """The backend to run: `backend` itself, or for "auto" triton where it can run, else torch."""
     device = arguments[0].device.type
     if backend == "auto" and (device == "meta" or torch.jit.is_tracing()):
-        return (
-            "reference"  # which needs no values of tensors, and no functions in Python, which TorchScript cannot save
-        )
+        return "reference"  # the one that reads no values of tensors, and that TorchScript can save
     if backend in ("reference", "torch") or (backend == "auto" and device != "cuda"):
         return "torch" if backend == "auto" else backend
     reason = _no_triton(pattern, device)

@@ -98,7 +98,7 @@ def _mask(q: Tensor, k: Tensor, routes: Tensor, grid: Grid) -> Tensor:
 def _selected(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Tensor | None, grid: Grid, scale: float
 ) -> Tensor:
-    """All at once, to be traced: the compiler fuses the copies, and takes care of backward."""
+    """All at once, in operators that torch.compile and torch.export differentiate themselves."""
     image = torch.arange(q.shape[0], device=q.device)[:, None, None]
     k, v = (_by_region(x, grid)[image, routes] for x in (k, v))  # [B, R, K, T, heads, dim]
     if route_weights is not None:

@@ -208,6 +208,12 @@ def test_device_dtype_mode_and_freezing_last(name):
     assert (logits.shape, logits.dtype) == ((2, 3), torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", ["float16", torch.int64])
+def test_dtypes_that_weights_cannot_have_are_refused(dtype):
+    with pytest.raises(ValueError, match=r"dtype=.*: expected a floating torch.dtype"):
+        timm.create_model("va_convit_tiny", dtype=dtype)
+
+
 # Classification
 
 
@@ -517,6 +523,7 @@ def test_export_with_dynamic_batch(name):
 def test_tracing_by_torchscript(name, tmp_path):
     model, x = ready(name), images(name)
     torch.jit.trace(model, x, check_trace=False).save(tmp_path / "model.pt")
+    x = images(name, batch=3)
     assert_close(torch.jit.load(tmp_path / "model.pt")(x), model(x), rtol=1e-4, atol=1e-4)
 
 
