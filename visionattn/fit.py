@@ -203,8 +203,8 @@ def _callbacks(spec: Recipe, task: Task, run: Path) -> list[pl.Callback]:
     checkpoints = {"dirpath": run / "checkpoints", "save_top_k": 1, "enable_version_counter": False}
     found = [
         History(run / "metrics.csv"),
-        lightning_callbacks.ModelCheckpoint(filename="best", monitor=task.monitored, mode=mode, **checkpoints),
-        lightning_callbacks.ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **checkpoints),
+        ModelCheckpoint(filename="best", monitor=task.monitored, mode=mode, **checkpoints),
+        ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **checkpoints),
     ]
     if spec.train.ema is not None:
         found.append(lightning_callbacks.EMAWeightAveraging(decay=spec.train.ema))
@@ -264,6 +264,19 @@ class History(pl.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows = state["rows"]
+
+
+class ModelCheckpoint(lightning_callbacks.ModelCheckpoint):
+    """Lightning's, which goes on after its folder has been moved: its own forgets which checkpoint was the best."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def moved(path: str) -> str:
+            return os.path.join(self.dirpath, os.path.basename(path)) if path else path
+
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        here = {"dirpath": self.dirpath} | {name: moved(state_dict[name]) for name in paths}
+        here["best_k_models"] = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(state_dict | here)
 
 
 def _describe_data(images: LabelledImages | SegmentationImages) -> dict[str, Any]:

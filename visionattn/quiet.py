@@ -8,7 +8,6 @@ __all__ = ["silence"]
 REMARKS = (
     r".*does not have many workers.*",  # data in memory need none; `data.workers` is the user's key
     r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
-    r".*The dirpath has changed.*",  # a run directory that was moved
     r".*The number of training batches .* is smaller than the logging interval.*",
     r".*You're resuming from a checkpoint that ended before the epoch ended.*",
     r".*isinstance\(treespec, LeafSpec\)` is deprecated.*",  # Lightning 2.6 with torch 2.15
