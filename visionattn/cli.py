@@ -68,14 +68,14 @@ def _fit(arguments: argparse.Namespace) -> None:
             raise UserError(
                 "--resume RUN goes on with the run's own recipe: give no recipe, override or --run beside it"
             )
-        from visionattn.fit import resume
+        from visionattn.runs.fit import resume
 
         resume(arguments.resume)
         return
     if arguments.recipe is None:
         raise UserError(f"fit needs a recipe; shipped ones: {', '.join(recipe.shipped())}")
     loaded = recipe.load(arguments.recipe, arguments.overrides)
-    from visionattn.fit import fit
+    from visionattn.runs.fit import fit
 
     fit(loaded, name=Path(arguments.recipe).stem, run=arguments.run)
 
@@ -90,7 +90,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from visionattn.evaluate import evaluate
+    from visionattn.runs.evaluate import evaluate
 
     evaluate(arguments.model, arguments.data, arguments.split, arguments.out)
 
@@ -107,7 +107,7 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from visionattn.predict import predict
+    from visionattn.runs.predict import predict
 
     unread = predict(arguments.model, arguments.images, arguments.out, arguments.polygons)
     return 1 if unread else 0
@@ -122,9 +122,9 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
 def _check(arguments: argparse.Namespace) -> int:
     loaded = recipe.load(arguments.recipe, arguments.overrides)
     if loaded.task == "segmentation":
-        from visionattn.segcheck import check, format_findings
+        from visionattn.tasks.segmentation.check import check, format_findings
     else:
-        from visionattn.check import check, format_findings
+        from visionattn.tasks.classification.check import check, format_findings
     findings = check(loaded.data)
     print(format_findings(findings))
     return 1 if findings.problems else 0

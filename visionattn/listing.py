@@ -76,7 +76,7 @@ def format_table(entries: list[Entry]) -> str:
 
 def decoder_table(pattern: str = "*") -> str:
     """Aligned text of the decoders whose name matches a shell pattern, with a heading."""
-    from visionattn.decoders import DECODERS  # which imports segmentation_models_pytorch
+    from visionattn.models.segmenters import DECODERS  # which imports segmentation_models_pytorch
 
     return _aligned([("decoder", ""), *((n, d.description) for n, d in DECODERS.items() if fnmatch(n, pattern))])
 

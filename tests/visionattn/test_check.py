@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visionattn.check import Findings, check, format_findings
 from visionattn.errors import UserError
 from visionattn.recipe import CsvData, FolderData, NpzData
+from visionattn.tasks.classification.check import Findings, check, format_findings
 
 
 def folder(root: Path, train: int = 6, val: int = 2, size: tuple[int, int] = (40, 36)) -> Path:

@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from visionattn.data import LabelledImages, find, find_labelled, prepare
-from visionattn.datamodule import ClassificationDataModule
+from visionattn.data.datamodule import ClassificationDataModule
+from visionattn.data.labelled import LabelledImages, find, find_labelled, prepare
 from visionattn.errors import UserError
 from visionattn.recipe import Augment, BuiltinData, ClassificationData, CsvData, FolderData, NpzData
 
@@ -476,7 +476,7 @@ def test_mixed_labels_in_training_only(tree, mixes):
 
 @pytest.mark.parametrize("labels", [torch.tensor([0, 2, 1]), torch.tensor([[1.0, 1, 0], [0, 0, 0], [0, 1, 1]])])
 def test_mix_shares_images_and_labels_alike(labels):
-    from visionattn.transforms import mix_transform
+    from visionattn.tasks.classification.transforms import mix_transform
 
     torch.manual_seed(0)
     pictures = torch.arange(3.0).reshape(3, 1, 1, 1).expand(3, 1, 8, 8)
@@ -506,7 +506,7 @@ def test_balanced_sampling_draws_every_class_alike(tmp_path):
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_processes_share_an_epoch(monkeypatch, shuffle):
-    from visionattn.loaders import EpochSampler
+    from visionattn.data.loaders import EpochSampler
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 3)
@@ -532,7 +532,7 @@ def dtypes(channels: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("resize", ["crop", "squash", "none"])
 @pytest.mark.parametrize("size", [32, [32, 36]])
 def test_transforms_give_the_size_asked_for(channels, resize, size):
-    from visionattn.transforms import eval_transform, train_transform
+    from visionattn.tasks.classification.transforms import eval_transform, train_transform
 
     augment = Augment(rotate=10.0, vflip=0.5, erasing=0.5, jitter=0.2 if channels < 5 else 0.0)
     statistics = {"channels": channels, "mean": [0.5] * channels, "std": [0.25] * channels}
@@ -551,7 +551,7 @@ def settings(**keys) -> ClassificationData:
 
 
 def test_evaluation_geometry():
-    from visionattn.transforms import eval_transform
+    from visionattn.tasks.classification.transforms import eval_transform
 
     half = torch.zeros(3, 40, 80)
     half[:, :, 40:] = 1
@@ -567,7 +567,7 @@ def test_evaluation_geometry():
 @pytest.mark.parametrize("policy", ["randaugment", "autoaugment", "trivialaugment", "augmix"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_policies(policy, channels):
-    from visionattn.transforms import train_transform
+    from visionattn.tasks.classification.transforms import train_transform
 
     statistics = {"channels": channels, "mean": [0.5] * channels, "std": [0.5] * channels}
     transform = train_transform(settings(augment=Augment(policy=policy), **statistics))
@@ -586,7 +586,7 @@ def test_policies(policy, channels):
     ],
 )
 def test_augmentations_that_cannot_be_are_refused(augment, channels, message):
-    from visionattn.transforms import train_transform
+    from visionattn.tasks.classification.transforms import train_transform
 
     with pytest.raises(UserError, match=message):
         train_transform(settings(augment=augment, channels=channels, mean=[0.5] * channels, std=[0.5] * channels))

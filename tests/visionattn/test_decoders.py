@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from visionattn.cli import main
-from visionattn.decoders import DECODERS, make_segmenter
 from visionattn.errors import UserError
 from visionattn.listing import our_models
+from visionattn.models.segmenters import DECODERS, make_segmenter
 
 SMALL = {"depth": [1, 1, 1, 1], "embed_dim": [16, 16, 32, 32], "head_dim": 16, "n_win": 2, "topks": [1, 2, 4, -2]}
 LIGHT = {"dpt": {"intermediate_channels": [16, 16, 16, 16], "fusion_channels": 32}, "upernet": {"decoder_channels": 32}}

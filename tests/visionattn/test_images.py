@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from visionattn.data.images import array_to_image, decode, image_files, listed, match_channels, read_image
 from visionattn.errors import UserError
-from visionattn.images import array_to_image, decode, image_files, listed, match_channels, read_image
 
 GREY = np.array([[0, 100, 255], [7, 50, 200]], dtype=np.uint8)
 COLOUR = np.stack([GREY, GREY[::-1], 255 - GREY], axis=-1)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
+from visionattn.data.sample import IGNORE
 from visionattn.errors import UserError
-from visionattn.items import IGNORE
-from visionattn.losses import LOSSES, balanced_weights, make_loss
+from visionattn.tasks.segmentation.losses import LOSSES, balanced_weights, make_loss
 
 CLASSES = 4
 every_loss = pytest.mark.parametrize("name", LOSSES)

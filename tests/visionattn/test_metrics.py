@@ -5,8 +5,8 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from visionattn.classification import ClassificationLoss
-from visionattn.metrics import evaluate_predictions
+from visionattn.tasks.classification.metrics import evaluate_predictions
+from visionattn.tasks.classification.task import ClassificationLoss
 
 CLASSES = [f"c{i}" for i in range(7)]
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from visionattn import outputs
+from visionattn.data.sample import IGNORE
 from visionattn.errors import UserError
-from visionattn.items import IGNORE
+from visionattn.writers import geotiff as outputs
 
 CLASSES = ["background", "water", "road"]
 MEAN, STD = [10.0, 20.0], [2.0, 4.0]
@@ -41,7 +41,7 @@ def blobs(height: int, width: int, seed: int = 0) -> np.ndarray:
 def tif():
     """A function that writes a GeoTIFF."""
     rasterio = pytest.importorskip("rasterio")
-    from visionattn.rasters import open_quietly
+    from visionattn.data.formats.geotiff import open_quietly
 
     def save(path: Path, image: np.ndarray, **keys) -> Path:
         profile = {"driver": "GTiff", "count": len(image), "height": image.shape[1], "width": image.shape[2]}
@@ -60,7 +60,7 @@ def predict_scene(scene: Path, out: Path, predict=brightest, **keys) -> None:
 
 
 def bands_of(path: Path) -> np.ndarray:
-    from visionattn.rasters import opened
+    from visionattn.data.formats.geotiff import opened
 
     with opened(path) as source:
         return source.read()
@@ -68,7 +68,7 @@ def bands_of(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [(530, 1050), (60, 50)])
 def test_a_scene_becomes_a_cloud_optimised_geotiff_on_its_grid(tmp_path, tif, size):
-    from visionattn.rasters import opened
+    from visionattn.data.formats.geotiff import opened
 
     image = blobs(*size)
     scene, out = tif(tmp_path / "scene.tif", image), tmp_path / "mask.tif"
@@ -131,7 +131,7 @@ def test_regions_become_polygons(tmp_path, tif, monkeypatch):
     from pyogrio import raw
     from rasterio.features import rasterize, shapes
 
-    from visionattn.rasters import opened
+    from visionattn.data.formats.geotiff import opened
 
     monkeypatch.setattr(polygons, "STRIP", 64)  # regions are cut several times
     monkeypatch.setattr(polygons, "AT_ONCE", 100)

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from visionattn.data.sample import IGNORE
 from visionattn.errors import UserError
-from visionattn.items import IGNORE
 from visionattn.recipe import GeotiffData, Lists
-from visionattn.segcheck import check
+from visionattn.tasks.segmentation.check import check
 
 rasterio = pytest.importorskip("rasterio")
-from visionattn import rasters  # noqa: E402
+from visionattn.data.formats import geotiff as rasters  # noqa: E402
 
 SIZE = (40, 50)
 UTM = "EPSG:32633"

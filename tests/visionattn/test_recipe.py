@@ -119,5 +119,5 @@ def test_reading_a_recipe_imports_no_torch(tmp_path):
 
 
 def test_the_shipped_schema_is_the_code_s(tmp_path):
-    shipped = json.loads((ROOT / "visionattn" / "recipe.schema.json").read_text())
-    assert shipped == recipe.json_schema(), "run: python -m visionattn.recipe > visionattn/recipe.schema.json"
+    shipped = json.loads((ROOT / "visionattn" / "recipe/schema.json").read_text())
+    assert shipped == recipe.json_schema(), "run: python -m visionattn.recipe > visionattn/recipe/schema.json"

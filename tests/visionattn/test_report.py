@@ -13,8 +13,8 @@ import torch
 import yaml
 from PIL import Image
 
-from visionattn.metrics import evaluate_predictions, headline
-from visionattn.report import write_report
+from visionattn.report.run import write_report
+from visionattn.tasks.classification.metrics import evaluate_predictions, headline
 
 LAND = [
     "annual crops under irrigation", "permanent crops and orchards", "pasture and natural grassland",

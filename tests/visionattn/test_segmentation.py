@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from visionattn.cli import main
-from visionattn.fit import History
 from visionattn.recipe import load
-from visionattn.segmentation import _loss, _network
+from visionattn.runs.fit import History
+from visionattn.tasks.segmentation.task import _loss, _network
 
 ROOT = Path(__file__).parents[2]
 

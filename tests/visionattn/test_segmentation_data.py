@@ -9,14 +9,14 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from visionattn import recipe
-from visionattn.crops import TrainingCrops, WholeImages, augmentation
+from visionattn.data.formats.image_mask import read_mask
+from visionattn.data.labels import Labels
+from visionattn.data.masked import find, find_labelled, prepare
+from visionattn.data.sample import IGNORE
 from visionattn.errors import UserError
-from visionattn.image_mask import read_mask
-from visionattn.items import IGNORE
-from visionattn.labels import Labels
 from visionattn.recipe import SegmentationAugment
-from visionattn.segdata import find, find_labelled, prepare
-from visionattn.segmentation import _views
+from visionattn.tasks.segmentation.task import _views
+from visionattn.tasks.segmentation.transforms import TrainingCrops, WholeImages, augmentation
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from visionattn.items import IGNORE
-from visionattn.segmetrics import (
+from visionattn.data.sample import IGNORE
+from visionattn.tasks.segmentation.metrics import (
     BINS,
     CaseCounts,
     calibration,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visionattn.errors import UserError
-from visionattn.sliding import predict_windows, slide
+from visionattn.inference.sliding import predict_windows, slide
 
 CLASSES = 3
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from visionattn.data.sample import IGNORE
 from visionattn.errors import UserError
-from visionattn.items import IGNORE
 from visionattn.recipe import DicomData, NiftiData
 
 nibabel = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")
-from visionattn import volumes  # noqa: E402
+from visionattn.data.formats import _volumes as volumes  # noqa: E402
 
 SHAPE = (6, 5, 4)  # right to left, front to back, feet to head, before files store it otherwise
 LPS = np.diag([-0.5, -0.75, 2.0, 1.0])  # mm

@@ -1,0 +1,1 @@
+"""Images with what is known about them: samples, their formats, splits, and batches."""

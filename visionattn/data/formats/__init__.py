@@ -1,0 +1,1 @@
+"""How data lie on the disk: a file for each format."""

@@ -1,0 +1,1 @@
+"""Predicting images of any size."""

@@ -1,0 +1,1 @@
+"""Networks for each task, on any backbone."""

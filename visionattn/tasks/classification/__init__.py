@@ -1,0 +1,1 @@
+"""Naming what is in an image."""

@@ -1,0 +1,241 @@
+"""From images with masks to what the network sees, and back: crops for training, parts for everything else.
+
+One geometry for all of `data.resize`: an image is scaled by (rows, columns) factors and covered by windows of
+`data.image_size`.
+
+- squash: both sides become the size, so the only window is the whole image.
+- shorter: one factor for both sides, the shorter one becomes the size.
+- none: native pixels.
+
+A training crop is a random window, zoomed by `augment.scale`; where it reaches outside the image there is no label.
+Bands are normalised before they are resized, so that missing values (NaN) are the mean.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
+
+from visionattn.data.loaders import seed_of
+from visionattn.data.masked import ItemSplit, blocks
+from visionattn.data.sample import IGNORE, Item, Window
+from visionattn.recipe import SegmentationAugment, SegmentationData
+
+__all__ = ["TrainingCrops", "WholeImages", "augmentation", "collate", "factors", "network_input", "side_of"]
+
+PART = 2048  # native pixels of a side: larger scenes are evaluated in parts, each with some of its surroundings
+
+
+def side_of(data: SegmentationData) -> tuple[int, int]:
+    """`data.image_size` as (height, width)."""
+    size = data.image_size
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def factors(size: tuple[int, int], data: SegmentationData) -> tuple[float, float]:
+    """By what an image of (H, W) pixels is scaled before the network sees it."""
+    height, width = side_of(data)
+    if data.resize == "squash":
+        return height / size[0], width / size[1]
+    factor = min(height, width) / min(size) if data.resize == "shorter" else 1.0
+    return factor, factor
+
+
+def network_input(image: np.ndarray, data: SegmentationData, scaled: tuple[float, float]) -> Tensor:
+    """(C, h, w) float32 as an item gives it -> normalised and scaled, NaN at the mean."""
+    mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (data.mean, data.std))
+    image = ((torch.from_numpy(np.ascontiguousarray(image)) - mean) / std).nan_to_num_(0.0)
+    size = [max(1, round(side * factor)) for side, factor in zip(image.shape[1:], scaled, strict=True)]
+    return _resized(image, size)
+
+
+def _resized(image: Tensor, size: list[int]) -> Tensor:
+    if list(image.shape[1:]) == size:
+        return image
+    return v2.functional.resize(image, size, InterpolationMode.BILINEAR, antialias=True)
+
+
+class TrainingCrops(Dataset):
+    """Random crops with their masks; item (epoch, i) is {"image": (C, H, W), "mask": (H, W) int64, "index": image}.
+
+    Args:
+        split: items, with the places of their classes where `data.rare_crops`.
+        data: the section as `visionattn.segdata.prepare` resolves it.
+        seed: crop i of epoch e depends on (seed, e, i) only.
+    """
+
+    def __init__(self, split: ItemSplit, data: SegmentationData, seed: int) -> None:
+        self.images, self.data, self.seed = split.items, data, seed
+        self.places = [look.places for look in split.looks] if data.rare_crops else None
+        self.augmentation = augmentation(data.augment)
+        self.size = side_of(data)
+
+    def __len__(self) -> int:
+        return len(self.images) * self.data.crops_per_image
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        epoch, crop = item
+        index = crop % len(self.images)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_of(self.seed, epoch, crop))
+            image, mask = self.augmentation(*self._crop(index))
+        return {"image": image.as_subclass(Tensor), "mask": mask.as_subclass(Tensor).long(), "index": index}
+
+    def _crop(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        item: Item = self.images[index]
+        low, high = self.data.augment.scale
+        zoom = math.exp(torch.empty(1).uniform_(math.log(low), math.log(high)).item())
+        shape = [
+            max(1, round(side / (zoom * factor)))
+            for side, factor in zip(self.size, factors(item.size, self.data), strict=True)
+        ]
+        centre = self._rare_place(index)
+        starts = [_start(*sizes) for sizes in zip(item.size, shape, centre or (None, None), strict=True)]
+        inside = tuple(
+            slice(max(start, 0), min(start + extent, side))
+            for start, extent, side in zip(starts, shape, item.size, strict=True)
+        )
+        image = network_input(item.image(inside), self.data, (1.0, 1.0))
+        mask = torch.from_numpy(np.ascontiguousarray(item.mask(inside)))
+        top, left = (part.start - start for part, start in zip(inside, starts, strict=True))
+        below, right = shape[0] - top - mask.shape[0], shape[1] - left - mask.shape[1]
+        image = _resized(F.pad(image, (left, right, top, below)), list(self.size))
+        mask = F.pad(mask, (left, right, top, below), value=IGNORE)
+        if mask.shape != self.size:
+            mask = F.interpolate(mask[None, None].double(), self.size, mode="nearest-exact")[0, 0]
+        return tv_tensors.Image(image), tv_tensors.Mask(mask.to(torch.uint8))
+
+    def _rare_place(self, index: int) -> tuple[int, int] | None:
+        """With the chance of `rare_crops` a pixel of one of the image's classes, each class as likely."""
+        if self.places is None or torch.rand(1).item() >= self.data.rare_crops or not self.places[index]:
+            return None
+        found = self.places[index]
+        of_class = found[sorted(found)[torch.randint(len(found), (1,)).item()]]
+        row, column = of_class[torch.randint(len(of_class), (1,)).item()]
+        return int(row), int(column)
+
+
+def _start(side: int, extent: int, centre: int | None) -> int:
+    """Where a window of this extent begins: anywhere inside, around a place, or so that it has the whole side."""
+    low, high = sorted((0, side - extent))
+    if centre is not None and side > extent:
+        middle = centre - extent // 2 + int(torch.randint(-(extent // 4), extent // 4 + 1, (1,)).item())
+        return min(max(middle, low), high)
+    return int(torch.randint(low, high + 1, (1,)).item())
+
+
+class WholeImages(Dataset):
+    """Images as they are evaluated, scenes in parts; item (epoch, i), or i, is a dict of
+
+    - image: (C, h, w) normalised and scaled;
+    - mask: (H, W) int64 of the part in native pixels, absent where there is none;
+    - index: of the image; window: the part's (top, bottom, left, right) in it;
+    - extent: native (height, width) of what `image` shows; inner: where the part is in it, as `window`.
+
+    Args:
+        parts: whether large scenes are divided.
+    """
+
+    def __init__(self, items: list[Item], data: SegmentationData, parts: bool = True) -> None:
+        self.images, self.data, self.divided = items, data, parts and data.resize == "none"
+        self.parts = [(i, window) for i, item in enumerate(items) for window in self._windows(item)]
+
+    def _windows(self, item: Item) -> list[Window]:
+        side = max(PART, *side_of(self.data)) if self.divided else max(item.size)
+        return list(blocks(item.size, side))
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: tuple[int, int] | int) -> dict[str, Any]:
+        index, window = self.parts[number[1] if isinstance(number, tuple) else number]
+        item = self.images[index]
+        margins = [side // 2 for side in side_of(self.data)]
+        seen = tuple(
+            slice(max(part.start - margin, 0), min(part.stop + margin, side))
+            for part, margin, side in zip(window, margins, item.size, strict=True)
+        )
+        image = network_input(item.image(seen), self.data, factors(item.size, self.data))
+        inner = [edge - around.start for part, around in zip(window, seen, strict=True) for edge in _edges(part)]
+        part = {"image": image, "index": index, "window": [edge for side in window for edge in _edges(side)]}
+        mask = item.mask(window)
+        extent = tuple(around.stop - around.start for around in seen)
+        part |= {"extent": extent, "inner": inner}
+        return part if mask is None else part | {"mask": torch.from_numpy(np.ascontiguousarray(mask))}
+
+
+def _edges(part: slice) -> tuple[int, int]:
+    return part.start, part.stop
+
+
+def collate(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of parts: lists, since images differ in size; `index` a tensor, as in every batch."""
+    batch = {key: [part[key] for part in parts] for key in parts[0]}
+    return batch | {"index": torch.tensor(batch["index"])}
+
+
+def augmentation(augment: SegmentationAugment) -> v2.Transform:
+    """Image (C, H, W) normalised float and mask (H, W) -> the same, changed at random and together."""
+    fill = {tv_tensors.Image: 0.0, tv_tensors.Mask: IGNORE}
+    steps = [
+        v2.RandomHorizontalFlip(augment.hflip) if augment.hflip else None,
+        v2.RandomVerticalFlip(augment.vflip) if augment.vflip else None,
+        v2.RandomApply([QuarterTurns()], augment.rot90) if augment.rot90 else None,
+        v2.RandomRotation(augment.rotate, InterpolationMode.BILINEAR, fill=fill) if augment.rotate else None,
+        GainAndOffset(augment.jitter) if augment.jitter else None,
+        BandDropout(augment.band_dropout) if augment.band_dropout else None,
+    ]
+    return v2.Compose([step for step in steps if step is not None] or [v2.Identity()])
+
+
+class QuarterTurns(v2.Transform):
+    """One, two or three quarter turns; an even number where height and width differ."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.functional.get_size(flat_inputs[0])
+        return {"turns": int(torch.randint(1, 4, (1,)).item()) if height == width else 2}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return tv_tensors.wrap(torch.rot90(inpt, params["turns"], (-2, -1)), like=inpt)
+
+
+class GainAndOffset(v2.Transform):
+    """Changes of contrast and brightness for any number of bands: x (1 + a) + b, |a| and |b| up to the strength."""
+
+    _transformed_types = (tv_tensors.Image,)
+
+    def __init__(self, strength: float) -> None:
+        super().__init__()
+        self.strength = strength
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        gain, offset = torch.empty(2).uniform_(-self.strength, self.strength).tolist()
+        return {"gain": 1 + gain, "offset": offset}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return tv_tensors.wrap(inpt * params["gain"] + params["offset"], like=inpt)
+
+
+class BandDropout(v2.Transform):
+    """Each band is set to its mean with this probability; one band always stays."""
+
+    _transformed_types = (tv_tensors.Image,)
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        bands = flat_inputs[0].shape[-3]
+        kept = torch.rand(bands) >= self.probability
+        kept[torch.randint(bands, (1,))] = True
+        return {"kept": kept}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return tv_tensors.wrap(inpt * params["kept"][:, None, None], like=inpt)

@@ -1,0 +1,1 @@
+"""Predictions as files: a file for each output format."""
