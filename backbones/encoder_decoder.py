@@ -51,9 +51,9 @@ class EncoderDecoder(nn.Module):
         """The decoded maps, fine to coarse, of images whose sides are multiples of `multiple`."""
         return self.decoder(self.neck(self.encoder(x)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The logits (B, num_classes, H, W) of the finest head."""
-        return self._logits(x, heads=1)[0]
+    def forward(self, x: Tensor, deep: bool = False) -> Tensor | list[Tensor]:
+        """The logits (B, num_classes, H, W) of the finest head; where `deep`, of all heads as `forward_deep`."""
+        return self.forward_deep(x) if deep else self._logits(x, heads=1)[0]
 
     def forward_deep(self, x: Tensor) -> list[Tensor]:
         """The logits (B, num_classes, H, W) of all heads, fine to coarse, for deep supervision."""

@@ -10,10 +10,25 @@ import importlib.abc
 import importlib.util
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from visionattn.errors import UserError
+
+if TYPE_CHECKING:
+    from visionattn.acceleration import accelerate
+    from visionattn.api import Run, check, fit, load
+    from visionattn.kernels import record_attention
+    from visionattn.listing import list_models
 
 __version__ = "0.1.0"
-__all__ = ["accelerate", "record_attention"]
+__all__ = ["Run", "UserError", "accelerate", "check", "fit", "list_models", "load", "record_attention"]
+
+HOMES = {
+    **dict.fromkeys(("Run", "check", "fit", "load"), "visionattn.api"),
+    "accelerate": "visionattn.acceleration",
+    "list_models": "visionattn.listing",
+    "record_attention": "visionattn.kernels",
+}
 
 
 class _RegisterAfterTimm(importlib.abc.MetaPathFinder):
@@ -22,7 +37,8 @@ class _RegisterAfterTimm(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> Any:
         if name != "timm":
             return None
-        sys.meta_path.remove(self)
+        if self in sys.meta_path:  # another thread may import timm too
+            sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is None or spec.loader is None:
             return spec
@@ -32,7 +48,7 @@ class _RegisterAfterTimm(importlib.abc.MetaPathFinder):
             load(module)
             importlib.import_module("visionattn.backbones")
 
-        spec.loader.exec_module = load_and_register
+        spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
         return spec
 
 
@@ -43,7 +59,6 @@ else:
 
 
 def __getattr__(name: str) -> Any:
-    home = {"accelerate": "visionattn.acceleration", "record_attention": "visionattn.kernels"}.get(name)
-    if home is not None:
-        return getattr(importlib.import_module(home), name)
+    if name in HOMES:
+        return getattr(importlib.import_module(HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,10 +1,11 @@
-"""The command line: `visionattn fit | evaluate | predict | check | list | doctor | benchmark`.
+"""The command line: `visionattn fit | evaluate | predict | check | new | list | doctor | benchmark | completion`.
 
 A recipe is read and validated before torch is imported, so mistakes are answered at once. Exit status: 0 done, 1 the
 answer is no (`check` found problems, `predict` met unreadable images), 2 the request was wrong, with a message why.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,21 @@ from visionattn.errors import UserError
 __all__ = ["main"]
 
 
+class _Console(logging.Handler):
+    """What visionattn has to say: remarks on stdout, warnings on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = record.levelno >= logging.WARNING
+        print(f"{'warning: ' if warning else ''}{record.getMessage()}", file=sys.stderr if warning else sys.stdout)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit status."""
+    logger = logging.getLogger("visionattn")
+    if not any(isinstance(handler, _Console) for handler in logger.handlers):
+        logger.addHandler(_Console())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.function is _benchmark:
@@ -44,44 +58,88 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"visionattn {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_fit, _add_evaluate, _add_predict, _add_check, _add_list, _add_doctor, _add_benchmark):
+    for add in (
+        *(_add_fit, _add_evaluate, _add_predict, _add_check, _add_new, _add_list, _add_doctor, _add_benchmark),
+        _add_completion,
+    ):
         add(commands)
     return parser
 
 
-def _add_recipe(command: argparse.ArgumentParser, **options: str) -> None:
-    command.add_argument("recipe", help="a recipe's path, or the name of a shipped one, such as quickstart", **options)
+def _command(commands: argparse._SubParsersAction, name: str, about: str, *examples: str) -> argparse.ArgumentParser:
+    shown = "\n".join(["examples:", *(f"  visionattn {name} {example}".rstrip() for example in examples)])
+    return commands.add_parser(
+        name, help=about, description=about, epilog=shown, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def _add_recipe(command: argparse.ArgumentParser, optional: bool = False) -> None:
+    about = "a recipe's path, or the name of a shipped one, such as quickstart"
+    command.add_argument("recipe", help=about, nargs="?" if optional else None)
     command.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the recipe's")
 
 
 def _add_fit(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("fit", help="train, evaluate and report what a recipe says")
-    _add_recipe(command, nargs="?")
+    command = _command(
+        commands,
+        "fit",
+        "train, evaluate and report what a recipe says",
+        "quickstart",
+        "scenes.yaml train.epochs=20 optim.lr=1e-4 --run runs/first",
+    )
+    _add_recipe(command, optional=True)
     command.add_argument("--run", type=Path, metavar="DIR", help="run directory to make (default: runs/NAME-DATE-TIME)")
     command.add_argument("--resume", type=Path, metavar="RUN", help="continue this run where it was interrupted")
+    command.add_argument(
+        "--dry-run", action="store_true", help="train two batches, say what the run would take, leave nothing behind"
+    )
     command.set_defaults(function=_fit)
 
 
 def _fit(arguments: argparse.Namespace) -> None:
     if arguments.resume is not None:
-        if arguments.recipe or arguments.overrides or arguments.run:
+        if arguments.recipe or arguments.overrides or arguments.run or arguments.dry_run:
             raise UserError(
-                "--resume RUN goes on with the run's own recipe: give no recipe, override or --run beside it"
+                "--resume RUN goes on with the run's own recipe: give no recipe, override or other option beside it"
             )
-        from visionattn.runs.fit import resume
+        from visionattn.runs import fit
 
-        resume(arguments.resume)
+        _summarize(fit.resume(arguments.resume))
         return
     if arguments.recipe is None:
         raise UserError(f"fit needs a recipe; shipped ones: {', '.join(recipe.shipped())}")
     loaded = recipe.load(arguments.recipe, arguments.overrides)
-    from visionattn.runs.fit import fit
+    if arguments.dry_run:
+        from visionattn.runs.dry_run import dry_run
 
-    fit(loaded, name=Path(arguments.recipe).stem, run=arguments.run)
+        print(dry_run(loaded))
+        return
+    from visionattn.runs import fit
+
+    _summarize(fit.fit(loaded, Path(arguments.recipe).stem, arguments.run))
+
+
+def _summarize(run: Path) -> None:
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from visionattn.report.evaluation import format_table
+    from visionattn.runs.directory import RunDirectory
+
+    if rank_zero_only.rank == 0:
+        places = ("val", "test", "val-last", "test-last")
+        found = {evaluation.folder.name: evaluation for evaluation in RunDirectory(run).evaluations}
+        evaluations = [found[name] for name in places if name in found]
+        print(f"\n{format_table(evaluations)}\n\nreport: {run / 'report.html'}")
 
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("evaluate", help="measure a trained model on labelled images")
+    command = _command(
+        commands,
+        "evaluate",
+        "measure a trained model on labelled images",
+        "runs/scenes-20261121-120000",
+        "runs/scenes-20261121-120000 --data other_scenes --split test -o results",
+    )
     command.add_argument("model", type=Path, metavar="RUN|CHECKPOINT")
     command.add_argument("--data", type=Path, help="other labelled images: folder of class folders, .npz or .csv")
     command.add_argument("--split", help="train, val or test (default: test where there is one, else val)")
@@ -90,13 +148,23 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from visionattn.report.evaluation import format_table
     from visionattn.runs.evaluate import evaluate
 
-    evaluate(arguments.model, arguments.data, arguments.split, arguments.out)
+    evaluation = evaluate(arguments.model, arguments.data, arguments.split, arguments.out)
+    print(f"\n{format_table([evaluation])}\n\nresults: {evaluation.folder}")
+    if arguments.model.is_dir():
+        print(f"report: {arguments.model / 'report.html'}")
 
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("predict", help="write the probabilities of images to a table, or their masks")
+    command = _command(
+        commands,
+        "predict",
+        "write the probabilities of images to a table, or their masks into a folder",
+        "runs/scenes-20261121-120000 new_scenes more/*.png -o predictions.csv",
+        "runs/landcover-20261121-120000 scenes --polygons -o masks",
+    )
     command.add_argument("model", type=Path, metavar="RUN|CHECKPOINT")
     command.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER")
     command.add_argument(
@@ -109,45 +177,82 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
 def _predict(arguments: argparse.Namespace) -> int:
     from visionattn.runs.predict import predict
 
-    unread = predict(arguments.model, arguments.images, arguments.out, arguments.polygons)
+    written, unread = predict(arguments.model, arguments.images, arguments.out, arguments.polygons)
+    print(f"{written} predicted, {unread} unreadable: {arguments.out}")
     return 1 if unread else 0
 
 
 def _add_check(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("check", help="examine a recipe and its data before training")
+    command = _command(
+        commands,
+        "check",
+        "examine a recipe and its data before training",
+        "scenes.yaml",
+        "classification/medmnist data.root=pneumoniamnist.npz",
+    )
     _add_recipe(command)
     command.set_defaults(function=_check)
 
 
 def _check(arguments: argparse.Namespace) -> int:
     loaded = recipe.load(arguments.recipe, arguments.overrides)
-    if loaded.task == "segmentation":
-        from visionattn.tasks.segmentation.check import check, format_findings
-    else:
-        from visionattn.tasks.classification.check import check, format_findings
-    findings = check(loaded.data)
-    print(format_findings(findings))
+    from visionattn.runs.check import check
+
+    findings = check(loaded)
+    print(findings)
     return 1 if findings.problems else 0
 
 
+def _add_new(commands: argparse._SubParsersAction) -> None:
+    known = recipe.tasks()
+    command = _command(
+        commands, "new", "write a commented recipe to start from", "classification > mine.yaml", "segmentation"
+    )
+    command.add_argument("task", metavar="TASK", help=", ".join(known))
+    command.set_defaults(function=_new)
+
+
+def _new(arguments: argparse.Namespace) -> None:
+    from visionattn.recipe.template import template
+
+    print(template(arguments.task), end="")
+
+
 def _add_list(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("list", help="our models: size, cost, weights, licence, paper")
-    command.add_argument("pattern", nargs="?", default="*", help="shell pattern, such as 'biformer*'")
+    command = _command(
+        commands,
+        "list",
+        "our models: size, cost, weights, licence, paper",
+        "'biformer*'",
+        "va_davit_tiny --details",
+    )
+    command.add_argument("pattern", nargs="?", default="*", help="a name, or a shell pattern such as 'biformer*'")
+    command.add_argument("--min-params", type=float, metavar="M", help="least number of parameters, in millions")
+    command.add_argument("--max-params", type=float, metavar="M", help="largest number of parameters, in millions")
+    command.add_argument("--licence", metavar="PART", help="models whose licence's name has this in it, such as mit")
+    command.add_argument("--pretrained", action="store_true", help="models with published weights")
+    command.add_argument("--details", action="store_true", help="all that is known about each, and where it is from")
     command.add_argument("--decoders", action="store_true", help="the decoders that a segmenter can have instead")
     command.set_defaults(function=_list)
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    from visionattn.listing import decoder_table, format_table, models
+    from visionattn import listing
 
-    if arguments.decoders:
-        print(decoder_table(arguments.pattern))
+    filters = {key: getattr(arguments, key) for key in ("min_params", "max_params", "licence", "pretrained")}
+    if not arguments.decoders:
+        models = listing.list_models(arguments.pattern, **filters)
+        print(listing.format_details(models) if arguments.details else listing.format_table(models))
+    elif arguments.details or any(filters.values()):
+        raise UserError("--decoders goes with a pattern only: filters and --details are for models")
     else:
-        print(format_table(list(models(arguments.pattern))))
+        print(listing.decoder_table(arguments.pattern))
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("doctor", help="versions, devices, and which kernels will be used and why")
+    command = _command(
+        commands, "doctor", "versions, devices, and which kernels will be used and why", "", "> doctor.txt"
+    )
     command.set_defaults(function=_doctor)
 
 
@@ -166,3 +271,23 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     from visionattn.tools import benchmark
 
     benchmark.main(arguments.rest)
+
+
+def _add_completion(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        "completion",
+        "the script that completes this command in a shell (needs the package shtab)",
+        "bash > ~/.local/share/bash-completion/completions/visionattn",
+        "zsh > ~/.zfunc/_visionattn",
+    )
+    command.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+    command.set_defaults(function=_completion)
+
+
+def _completion(arguments: argparse.Namespace) -> None:
+    try:
+        import shtab
+    except ModuleNotFoundError:
+        raise UserError("completion needs the package shtab: pip install shtab") from None
+    print(shtab.complete(_parser(), shell=arguments.shell))

@@ -1,9 +1,13 @@
 """What a run was made with: versions, devices, git state; the same facts for `visionattn doctor`."""
 
+import logging
 import platform
+import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+import warnings
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +15,23 @@ import torch
 
 from visionattn import kernels
 
-__all__ = ["describe", "doctor"]
+__all__ = ["describe", "doctor", "silence"]
 
-PACKAGES = [
-    *("visionattn", "torch", "torchvision", "timm", "lightning", "torchmetrics", "triton", "numpy", "pillow"),
-    *("pydantic", "scikit-learn", "wandb", "tensorboard", "onnx", "onnxruntime", "segmentation-models-pytorch"),
-    *("monai", "nibabel", "pydicom", "rasterio", "torchgeo", "natten"),
-]
+REMARKS = (
+    r".*does not have many workers.*",  # data in memory need none; `data.workers` is the user's key
+    r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
+    r".*The number of training batches .* is smaller than the logging interval.*",
+    r".*You're resuming from a checkpoint that ended before the epoch ended.*",
+    r".*isinstance\(treespec, LeafSpec\)` is deprecated.*",  # Lightning 2.6 with torch 2.15
+    r".*No (?:positive|negative) samples in targets.*",  # of a class that the images at hand cannot measure
+)
+
+
+def silence() -> None:
+    """Filter remarks of Lightning and PyTorch that a user of a recipe can do nothing about."""
+    for remark in REMARKS:
+        warnings.filterwarnings("ignore", remark)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 def describe() -> dict[str, Any]:
@@ -34,13 +48,13 @@ def describe() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    """Of visionattn, of all that it requires with its extras, and of what it takes where it is installed."""
+    required = [re.match(r"[\w.-]+", text)[0] for text in requires("visionattn") or ()]
+    installed = {}
+    for name in dict.fromkeys(["visionattn", "torch", *required, "triton", "natten"]):
+        with suppress(PackageNotFoundError):
+            installed[name] = version(name)
+    return installed
 
 
 def _git(folder: Path) -> dict[str, Any] | None:
@@ -59,7 +73,7 @@ def doctor() -> str:
     """The text of `visionattn doctor`: versions, devices, and which kernels will be used and why."""
     facts = describe()
     lines = [f"python {facts['python']} on {facts['platform']}", "", "packages"]
-    lines += [f"  {name:<28} {facts['versions'].get(name, '-')}" for name in PACKAGES]
+    lines += [f"  {name:<28} {number}" for name, number in facts["versions"].items()]
     lines += ["", "devices", f"  cpu    {facts['threads']} threads"]
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)

@@ -1,4 +1,4 @@
-"""Images in files and arrays: finding them, and decoding any of them into a tensor or saying why not.
+"""Images in files and arrays: finding them, and decoding any of them or saying why not.
 
 Eight-bit images stay uint8. Deeper ones become float32 in 0..1 by a rule that is the same for every image of a set, so
 that brightness stays comparable: 16-bit integers are divided by 65535; other integers have to lie in 0..65535 and are
@@ -7,23 +7,64 @@ Of files with several frames the first is read. Of 16-bit colour files Pillow gi
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
-from visionattn.errors import UserError
+from visionattn.data.sample import Sample, Window
+from visionattn.errors import UserError, listed
 
-__all__ = ["array_to_image", "decode", "image_files", "listed", "match_channels", "read_image", "unit_range", "walk"]
+__all__ = [
+    *("SUFFIXES", "ImageArray", "ImageFile", "array_to_image", "decode", "files_below", "given_files", "image_samples"),
+    *("match_channels", "named_files", "pixels_of", "read_image", "walk"),
+]
 
 SUFFIXES = {".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
+NO_DATA = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN"}  # what file servers and systems leave among the files
 
 
-def read_image(path: str | Path, channels: int | None = None) -> Tensor:
+@dataclass(frozen=True)
+class ImageFile(Sample):
+    """An image file."""
+
+    path: Path = Path()
+
+    def image(self, window: Window | None = None) -> np.ndarray:
+        image = read_image(self.path, self.channels)
+        return image if window is None else image[:, window[0], window[1]]
+
+    def kind(self) -> str:
+        with Image.open(self.path) as image:
+            return _kind(image)
+
+
+@dataclass(frozen=True)
+class ImageArray(Sample):
+    """An image (H, W) or (H, W, C) in memory; `native` values are taken as they are, as those of a scene."""
+
+    in_memory: ClassVar[bool] = True
+
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
+
+    native: bool = False
+
+    def image(self, window: Window | None = None) -> np.ndarray:
+        if self.native:
+            image = np.atleast_3d(self.pixels).transpose(2, 0, 1).astype(np.float32)
+            return image if window is None else image[:, window[0], window[1]]
+        image = match_channels(array_to_image(self.pixels, self.name), self.channels, self.name)
+        return image if window is None else image[:, window[0], window[1]]
+
+    def kind(self) -> str:
+        return str(self.pixels.dtype)
+
+
+def read_image(path: str | Path, channels: int | None = None) -> np.ndarray:
     """Decode an image file, turned upright as its EXIF orientation says.
 
     Args:
@@ -35,21 +76,20 @@ def read_image(path: str | Path, channels: int | None = None) -> Tensor:
     Raises:
         UserError: missing, not an image, damaged, pixel values outside the rules, or channels that do not match.
     """
-    return match_channels(array_to_image(decode(path)[0], path), channels, path)
+    return match_channels(array_to_image(decode(path), path), channels, path)
 
 
-def decode(path: str | Path) -> tuple[np.ndarray, str]:
-    """Pixels (H, W) or (H, W, C) of an image file in its own depth, and its kind: Pillow's mode, or such as RGB;16.
+def decode(path: str | Path) -> np.ndarray:
+    """Pixels (H, W) or (H, W, C) of an image file in its own depth.
 
     Palettes and CMYK become RGB, one-bit images 0 and 255; transparency is kept as a last channel.
     Raises UserError with the file and the reason.
     """
     try:
         with Image.open(path) as image:
-            kind = _kind(image)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            return np.array(_without_palette(image)), kind
+            return np.array(_without_palette(image))
     except Image.UnidentifiedImageError:
         raise UserError(f"{path}: not an image, or of a kind that Pillow cannot read") from None
     except Image.DecompressionBombError as error:
@@ -60,8 +100,18 @@ def decode(path: str | Path) -> tuple[np.ndarray, str]:
         raise UserError(f"{path}: damaged image ({str(error) or type(error).__name__})") from None
 
 
+def pixels_of(image: Image.Image | np.ndarray, name: str) -> np.ndarray:
+    """(H, W) or (H, W, C) of a PIL image or an array. Raises UserError for anything else."""
+    if isinstance(image, Image.Image):
+        return np.array(_without_palette(ImageOps.exif_transpose(image)))
+    if not isinstance(image, np.ndarray) or image.ndim not in (2, 3) or 0 in image.shape:
+        shape = f"an array of shape {image.shape}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
+        raise UserError(f"{name} is {shape}: expected a path, a PIL image, or an array (H, W) or (H, W, C)")
+    return image
+
+
 def _kind(image: Image.Image) -> str:
-    """The mode; that of 16-bit colour, which Pillow reduces, is marked."""
+    """The mode; that of 16-bit colour, which Pillow reduces, is marked as in RGB;16."""
     stored = image.tile[0][3] if image.tile else ""
     stored = stored if isinstance(stored, str) else str(stored[0])
     return f"{image.mode};16" if ";16" in stored and not image.mode.startswith("I") else image.mode
@@ -77,8 +127,13 @@ def _without_palette(image: Image.Image) -> Image.Image:
     return image.convert("L" if grey else "RGB")
 
 
-def unit_range(array: np.ndarray, name: str | Path) -> np.ndarray:
-    """Pixel values as uint8, or as float32 in 0..1 by the rules of this module; `name` is for the message."""
+def array_to_image(array: np.ndarray, name: str | Path = "image") -> np.ndarray:
+    """(H, W) or (H, W, C) -> (C, H, W), uint8 or float32 in 0..1 by the rules of this module; `name` is for messages."""
+    array = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+    return np.ascontiguousarray(_scaled(array, name))
+
+
+def _scaled(array: np.ndarray, name: str | Path) -> np.ndarray:
     if array.dtype == np.uint8:
         return array
     if array.dtype == bool:
@@ -94,82 +149,108 @@ def unit_range(array: np.ndarray, name: str | Path) -> np.ndarray:
     return (array / np.float32(top)).astype(np.float32)
 
 
-def array_to_image(array: np.ndarray, name: str | Path = "image") -> Tensor:
-    """(H, W) or (H, W, C) -> (C, H, W), uint8 or float32 in 0..1; `name` is for messages."""
-    array = unit_range(array, name)
-    array = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
-    return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def match_channels(image: Tensor, channels: int | None, name: str | Path) -> Tensor:
+def match_channels(image: np.ndarray, channels: int | None, name: str | Path) -> np.ndarray:
     """(C, H, W) -> (channels, H, W): transparency is laid over white, grey repeated, colour weighed to luminance.
 
     To 4 channels grey is repeated and transparency kept. Raises UserError for any other mismatch.
     """
-    found = image.shape[0]
-    if channels is None or found == channels:
+    stored = len(image)
+    if channels is None or stored == channels:
         return image
-    if found in (2, 4) and channels in (1, 3):
-        image, found = _over_white(image), found - 1
-    if found == channels:
+    if stored in (2, 4) and channels in (1, 3):
+        image, stored = _over_white(image), stored - 1
+    if stored == channels:
         return image
-    if (found, channels) == (1, 3):
-        return image.expand(3, -1, -1).contiguous()
-    if (found, channels) == (2, 4):
+    if (stored, channels) == (1, 3):
+        return np.repeat(image, 3, axis=0)
+    if (stored, channels) == (2, 4):
         return image[[0, 0, 0, 1]]
-    if (found, channels) == (3, 1):
-        grey = (image * torch.tensor(LUMINANCE)[:, None, None]).sum(0, keepdim=True)
-        return grey if image.is_floating_point() else grey.round().to(image.dtype)
+    if (stored, channels) == (3, 1):
+        grey = (image * np.array(LUMINANCE, np.float32)[:, None, None]).sum(0, keepdims=True, dtype=np.float32)
+        return grey if image.dtype == np.float32 else grey.round().astype(np.uint8)
     raise UserError(
-        f"{name}: {found} channels, expected {channels} (data.channels); "
+        f"{name}: {stored} channels, expected {channels} (data.channels); "
         "only 1 and 3 channels, with or without transparency, are turned into each other"
     )
 
 
-def _over_white(image: Tensor) -> Tensor:
-    white = 1.0 if image.is_floating_point() else 255.0
-    colour, alpha = image[:-1].float(), image[-1:].float() / white
+def _over_white(image: np.ndarray) -> np.ndarray:
+    white = np.float32(1 if image.dtype == np.float32 else 255)
+    colour, alpha = image[:-1].astype(np.float32), image[-1:].astype(np.float32) / white
     mixed = colour * alpha + white * (1 - alpha)
-    return mixed if image.is_floating_point() else mixed.round().to(image.dtype)
+    return mixed if image.dtype == np.float32 else mixed.round().astype(np.uint8)
 
 
-def image_files(paths: Iterable[str | Path]) -> Iterator[Path]:
-    """Image files among the given files and, recursively and sorted, below the given folders.
+def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Each real folder below and including this one, once, with the sorted names of its folders and files.
 
-    All given paths are looked at before the first file comes; folders are then walked as the files are asked for.
+    Links are followed. Hidden names, and what file servers leave among the files, are passed over. A caller may clear
+    the list of folders to go no deeper.
+    """
+    seen = set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        place = os.stat(here)
+        if (place.st_dev, place.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        folders[:] = sorted(name for name in folders if _is_data(name))
+        yield Path(here), folders, sorted(name for name in files if _is_data(name))
+
+
+def _is_data(name: str) -> bool:
+    return not name.startswith(".") and name not in NO_DATA
+
+
+def files_below(folder: Path, endings: Collection[str] = SUFFIXES) -> Iterator[Path]:
+    """Files below a folder whose names have one of these lower-case endings, in a fixed order; see `walk`."""
+    for here, _, files in walk(folder):
+        for name in files:
+            if name.lower().endswith(tuple(endings)):
+                yield here / name
+
+
+def given_files(paths: Sequence[Path], endings: Collection[str] = SUFFIXES) -> list[tuple[Path, Path]]:
+    """Files to predict, each with the folder that its name starts from: the given one, or that of the given file.
 
     Raises:
-        UserError: a given path that is missing, a given file that is no image, a given folder without any.
+        UserError: a given path that is missing or has another ending, a folder without any such file.
     """
-    paths = [Path(p) for p in paths]
-    wrong = [complaint for path in paths if (complaint := _complaint(path))]
+    wrong: list[str] = []
+    files: list[tuple[Path, Path]] = []
+    for given in paths:
+        if given.is_dir():
+            inside = [(given, path) for path in files_below(given, endings)]
+            wrong += [] if inside else [f"{given}: no images ({listed(sorted(endings))}) in this folder"]
+            files += inside
+        elif not given.exists():
+            wrong.append(f"{given}: no such file or folder")
+        elif given.name.lower().endswith(tuple(endings)):
+            files.append((given.parent, given))
+        else:
+            wrong.append(f"{given}: expected a file that ends with {listed(sorted(endings))}")
     if wrong:
         raise UserError(listed(wrong, "\n"))
-    return (file for path in paths for file in (walk(path) if path.is_dir() else [path]))
+    return files
 
 
-def _complaint(path: Path) -> str | None:
-    if path.is_dir():
-        return None if any(True for _ in walk(path)) else f"{path}: no images in this folder"
-    try:
-        with Image.open(path):
-            return None
-    except FileNotFoundError:
-        return f"{path}: no such file or folder"
-    except Exception:
-        return f"{path}: not an image, or of a kind that Pillow cannot read"
+def named_files(paths: Sequence[Path], endings: Collection[str] = SUFFIXES) -> dict[str, Path]:
+    """Files to predict by the name of their result: the path below the given folder, without ending.
+
+    Raises:
+        UserError: as `given_files`; two files of one name.
+    """
+    named: dict[str, Path] = {}
+    for base, path in given_files(paths, endings):
+        ending = max((e for e in endings if path.name.lower().endswith(e)), key=len)
+        name = path.relative_to(base).as_posix()[: -len(ending)]
+        if name in named:
+            raise UserError(f"{named[name]} and {path} would both be written as {name}; predict them apart")
+        named[name] = path
+    return named
 
 
-def walk(folder: str | Path) -> Iterator[Path]:
-    """Image files below a folder, told by their suffix, in a fixed order; hidden ones are left out."""
-    for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
-                yield Path(here, name)
-
-
-def listed(items: Sequence, separator: str = ", ", most: int = 20) -> str:
-    """The items for a message: the first ones, and how many more."""
-    rest = [f"and {len(items) - most} more"] if len(items) > most else []
-    return separator.join([*map(str, items[:most]), *rest])
+def image_samples(paths: Sequence[Path], channels: int) -> tuple[list[Sample], list[str]]:
+    """Unlabelled image files, called by their paths."""
+    files = [(str(path), path) for _, path in given_files(paths)]
+    return [ImageFile(name, name, name, channels, path=path) for name, path in files], []

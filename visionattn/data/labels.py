@@ -1,18 +1,101 @@
-"""From what mask files say, numbers or colours, to class numbers; the rules are the recipe's `data` section."""
+"""What targets are called: classes of images, and what mask files say, numbers or colours, as class numbers."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Self
 
 import numpy as np
+from pydantic import Field, model_validator
 
-from visionattn.data.images import listed
 from visionattn.data.sample import IGNORE
-from visionattn.errors import UserError
-from visionattn.recipe import MaskFolderData
+from visionattn.errors import UserError, listed
+from visionattn.recipe.sections import Positive, Section
 
-__all__ = ["Labels"]
+__all__ = ["ClassSection", "ColouredMaskSection", "Labels", "MaskSection", "class_order"]
 
-VALUES = 2**16 + 1  # mask files have at most 16 bits; the last one stands for all others
+
+class ClassSection(Section):
+    """What every source of images with one or several labels shares."""
+
+    channels: Positive | None = Field(None, description="unset: 1 where all images are grey, else 3")
+    classes: list[str] | None = Field(None, description="class names in order; unset: as found in the data")
+
+
+def class_order(names: Iterable[str], section: ClassSection) -> list[str]:
+    """Class names in order: the recipe's if it has them, else sorted, whole numbers by their value."""
+    names = set(names)
+    if section.classes is None:
+        return sorted(names, key=lambda n: (0, int(n), n) if n.isdecimal() else (1, 0, n))
+    twice, unknown = {n for n in section.classes if section.classes.count(n) > 1}, names - set(section.classes)
+    if twice:
+        raise UserError(f"data.classes names twice: {listed(sorted(twice))}")
+    if unknown:
+        raise UserError(f"not in data.classes ({listed(section.classes)}) but in the data: {listed(sorted(unknown))}")
+    return section.classes
+
+
+class MaskSection(Section):
+    """What every source of images with masks shares."""
+
+    classes: Annotated[int, Field(ge=2, le=255)] | Annotated[list[str], Field(min_length=2, max_length=255)] = Field(
+        description="class names in order, or how many classes there are"
+    )
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.classes if isinstance(self.classes, list) else [str(k) for k in range(self.classes)]
+
+    @property
+    def palette(self) -> dict[str, str]:
+        """The colour of each class, as #RRGGBB, where the recipe says so."""
+        return {}
+
+    @model_validator(mode="after")
+    def _classes_differ(self) -> Self:
+        names = self.class_names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"classes names twice: {', '.join(twice)}")
+        return self
+
+
+class MaskFileSection(MaskSection):
+    """What mask files say, by numbers."""
+
+    values: list[int | list[int]] | None = Field(
+        None, description="what masks say for each class, such as [0, 255]; unset: 0, 1, 2, ... without ignore_index"
+    )
+    ignore_index: int | None = Field(None, description="what masks say where there is no label")
+
+    @model_validator(mode="after")
+    def _values_fit(self) -> Self:
+        names, values = self.class_names, self.values
+        if values is not None:
+            if len(values) != len(names):
+                raise ValueError(f"values has {len(values)} entries for {len(names)} classes")
+            flat = [v for entry in values for v in (entry if isinstance(entry, list) else [entry])]
+            flat += [] if self.ignore_index is None else [self.ignore_index]
+            if twice := sorted({v for v in flat if flat.count(v) > 1}):
+                raise ValueError(f"values and ignore_index say twice what {', '.join(map(str, twice))} is")
+        return self
+
+
+class ColouredMaskSection(MaskFileSection):
+    """What mask files say, by numbers or colours."""
+
+    colors: dict[str, Annotated[str, Field(pattern="^#[0-9a-fA-F]{6}$")]] | None = Field(
+        None, description="colour of each class in RGB masks, such as '#3C1098'; one called ignore is not labelled"
+    )
+
+    @property
+    def palette(self) -> dict[str, str]:
+        return self.colors or {}
+
+    @model_validator(mode="after")
+    def _colors_fit(self) -> Self:
+        if self.colors is not None and (wrong := set(self.class_names) ^ (set(self.colors) - {"ignore"})):
+            raise ValueError(f"colors and classes differ in {', '.join(sorted(wrong))}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -28,19 +111,18 @@ class Labels:
     colors: dict[int, int] | None = None
 
     @classmethod
-    def of(cls, data: MaskFolderData) -> "Labels":
+    def of(cls, section: MaskFileSection) -> Self:
         """The rules of a data section."""
-        count, ignored = len(data.class_names), data.ignore_index
-        values = data.values or [v for v in range(count + 1) if v != ignored][:count]
+        count, ignored = len(section.class_names), section.ignore_index
+        values: list[Any] = section.values or [v for v in range(count + 1) if v != ignored][:count]
         entries = [entry if isinstance(entry, list) else [entry] for entry in values]
         numbers = {value: k for k, entry in enumerate(entries) for value in entry}
         if ignored is not None:
             numbers[ignored] = IGNORE
-        colors = getattr(data, "colors", None)
-        if colors is not None:
-            order = {name: k for k, name in enumerate(data.class_names)} | {"ignore": IGNORE}
-            colors = {int(colour[1:], 16): order[name] for name, colour in colors.items()}
-        return cls(numbers, colors)
+        if not section.palette:
+            return cls(numbers)
+        order = {name: k for k, name in enumerate(section.class_names)} | {"ignore": IGNORE}
+        return cls(numbers, {int(colour[1:], 16): order[name] for name, colour in section.palette.items()})
 
     def of_mask(self, mask: np.ndarray, name: str | Path) -> np.ndarray:
         """Class numbers (H, W) int64, IGNORE where unlabelled.
@@ -57,20 +139,17 @@ class Labels:
         if self.colors is not None:
             raise UserError(f"{name}: not an RGB mask, but data.colors is given")
         if mask.dtype.kind == "f":
-            rounded = np.nan_to_num(mask, nan=-1).round()
-            if (rounded != mask).any():
+            if not np.isfinite(mask).all():
+                raise UserError(f"{name}: the mask has values that are no numbers (NaN or infinite), so no classes")
+            if (mask.round() != mask).any():
                 raise UserError(f"{name}: the mask has values that are no whole numbers, so no classes")
-            mask = rounded.astype(np.int64)
-        known = np.full(VALUES, -1, dtype=np.int64)
-        known[list(self.numbers)] = list(self.numbers.values())
-        places = mask.astype(np.int64)
-        places[(places < 0) | (places >= VALUES)] = VALUES - 1
-        numbers = known[places]
+        numbers = _translated(mask, self.numbers)
         if numbers.min(initial=0) < 0:
-            raise UserError(f"{name}: {self._unknown(np.unique(mask[numbers < 0]).tolist(), mask)}")
+            raise UserError(f"{name}: {self._unknown(mask, numbers < 0)}")
         return numbers
 
-    def _unknown(self, values: list[int], mask: np.ndarray) -> str:
+    def _unknown(self, mask: np.ndarray, unknown: np.ndarray) -> str:
+        values = [int(value) for value in np.unique(mask[unknown])]
         text = f"the mask has {listed(values, most=8)}, but classes are {listed(sorted(self.numbers), most=8)}"
         top, ignored = int(mask.max()), IGNORE in self.numbers.values()
         if len(self.numbers) == 2 and not ignored and set(np.unique(mask).tolist()) <= {0, top}:
@@ -86,9 +165,7 @@ class Labels:
             )
         red, green, blue = np.moveaxis(mask[..., :3].astype(np.int64), -1, 0)
         packed = (red << 16) | (green << 8) | blue
-        numbers = np.full(packed.shape, -1, dtype=np.int64)
-        for colour, number in self.colors.items():
-            numbers[packed == colour] = number
+        numbers = _translated(packed, self.colors)
         if numbers.min(initial=0) < 0:
             unknown = [f"#{value:06X}" for value in np.unique(packed[numbers < 0])]
             raise UserError(
@@ -96,3 +173,20 @@ class Labels:
                 "; see also whether the mask was saved without loss"
             )
         return numbers
+
+
+def _translated(values: np.ndarray, table: dict[int, int]) -> np.ndarray:
+    """int64 of the same shape, what the table says of each value, any integer or whole float; -1 for unknown ones."""
+    if values.dtype == np.uint8:  # of most masks
+        meaning = np.full(256, -1, np.int64)
+        for value in table.keys() & set(range(256)):
+            meaning[value] = table[value]
+        return meaning[values]
+    limits = np.iinfo(values.dtype) if values.dtype.kind in "iu" else None
+    known = sorted(value for value in table if limits is None or limits.min <= value <= limits.max)
+    if not known:
+        return np.full(values.shape, -1, np.int64)
+    keys = np.array(known, dtype=values.dtype)
+    meant = np.array([table[value] for value in known], np.int64)
+    places = np.searchsorted(keys, values).clip(max=len(keys) - 1)
+    return np.where(keys[places] == values, meant[places], -1)

@@ -2,23 +2,27 @@
 
 The sampler hands (epoch, index) to the dataset, which seeds torch's generator with them around the random transform of
 that one sample; so an epoch's number reaches persistent workers too. In a distributed run each process takes every
-n-th image of the same order; Lightning leaves a `DistributedSampler` as it is and tells it the epoch.
+n-th sample of the same order; Lightning leaves a `DistributedSampler` as it is and tells it the epoch.
 """
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import Dataset as TorchDataset
 
-from visionattn.data.images import array_to_image, match_channels, read_image
+from visionattn.data.sample import Dataset, Sample
+from visionattn.errors import UserError
+from visionattn.recipe.sections import Data
 
-__all__ = ["EpochSampler", "ImageDataset", "default_workers", "make_loader", "seed_of"]
+__all__ = ["EpochSampler", "SplitDataModule", "default_workers", "make_loader", "seed_of", "seeded"]
 
 
 def seed_of(*numbers: int) -> int:
@@ -27,13 +31,21 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Torch's generator seeded by these numbers, and as it was afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of(*numbers))
+        yield
+
+
 class EpochSampler(DistributedSampler):
-    """(epoch, index) pairs: all images in order, shuffled each epoch, or drawn by weight with replacement.
+    """(epoch, index) pairs: all samples in order, shuffled each epoch, or drawn by weight with replacement.
 
     Args:
-        count: number of images.
-        shuffle: a new order each epoch, of equal length in every process (the last images of the order are left
-            out where the processes do not divide it); else the images in order, none left out and none twice.
+        count: number of samples.
+        shuffle: a new order each epoch, of equal length in every process (the last ones of the order are left out
+            where the processes do not divide it); else the samples in order, none left out and none twice.
         weights: (count,) chances to draw, for shuffle.
     """
 
@@ -60,71 +72,80 @@ class EpochSampler(DistributedSampler):
         return count // self.num_replicas if self.shuffle else len(range(self.rank, count, self.num_replicas))
 
 
-class ImageDataset(Dataset):
-    """Images with labels, transformed; item (epoch, index), or index for epoch 0, is {"image", "label", "index"}.
-
-    Args:
-        images: files, or an array (N, H, W) or (N, H, W, C).
-        labels: (N, ...), turned into tensors item by item.
-        names: what to call an image in a message.
-    """
-
-    def __init__(
-        self,
-        images: Sequence[Path] | np.ndarray,
-        labels: np.ndarray,
-        names: Sequence[str],
-        channels: int,
-        transform: Callable[[Tensor], Tensor],
-        seed: int = 0,
-    ) -> None:
-        self.images, self.labels, self.names, self.channels = images, torch.as_tensor(labels), names, channels
-        self.transform, self.seed = transform, seed
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, item: tuple[int, int] | int) -> dict[str, Any]:
-        epoch, index = item if isinstance(item, tuple) else (0, item)
-        image = self.read(index)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
-            image = self.transform(image)
-        return {"image": image, "label": self.labels[index], "index": index}
-
-    def read(self, index: int) -> Tensor:
-        """The image as it is in the file or array: (channels, H, W), uint8 or float32 in 0..1."""
-        if isinstance(self.images, np.ndarray):
-            name = self.names[index]
-            return match_channels(array_to_image(self.images[index], name), self.channels, name)
-        return read_image(self.images[index], self.channels)
-
-
-def default_workers(images: Sequence[Path] | np.ndarray) -> int:
-    """0 for images in memory, else one for each core but one, at most 4."""
-    if isinstance(images, np.ndarray):
+def default_workers(samples: Sequence[Sample]) -> int:
+    """0 for samples in memory, else one for each core but one, at most 4."""
+    if samples and samples[0].in_memory:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(4, cores - 1)
 
 
 def make_loader(
-    dataset: Dataset,
-    sampler: EpochSampler,
+    dataset: TorchDataset,
     batch_size: int,
-    workers: int | None,
+    workers: int,
+    sampler: EpochSampler | None = None,
     collate: Callable[[list], Any] | None = None,
 ) -> DataLoader:
-    """Batches of a dataset with `images`; in training (a sampler that shuffles) the last incomplete one is left out."""
-    workers = default_workers(dataset.images) if workers is None else workers
+    """Batches of a dataset; in training (a sampler that shuffles) the last incomplete one is left out."""
     return DataLoader(
         dataset,
         batch_size,
         sampler=sampler,
         num_workers=workers,
         collate_fn=collate,
-        drop_last=sampler.shuffle,
+        drop_last=sampler is not None and sampler.shuffle,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, so that making an iterator leaves the global one alone
     )
+
+
+class SplitDataModule(pl.LightningDataModule):
+    """Loaders over the splits of a data set, in the same order for the same seed, epoch and number of processes.
+
+    Args:
+        dataset: with train, val and perhaps test.
+        data: the resolved section of the recipe.
+        training_set: of training samples; has `weights`, chances to draw each, or None.
+        evaluation_set: makes one of samples as they are measured.
+        collate: of batches of an evaluation set.
+        seed: the order of epoch e and the augmentation of sample i in it depend on (seed, e, i) only.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        data: Data,
+        training_set: Any,
+        evaluation_set: Callable[[Sequence[Sample], Data], TorchDataset],
+        collate: Callable[[list], Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.dataset, self.data, self.training_set, self.seed = dataset, data, training_set, seed
+        self.evaluation_set, self.collate = evaluation_set, collate
+
+    def _workers(self, split: str) -> int:
+        return default_workers(self.dataset.splits[split]) if self.data.workers is None else self.data.workers
+
+    def train_dataloader(self) -> DataLoader:
+        sampler = EpochSampler(len(self.training_set), self.seed, shuffle=True, weights=self.training_set.weights)
+        loader = make_loader(self.training_set, self.data.batch_size, self._workers("train"), sampler)
+        if len(loader) == 0:
+            raise UserError(
+                f"data.batch_size is {self.data.batch_size}, but each of {sampler.num_replicas} processes has only "
+                f"{len(sampler)} training images"
+            )
+        if self.trainer is not None:  # on a resume, workers start before Lightning tells the sampler the epoch
+            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+        return loader
+
+    def val_dataloader(self) -> DataLoader:
+        return self.loader("val")
+
+    def loader(self, split: str) -> DataLoader:
+        """A split in order, without augmentation; in a distributed run this process's share of it."""
+        dataset = self.evaluation_set(self.dataset.splits[split], self.data)
+        sampler = EpochSampler(len(dataset))
+        return make_loader(dataset, self.data.batch_size, self._workers(split), sampler, self.collate)

@@ -4,30 +4,64 @@ Every folder called `data.images` below `data.root` has a sibling called `data.m
 from the root without that folder and without suffixes: images/train/a.png and train/images/a.png are both `train/a`.
 """
 
-import difflib
-import os
 import re
+import unicodedata
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
-from visionattn.data.images import listed
-from visionattn.errors import UserError
-from visionattn.recipe import MaskFolderData
+from pydantic import Field, model_validator
 
-__all__ = ["Pair", "find_pairs", "group_of"]
+from visionattn.data.images import walk
+from visionattn.data.sample import SPLITS
+from visionattn.data.splits import OTHER_NAMES
+from visionattn.errors import UserError, listed, nearest
+from visionattn.recipe.sections import FilePath, Section
+
+__all__ = ["Pair", "PairSection", "find_pairs"]
+
+
+class PairSection(Section):
+    """Folders called `images` anywhere below `root` have siblings called `masks`; a pair has the same stem and the same
+    subfolders. A split is what a folder above or below is called (train, val, test), a list file says, or is drawn.
+    """
+
+    root: FilePath = Field(description="folder that holds the folders of images and masks")
+    images: str = Field("images", description="name of the folders of images")
+    masks: str = Field("masks", description="name of the folders of masks")
+    image_suffix: str = Field("", description="end of an image's stem that is no part of its name, such as _RGBIR")
+    mask_suffix: str = Field("", description="as image_suffix, such as _segmentation")
+    group: str | None = Field(
+        None, description="regular expression that finds in a name what is never split apart (patient, scene)"
+    )
+
+    @model_validator(mode="after")
+    def _group_is_a_pattern(self) -> Self:
+        try:
+            re.compile(self.group or "")
+        except re.error as error:
+            raise ValueError(f"group is {self.group!r}, which is no regular expression: {error}") from None
+        return self
 
 
 class Pair(NamedTuple):
-    """An image file and its mask file; `name` is unique."""
+    """An image file and its mask file.
+
+    Attributes:
+        name: unique in the data set.
+        group: what `data.group` finds in the name; unset: the name itself.
+        split: train, val or test where a folder is called so, else "".
+    """
 
     name: str
     image: Path
     mask: Path
+    group: str
+    split: str
 
 
 def find_pairs(
-    data: MaskFolderData, image_endings: Collection[str] | None, mask_endings: Collection[str] | None = None
+    section: PairSection, image_endings: Collection[str] | None, mask_endings: Collection[str] | None = None
 ) -> tuple[list[Pair], list[str]]:
     """The pairs of a data section, sorted by name, and a line for each file that has no partner.
 
@@ -37,89 +71,85 @@ def find_pairs(
         mask_endings: of mask files; None: the same.
 
     Raises:
-        UserError: no folder of images, or one without a folder of masks beside it.
+        UserError: no folder of images, one without a folder of masks beside it, or a name without a group.
     """
     pairs, problems = [], []
-    for folder in _image_folders(data):
-        beside = folder.parents[len(Path(data.images).parts) - 1]
-        masks = beside / data.masks
+    for folder in _image_folders(section):
+        beside = folder.parents[len(Path(section.images).parts) - 1]
+        masks = beside / section.masks
         if not masks.is_dir():
             others = [p.name for p in beside.iterdir() if p.is_dir() and p != folder]
-            raise UserError(f"data.masks: {masks} is missing{_near(data.masks, others)}")
-        same = data.images == data.masks
-        found = _files(folder, image_endings, data.image_suffix, data.mask_suffix if same else "")
-        partners = _files(masks, mask_endings or image_endings, data.mask_suffix, data.image_suffix if same else "")
-        prefix = beside.relative_to(data.root)
-        for key in sorted(found.keys() | partners.keys()):
-            images, labels = found.get(key, []), partners.get(key, [])
-            if len(images) == len(labels) == 1:
-                pairs.append(Pair((prefix / key).as_posix(), images[0], labels[0]))
-            elif len(images) > 1 or len(labels) > 1:
-                problems.append(f"of one name are {listed([*images, *labels])}; expected an image and a mask")
-            elif images:
-                problems.append(f"{images[0]}: no mask {masks / key}{data.mask_suffix}.*")
+            raise UserError(f"data.masks: {masks} is missing{_near(section.masks, others)}")
+        same = section.images == section.masks
+        images = _files(folder, image_endings, section.image_suffix, section.mask_suffix if same else "")
+        partners = _files(
+            masks, mask_endings or image_endings, section.mask_suffix, section.image_suffix if same else ""
+        )
+        prefix = beside.relative_to(section.root)
+        for key in sorted(images.keys() | partners.keys()):
+            of_image, of_mask = images.get(key, []), partners.get(key, [])
+            if len(of_image) == len(of_mask) == 1:
+                pairs.append(_pair(section, (prefix / key).as_posix(), of_image[0], of_mask[0]))
+            elif len(of_image) > 1 or len(of_mask) > 1:
+                problems.append(f"of one name are {listed([*of_image, *of_mask])}; expected an image and a mask")
+            elif of_image:
+                problems.append(f"{of_image[0]}: no mask {masks / key}{section.mask_suffix}.*")
             else:
-                wanted = f"{folder / key}{data.image_suffix}"
-                problems.append(f"{labels[0]}: no {f'image {wanted}.*' if image_endings else f'folder {wanted}'}")
+                wanted = f"{folder / key}{section.image_suffix}"
+                problems.append(f"{of_mask[0]}: no {f'image {wanted}.*' if image_endings else f'folder {wanted}'}")
     if not pairs and not problems:
         kind = f"{listed(sorted(image_endings))} files" if image_endings else "folders with files"
-        raise UserError(f"data.root: {data.root}: no {kind} in folders {data.images}")
+        raise UserError(f"data.root: {section.root}: no {kind} in folders {section.images}")
     return pairs, problems
 
 
-def group_of(data: MaskFolderData, name: str) -> str:
-    """What `data.group` finds in a name: its first bracketed part, else all that it matches; unset: the name itself.
-
-    Raises:
-        UserError: it finds nothing.
-    """
-    if data.group is None:
-        return name
-    match = re.search(data.group, name)
-    if match is None:
-        raise UserError(f"{name}: data.group {data.group!r} finds nothing in this name")
-    return match[1] if match.groups() else match[0]
+def _pair(section: PairSection, name: str, image: Path, mask: Path) -> Pair:
+    group = name
+    if section.group is not None:
+        match = re.search(section.group, name)
+        if match is None:
+            raise UserError(f"{name}: data.group {section.group!r} finds nothing in this name")
+        group = match[1] if match.groups() else match[0]
+    spelt = {split: split for split in SPLITS} | OTHER_NAMES
+    return Pair(name, image, mask, group, next((spelt[p] for p in name.lower().split("/")[:-1] if p in spelt), ""))
 
 
-def _image_folders(data: MaskFolderData) -> list[Path]:
-    if not data.root.is_dir():
-        raise UserError(f"data.root: {data.root} is {'a file' if data.root.exists() else 'missing'}, expected a folder")
-    parts, found, seen = Path(data.images).parts, [], set()
-    for here, folders, _ in os.walk(data.root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+def _image_folders(section: PairSection) -> list[Path]:
+    root = section.root
+    if not root.is_dir():
+        raise UserError(f"data.root: {root} is {'a file' if root.exists() else 'missing'}, expected a folder")
+    parts, image_folders, seen = Path(section.images).parts, [], set()
+    for here, folders, _ in walk(root):
         seen.update(folders)
-        if Path(here).relative_to(data.root).parts[-len(parts) :] == parts:
-            found.append(Path(here))
+        if here.relative_to(root).parts[-len(parts) :] == parts:
+            image_folders.append(here)
             folders.clear()
-    if not found:
-        raise UserError(f"data.images: no folder called {data.images} below {data.root}{_near(data.images, seen)}")
-    return found
+    if not image_folders:
+        raise UserError(f"data.images: no folder called {section.images} below {root}{_near(section.images, seen)}")
+    return image_folders
 
 
 def _files(folder: Path, endings: Collection[str] | None, suffix: str, others: str) -> dict[str, list[Path]]:
     """Files by their path without ending and suffix; `others` is the suffix of files that are none of these."""
-    found: dict[str, list[Path]] = {}
+    files: dict[str, list[Path]] = {}
     for path, stem in _stems(folder, endings):
         if stem.endswith(suffix) and not (others and stem.endswith(others)):
             key = (path.parent / stem.removesuffix(suffix)).relative_to(folder).as_posix()
-            found.setdefault(key, []).append(path)
-    return found
+            files.setdefault(unicodedata.normalize("NFC", key), []).append(path)
+    return files
 
 
 def _stems(folder: Path, endings: Collection[str] | None) -> Iterator[tuple[Path, str]]:
     """Files with one of the endings, or the folders that hold files, and their names without ending."""
-    for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files = sorted(name for name in files if not name.startswith("."))
-        if endings is None and files and Path(here) != folder:
-            yield Path(here), Path(here).name
+    for here, _, files in walk(folder):
+        if endings is None and files and here != folder:
+            yield here, here.name
         for name in files if endings else ():
             ending = max((e for e in endings if name.lower().endswith(e)), key=len, default=None)
             if ending is not None:
-                yield Path(here, name), name[: -len(ending)]
+                yield here / name, name[: -len(ending)]
 
 
 def _near(name: str, others: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, list(others), n=1, cutoff=0.5)
     there = f"; there are: {listed(sorted(others), most=8)}" if others else ""
-    return f"{there}; did you mean {near[0]}?" if near else there
+    return there + nearest(name, others, cutoff=0.5)

@@ -1,59 +1,172 @@
-"""What every source of segmentation data is made of: 2-D images with masks, read when they are needed.
+"""What every data set is made of: samples, read when they are needed.
 
-A module per format (`image_mask`, `volumes`, `rasters`) has
-
-    scan(data) -> (items, problems)
-
-where `data` is the recipe's data section. Problems are one line each and name the file; items are picklable, so that
-loading processes can have them, and hold no open file.
+A sample is picklable, so that loading processes can have it, and holds no open file.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
-__all__ = ["IGNORE", "Item", "Window"]
+__all__ = ["IGNORE", "SPLITS", "Dataset", "Reading", "Sample", "Window", "blocks", "cases", "unit_range"]
 
 IGNORE = 255  # the number of unlabelled pixels in every mask, whatever number the files have
-Window = tuple[slice, slice]
+SPLITS = ("train", "val", "test")
+Window = tuple[slice, slice]  # rows and columns
 
 
 @dataclass(frozen=True)
-class Item:
-    """One 2-D image with its mask: an image file, a slice of a volume, a scene.
+class Sample:
+    """One 2-D image with its target: an image file, a slice of a volume, a scene.
 
     Attributes:
         name: unique in its data set, shown to users.
-        case: a row of the results: image, volume or scene. Items of a case are in order (slices from first to last).
+        case: a row of the results: image, volume or scene. Samples of a case are in order (slices from first to last).
         group: what is never split apart: patient, scene.
-        size: (H, W) in pixels.
-        channels: of the image.
+        channels: that `image` gives; None: those of the file, grey 1 and colour 3, one more with transparency.
+        size: (H, W) in pixels; None where only reading tells.
+        split: train, val or test where the source says so, else "".
+        label: class index, or (K,) float32 of 0 and 1, of the whole image; None where a mask or nothing labels it.
+        windowed: (of the class) a window is read without reading the whole image.
+        in_memory: (of the class) nothing has to be read from files.
     """
 
     name: str
     case: str
     group: str
-    size: tuple[int, int]
-    channels: int
+    channels: int | None = None
+    size: tuple[int, int] | None = None
+    split: str = ""
+    label: Any = None
+
+    windowed: ClassVar[bool] = False
+    in_memory: ClassVar[bool] = False
 
     def image(self, window: Window | None = None) -> np.ndarray:
-        """(C, h, w) float32 of the window (rows, columns), or of the whole image.
+        """(C, h, w) of the window, or of the whole image: uint8, or float32.
 
-        Image files are scaled to 0..1, volumes by their window and level to 0..1; rasters keep their values, NaN where
-        there are no data.
+        uint8 stands for 0..1, see `unit_range`. Deeper image files are scaled to 0..1, volumes by their window and
+        level to 0..1; rasters keep their values, NaN where there are no data.
+
+        Raises:
+            UserError: the file is missing, damaged, or not what its header said.
         """
         raise NotImplementedError
 
-    def mask(self, window: Window | None = None) -> np.ndarray | None:
-        """(h, w) int64 class numbers, IGNORE where unlabelled; None without a mask."""
-        raise NotImplementedError
+    def target(self, window: Window | None = None) -> Any:
+        """What the image is labelled with, None without a label.
+
+        An int64 class index, a (K,) float32 vector of 0 and 1 where an image has several labels, or a mask (h, w)
+        int64 of class numbers, IGNORE where unlabelled.
+        """
+        return self.label
+
+    def kind(self) -> str:
+        """How the pixels are stored: Pillow's mode of a file, the type of an array; "" where it does not matter."""
+        return ""
 
     @property
     def spacing(self) -> tuple[float, ...]:
-        """Size of a pixel as (rows, columns), of slices as (slice distance, rows, columns), in mm; else pixels."""
+        """Size of a pixel as (rows, columns), of slices as (slice distance, rows, columns), in `unit`."""
         return (1.0, 1.0)
+
+    @property
+    def unit(self) -> str:
+        """Of `spacing`."""
+        return "pixels"
 
     @property
     def ground(self) -> tuple[str, tuple[float, float, float, float]] | None:
         """Of a scene the CRS and its left, bottom, right and top there; None where unknown."""
         return None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What reading one sample through has shown; see `visionattn.data.survey`.
+
+    Attributes:
+        error: why it cannot be used.
+        size: (H, W).
+        channels: as stored, transparency not counted.
+        kind: see `Sample.kind`.
+        mean, square: (C,) mean of the values and of their squares, missing ones left out.
+        missing: share of the pixels without any value.
+        image, pair: digests of the image, and of it with its target.
+        counts: of a mask (classes + 1,) pixels of each class, and last those without label.
+        places: of a mask (row, column) of some pixels of each class.
+    """
+
+    error: str | None = None
+    size: tuple[int, int] = (0, 0)
+    channels: int = 0
+    kind: str = ""
+    mean: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    square: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    missing: float = 0.0
+    image: bytes = b""
+    pair: bytes = b""
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    places: dict[int, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled samples in splits.
+
+    Attributes:
+        classes: their names, in order.
+        splits: train, val and, where there is one, test; of data that are only evaluated, perhaps one called "all".
+        readings: of each split what reading its samples through has shown; empty before that.
+        skipped: why samples were left out (`data.skip_bad`).
+        warnings: what makes results doubtful.
+    """
+
+    classes: list[str]
+    splits: dict[str, list[Sample]]
+    readings: dict[str, list[Reading]] = field(default_factory=dict)
+    skipped: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Those of all splits."""
+        return [sample for split in self.splits.values() for sample in split]
+
+    @property
+    def channels(self) -> int:
+        """Of the images as they are stored, transparency not counted: of all that were read, else of the first one."""
+        if self.readings:
+            return max(reading.channels for readings in self.readings.values() for reading in readings)
+        first = self.samples[0]
+        stored = first.channels or len(first.image())
+        return stored if first.channels else {2: 1, 4: 3}.get(stored, stored)
+
+    def with_channels(self, channels: int) -> Self:
+        """The same with images of this many channels."""
+        splits = {
+            name: [s if s.channels == channels else replace(s, channels=channels) for s in samples]
+            for name, samples in self.splits.items()
+        }
+        return replace(self, splits=splits)
+
+
+def cases(samples: Sequence[Sample]) -> dict[str, list[int]]:
+    """The positions of each case's samples, in order."""
+    members: dict[str, list[int]] = {}
+    for i, sample in enumerate(samples):
+        members.setdefault(sample.case, []).append(i)
+    return members
+
+
+def blocks(size: tuple[int, int], side: int) -> Iterator[Window]:
+    """Windows of at most `side` pixels that cover (H, W)."""
+    for top in range(0, size[0], side):
+        for left in range(0, size[1], side):
+            yield slice(top, min(top + side, size[0])), slice(left, min(left + side, size[1]))
+
+
+def unit_range(image: np.ndarray) -> np.ndarray:
+    """The float32 values that a sample's image stands for."""
+    return image.astype(np.float32) / 255 if image.dtype == np.uint8 else image

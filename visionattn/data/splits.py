@@ -1,16 +1,125 @@
-"""Drawing splits: stratified by class, whole groups together, the same for the same seed."""
+"""Which samples are trained on and which are held out: as the source says, as list files say, drawn, or by folds.
+
+What is drawn is the same for the same seed. Samples with class labels are stratified by them; whole groups stay
+together; samples with masks are drawn as groups, of which each may be one image.
+"""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
-from sklearn.model_selection import GroupShuffleSplit, StratifiedGroupKFold, StratifiedKFold, train_test_split
 
-from visionattn.data.images import listed
-from visionattn.errors import UserError
+from visionattn.data.sample import SPLITS, Dataset, Sample
+from visionattn.errors import UserError, listed
+from visionattn.recipe.sections import Data
 
-__all__ = ["draw", "fold"]
+__all__ = ["OTHER_NAMES", "draw", "fold", "given_splits", "split"]
 
+OTHER_NAMES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 GROUP_DRAWS = 100
+
+
+def split(samples: list[Sample], classes: list[str], section: Data) -> tuple[Dataset, list[str]]:
+    """The splits of a data section: those that its source or its lists give, completed by drawn ones.
+
+    Returns:
+        the data set, and a line for each thing that is wrong with its splits.
+
+    Raises:
+        UserError: the samples cannot be split as asked.
+    """
+    splits, problems = given_splits(samples, section)
+    fraction = section.val_fraction
+    if "all" in splits:
+        splits["train"] = splits.pop("all")
+        if fraction + section.test_fraction >= 1:
+            raise UserError(
+                f"data: val_fraction {fraction} and test_fraction {section.test_fraction} leave nothing to train on"
+            )
+        if section.test_fraction > 0:
+            splits["train"], splits["test"] = _held_out(splits["train"], classes, section, section.test_fraction)
+            fraction /= 1 - section.test_fraction  # both are shares of the whole
+    if not splits.get("train"):
+        raise UserError(
+            "\n".join([f"data: no training images; there are only: {listed(list(splits))}", *problems[:20]])
+        )
+    if section.fold is not None:
+        pool = splits["train"] + splits.get("val", [])
+        labels, groups = _strata_of(pool)
+        parts = fold(labels, classes, section.fold, section.folds, section.split_seed, groups)
+        splits["train"], splits["val"] = _taken(pool, parts)
+    elif "val" not in splits:
+        if not fraction:
+            raise UserError("data: no validation images; add a val split, or set data.val_fraction, for example to 0.2")
+        splits["train"], splits["val"] = _held_out(splits["train"], classes, section, fraction)
+    splits = {name: splits[name] for name in SPLITS if name in splits}
+    return Dataset(classes, splits), problems + _crossing(splits)
+
+
+def given_splits(samples: list[Sample], section: Data) -> tuple[dict[str, list[Sample]], list[str]]:
+    """The splits that list files or the source name, or one called "all"; and what lists and samples lack."""
+    lists = {name: path for name in SPLITS if (path := getattr(section.lists, name))}
+    if lists:
+        return _listed_splits(samples, lists)
+    splits: dict[str, list[Sample]] = {}
+    for sample in samples:
+        splits.setdefault(sample.split or "all", []).append(sample)
+    if "all" in splits and len(splits) > 1:
+        outside = listed([sample.name for sample in splits["all"]], most=5)
+        raise UserError(f"data.root: some images are in {listed(sorted(set(splits) - {'all'}))}, but not {outside}")
+    return {name: splits[name] for name in (*SPLITS, "all") if name in splits}, []
+
+
+def _listed_splits(samples: list[Sample], lists: dict[str, Path]) -> tuple[dict[str, list[Sample]], list[str]]:
+    known: dict[str, list[Sample]] = {}
+    for sample in samples:
+        for key in {sample.name, sample.case, sample.case.rsplit("/", 1)[-1]}:
+            known.setdefault(key, []).append(sample)
+    splits: dict[str, list[Sample]] = {}
+    homes: dict[str, list[str]] = {}
+    problems = []
+    for name, path in lists.items():
+        if not path.is_file():
+            raise UserError(f"data.lists.{name}: {path}: no such file")
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        problems += [f"{path}: no image called {line}" for line in lines if line not in known]
+        splits[name] = [sample for line in lines for sample in known.get(line, [])]
+        for line in lines:
+            homes.setdefault(line, []).append(name)
+    problems += [f"data.lists: {line} is listed in {listed(where)}" for line, where in homes.items() if len(where) > 1]
+    return splits, problems
+
+
+def _crossing(splits: dict[str, list[Sample]]) -> list[str]:
+    """Groups, and cases of several samples, that are in more than one split; a line for all."""
+    homes: dict[str, set[str]] = {}
+    for name, samples in splits.items():
+        for sample in samples:
+            if sample.group != sample.name:  # without groups, a name in two folders is two images
+                homes.setdefault(sample.group, set()).add(name)
+    crossing = [f"{group} ({', '.join(sorted(home))})" for group, home in homes.items() if len(home) > 1]
+    return [f"data: {len(crossing)} groups are in more than one split: {listed(crossing)}"] if crossing else []
+
+
+def _strata_of(samples: list[Sample]) -> tuple[np.ndarray, np.ndarray | None]:
+    """(N,) labels or (N, classes), zeros for masks, and the groups of samples that are not drawn one by one."""
+    groups = np.array([sample.group for sample in samples])
+    if samples[0].label is None:
+        return np.zeros(len(samples), np.int64), groups
+    labels = np.stack([sample.label for sample in samples])
+    return labels, groups if any(sample.group != sample.name for sample in samples) else None
+
+
+def _held_out(
+    samples: list[Sample], classes: list[str], section: Data, fraction: float
+) -> tuple[list[Sample], list[Sample]]:
+    labels, groups = _strata_of(samples)
+    return _taken(samples, draw(labels, classes, fraction, section.split_seed, groups))
+
+
+def _taken(samples: list[Sample], parts: tuple[np.ndarray, np.ndarray]) -> tuple[list[Sample], list[Sample]]:
+    stay, out = ([samples[i] for i in np.sort(part)] for part in parts)
+    return stay, out
 
 
 def draw(
@@ -37,10 +146,14 @@ def draw(
         held = max(round(fraction * len(strata)), len(np.unique(strata)))
         if len(strata) - held < len(np.unique(strata)):
             raise UserError(f"{len(strata)} images are too few to hold {fraction:g} of every class out")
+        from sklearn.model_selection import train_test_split  # seconds, which a recipe is read without
+
         stay, out = train_test_split(np.arange(len(strata)), test_size=held, random_state=seed, stratify=strata)
         return np.sort(stay), np.sort(out)
     if len(np.unique(groups)) < 2:
         raise UserError(f"{len(np.unique(groups))} group; at least 2 are needed to draw a split")
+    from sklearn.model_selection import GroupShuffleSplit
+
     member = _one_hot(labels)
     splitter = GroupShuffleSplit(GROUP_DRAWS, test_size=fraction, random_state=seed)
     return min(splitter.split(member, groups=groups), key=lambda parts: _uneven(member, parts[1], fraction))
@@ -50,6 +163,8 @@ def fold(
     labels: np.ndarray, classes: list[str], index: int, folds: int, seed: int, groups: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sorted indices outside and inside fold `index`; the folds are a partition. Arguments and errors as in `draw`."""
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
     strata = _strata(labels, least=folds)
     if groups is None:
         _refuse_small(strata, classes, folds, f"data.folds is {folds}")

@@ -1,133 +1,229 @@
-"""Reading through all images of a split once: what is unreadable, sizes, kinds, content hashes, pixel statistics."""
+"""Reading every sample of a data set once: what is unreadable, sizes, equal images, pixel statistics, mask contents.
+
+Memory is that of a few images, or of a few blocks of large scenes.
+"""
 
 import hashlib
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from itertools import combinations, islice
+from typing import Any, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
-from visionattn.data.images import LUMINANCE, array_to_image, decode, match_channels, unit_range
-from visionattn.errors import UserError
+from visionattn.data.images import match_channels
+from visionattn.data.sample import IGNORE, Dataset, Reading, Sample, Window, blocks, unit_range
+from visionattn.errors import UserError, listed
+from visionattn.progress import progress
 
-__all__ = ["Scan", "mean_std", "scan"]
+__all__ = [
+    *("across_splits", "contradicting", "doubts", "equal_images", "fingerprint", "mean_std", "read_through"),
+    *("same_ground", "usable"),
+]
 
-SECONDS_BEFORE_PROGRESS = 2.0
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What is known of N images; entry i is about image i, and zero or empty where that one is unreadable.
-
-    Attributes:
-        unreadable: reasons by index.
-        sizes: (N, 2) height and width.
-        channels: (N,) 1 for grey, 3 for colour, transparency not counted.
-        kinds: (N,) Pillow's mode of a file, the type of an array.
-        hashes: (N,) of the decoded pixels: equal for equal images, whatever the files are called.
-        mean, square: (N, C) mean of the values and of their squares in each image, of values in 0..1.
-    """
-
-    sizes: np.ndarray
-    channels: np.ndarray
-    kinds: list[str]
-    hashes: list[bytes]
-    mean: np.ndarray
-    square: np.ndarray
-    unreadable: dict[int, str] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.kinds)
+T, R = TypeVar("T"), TypeVar("R")
+BLOCK = 2048  # pixels of a side: larger scenes are read in blocks
+PLACES = 64  # positions kept of each class and image, for crops around rare classes
+SHARED = 0.01  # of a scene's ground: less is the rounding of tiles that lie side by side
+AHEAD = 256  # samples that wait to be read
 
 
-def scan(images: Sequence[Path] | np.ndarray, channels: int | None = None) -> Scan:
-    """Decode each image once; memory is that of a few images, whatever their number.
+def read_through(dataset: Dataset) -> Dataset:
+    """The same with its `readings`."""
+    samples = dataset.samples
 
-    Args:
-        images: files, or an array (N, H, W) or (N, H, W, C).
-        channels: what the images will be turned into; unset: as they are, grey repeated among colour.
-    """
-    return _scan_array(images, channels) if isinstance(images, np.ndarray) else _scan_files(images, channels)
-
-
-def _scan_files(paths: Sequence[Path], channels: int | None) -> Scan:
-    count, width = len(paths), channels or 3
-    found = Scan(
-        sizes=np.zeros((count, 2), dtype=np.int64),
-        channels=np.zeros(count, dtype=np.int64),
-        kinds=[""] * count,
-        hashes=[b""] * count,
-        mean=np.zeros((count, width)),
-        square=np.zeros((count, width)),
-    )
-
-    def look(i: int) -> None:
+    def read(sample: Sample) -> Reading:
         try:
-            array, kind = decode(paths[i])
-            image = array_to_image(array, paths[i])
-            natural = {2: 1, 4: 3}.get(image.shape[0], image.shape[0])
-            values = _in_unit_range(match_channels(image, channels or natural, paths[i]).numpy())
+            return _read(sample, len(dataset.classes))
         except UserError as error:
-            found.unreadable[i] = str(error)
-            return
-        found.sizes[i], found.channels[i], found.kinds[i] = array.shape[:2], natural, kind
-        found.hashes[i] = _digest(array)
-        found.mean[i] = values.mean((1, 2), dtype=np.float64)
-        found.square[i] = np.square(values).mean((1, 2), dtype=np.float64)
+            return Reading(str(error), counts=np.zeros(len(dataset.classes) + 1, np.int64))
 
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
-        done = pool.map(look, range(count))
-        for _ in tqdm(done, "reading images", count, leave=False, delay=SECONDS_BEFORE_PROGRESS, disable=None):
-            pass
-    return found
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
+        done = progress(_in_order(pool, read, samples), "reading images", len(samples))
+        return replace(dataset, readings={name: list(islice(done, len(s))) for name, s in dataset.splits.items()})
 
 
-def _scan_array(images: np.ndarray, channels: int | None) -> Scan:
-    count, height, width = images.shape[:3]
-    natural = images.shape[3] if images.ndim == 4 else 1
-    moments = np.zeros((2, count, channels or natural))
-    block = max(1, 2**22 // max(1, height * width * natural))
-    for start in range(0, count, block):
-        values = unit_range(images[start : start + block].reshape(-1, height * width, natural), "images")
-        if (natural, channels) == (3, 1):
-            values = _luminance(values)
-        values = _in_unit_range(values)
-        moments[0, start : start + block] = values.mean(1, dtype=np.float64)
-        moments[1, start : start + block] = np.square(values).mean(1, dtype=np.float64)
-    return Scan(
-        sizes=np.full((count, 2), (height, width)),
-        channels=np.full(count, natural),
-        kinds=[str(images.dtype)] * count,
-        hashes=[_digest(image) for image in images],
-        mean=moments[0],
-        square=moments[1],
+def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """Results in the order of the items, of which only some wait at a time."""
+    waiting: deque[Future[R]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) == AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _read(sample: Sample, classes: int) -> Reading:
+    image_digest, pair_digest = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
+    counts, positions = np.zeros(classes + 1, np.int64), {}
+    sums: np.ndarray | float = 0.0
+    size, channels, missing = (0, 0), 0, 0
+    for window, image, target in _pieces(sample):
+        size = window[0].stop, window[1].stop
+        channels = len(image)
+        for digest in (image_digest, pair_digest):
+            digest.update(f"{image.shape}{image.dtype}".encode())
+            digest.update(np.ascontiguousarray(image))
+        if sample.channels is None:
+            channels = {2: 1, 4: 3}.get(channels, channels)
+            image = match_channels(image, channels, sample.name)
+        values = unit_range(image)
+        valid = np.isfinite(values)
+        values = np.where(valid, values, 0).astype(np.float64)
+        sums = sums + np.stack([valid.sum((1, 2)), values.sum((1, 2)), np.square(values).sum((1, 2))])
+        missing += int((~valid.any(0)).sum())
+        pair_digest.update(np.ascontiguousarray(target))
+        if sample.label is None:
+            counts[:-1] += np.bincount(target[target != IGNORE], minlength=classes)
+            counts[-1] += (target == IGNORE).sum()
+            _collect_places(positions, target, window)
+    seen = np.maximum(sums[0], 1)
+    return Reading(
+        size=size,
+        channels=channels,
+        kind=sample.kind(),
+        mean=sums[1] / seen,
+        square=sums[2] / seen,
+        missing=missing / (size[0] * size[1]),
+        image=image_digest.digest(),
+        pair=pair_digest.digest(),
+        counts=counts,
+        places=positions,
     )
 
 
-def _luminance(values: np.ndarray) -> np.ndarray:
-    grey = values @ np.array(LUMINANCE, dtype=np.float32)[:, None]
-    return grey.round().astype(np.uint8) if values.dtype == np.uint8 else grey
+def _pieces(sample: Sample) -> Iterator[tuple[Window, np.ndarray, Any]]:
+    """Windows that cover the sample, with image and target there: the whole unless it is large and read by windows."""
+    if sample.windowed:
+        for window in blocks(sample.size, BLOCK):
+            yield window, sample.image(window), _labelled(sample, sample.target(window))
+    else:
+        image = sample.image()
+        yield (slice(0, image.shape[1]), slice(0, image.shape[2])), image, _labelled(sample, sample.target())
 
 
-def _in_unit_range(values: np.ndarray) -> np.ndarray:
-    return values.astype(np.float32) / 255 if values.dtype == np.uint8 else values
+def _labelled(sample: Sample, target: Any) -> Any:
+    if target is None:
+        raise UserError(f"{sample.name}: no mask")
+    return target
 
 
-def _digest(array: np.ndarray) -> bytes:
-    digest = hashlib.blake2b(f"{array.shape}{array.dtype}".encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(array))
-    return digest.digest()
+def _collect_places(positions: dict[int, np.ndarray], mask: np.ndarray, window: Window) -> None:
+    """Evenly spread positions of each class; those of an earlier block are thinned out."""
+    for k in np.unique(mask[mask != IGNORE]).tolist():
+        here = np.argwhere(mask == k) + [side.start for side in window]
+        merged = np.concatenate([positions[k], _spread(here)]) if k in positions else here
+        positions[k] = _spread(merged).astype(np.int32)
 
 
-def mean_std(found: Scan, channels: int) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, every readable image counting equally whatever its size.
+def _spread(positions: np.ndarray) -> np.ndarray:
+    return positions[np.linspace(0, len(positions) - 1, min(PLACES, len(positions))).round().astype(int)]
 
-    A channel without any variation has the standard deviation 1, so that it can be divided by.
+
+def mean_std(readings: Sequence[Reading]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (C,) of each channel, every readable image counting equally; grey counts as colour.
+
+    A channel without variation has the standard deviation 1, so that it can be divided by. Raises UserError where no
+    image has a value.
     """
-    readable = found.channels > 0
-    mean, square = found.mean[readable, :channels].mean(0), found.square[readable, :channels].mean(0)
+    seen = [reading for reading in readings if not reading.error and reading.missing < 1]
+    if not seen:
+        raise UserError("data: the training images have no values at all")
+    width = max(len(reading.mean) for reading in seen)
+    mean = np.mean([np.broadcast_to(reading.mean, width) for reading in seen], axis=0)
+    square = np.mean([np.broadcast_to(reading.square, width) for reading in seen], axis=0)
     std = np.sqrt(np.maximum(square - mean**2, 0))
-    return mean.round(6).tolist(), np.where(std < 1e-6, 1.0, std).round(6).tolist()
+    return mean, np.where(std < 1e-6 * np.maximum(np.abs(mean), 1), 1.0, std)
+
+
+def usable(dataset: Dataset, skip_bad: bool) -> Dataset:
+    """The same without the cases that cannot be read, where those are to be left out.
+
+    Raises:
+        UserError: something cannot be read and is not to be left out.
+    """
+    errors = [reading.error for readings in dataset.readings.values() for reading in readings if reading.error]
+    if not errors:
+        return dataset
+    if not skip_bad:
+        count = f"{len(errors)} of {len(dataset.samples)} images"
+        raise UserError(
+            f"{count} cannot be used; mend or remove them, or leave them out by data.skip_bad=true:\n"
+            f"{listed(errors, chr(10))}"
+        )
+    splits, readings = {}, {}
+    for name, samples in dataset.splits.items():
+        pairs = list(zip(samples, dataset.readings[name], strict=True))
+        bad = {sample.case for sample, reading in pairs if reading.error}
+        splits[name] = [sample for sample, _ in pairs if sample.case not in bad]
+        readings[name] = [reading for sample, reading in pairs if sample.case not in bad]
+    return replace(dataset, splits=splits, readings=readings, skipped=errors)
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Of names, images and targets, in their order."""
+    digest = hashlib.sha256()
+    for name, samples in sorted(dataset.splits.items()):
+        digest.update(name.encode())
+        for sample, reading in zip(samples, dataset.readings[name], strict=True):
+            digest.update(sample.name.encode("utf-8", "surrogateescape") + reading.pair)
+    return digest.hexdigest()[:16]
+
+
+def equal_images(dataset: Dataset) -> list[list[tuple[str, int]]]:
+    """Groups of samples (split, position) with equal images: pixel for pixel, whatever the files are called."""
+    places: dict[bytes, list[tuple[str, int]]] = {}
+    for name, readings in dataset.readings.items():
+        for i, reading in enumerate(readings):
+            if not reading.error:
+                places.setdefault(reading.image, []).append((name, i))
+    return [group for group in places.values() if len(group) > 1]
+
+
+def doubts(dataset: Dataset) -> list[str]:
+    """What makes results doubtful, whatever is learned: a line each."""
+    equal = equal_images(dataset)
+    counts = {
+        "images are in more than one split: results on held-out images are too good": sum(map(across_splits, equal)),
+        "images have contradicting labels": sum(contradicting(dataset, group) for group in equal),
+    }
+    texts = [f"{count} {text} (visionattn check names them)" for text, count in counts.items() if count]
+    return texts + same_ground(dataset)
+
+
+def across_splits(group: list[tuple[str, int]]) -> bool:
+    """Whether equal images are in different splits."""
+    return len({split for split, _ in group}) > 1
+
+
+def contradicting(dataset: Dataset, group: list[tuple[str, int]]) -> bool:
+    """Whether equal images have different targets."""
+    return len({dataset.readings[split][i].pair for split, i in group}) > 1
+
+
+def same_ground(dataset: Dataset) -> list[str]:
+    """A line where scenes of different splits overlap on the ground."""
+    pairs = []
+    for (one, first), (other, second) in combinations(dataset.splits.items(), 2):
+        placed = [sample for sample in second if sample.ground]
+        systems = np.array([sample.ground[0] for sample in placed])
+        left, bottom, right, top = np.array([sample.ground[1] for sample in placed]).reshape(-1, 4).T
+        for sample in first:
+            if sample.ground is None:
+                continue
+            crs, (west, south, east, north) = sample.ground
+            width = np.minimum(right, east) - np.maximum(left, west)
+            height = np.minimum(top, north) - np.maximum(bottom, south)
+            shared = width.clip(0) * height.clip(0) > SHARED * (east - west) * (north - south)
+            there = np.flatnonzero(shared & (systems == crs))
+            pairs += [f"{one}: {sample.name} and {other}: {placed[i].name}" for i in there]
+    if not pairs:
+        return []
+    return [
+        "scenes in different splits share ground, so results on held-out scenes are too good: "
+        f"{listed(pairs, most=5)}; keep them together by data.group or data.lists"
+    ]

@@ -5,7 +5,8 @@ quarter of the overlap is left out, since a network knows least there: one that 
 gives the same map tiled or whole.
 """
 
-from collections.abc import Callable, Generator, Sequence
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import pairwise
@@ -18,11 +19,13 @@ from torch import Tensor
 from visionattn.data.sample import Window
 from visionattn.errors import UserError
 
-__all__ = ["Predict", "Read", "predict_windows", "slide"]
+__all__ = ["Predict", "Read", "predict_windows", "slide", "strips"]
 
 Predict = Callable[[Tensor], Tensor]  # images (B, C, h, w) -> probabilities (B, classes, h, w)
 Read = Callable[[Window], np.ndarray | None]  # -> (C, h, w) float32, as the network wants it; None: nothing there
-SIGMA = 1 / 8  # of the Gaussian weights, in windows
+SIGMA = 1 / 8  # of the Gaussian weights, in windows, as nnU-Net has it
+TILE = 512  # strips are whole tiles of this width, which writers compress at once
+BAND_BYTES = 2**28  # of the band that is being blended; wider scenes are done in strips of columns
 
 
 def slide(
@@ -66,8 +69,8 @@ def slide(
     groups = [used[i : i + batch_size] for i in range(0, len(used), batch_size)]
 
     def images(top: int, group: list[int]) -> list[tuple[int, np.ndarray]]:
-        found = [(i, read((slice(top, top + height), slice(lefts[i], lefts[i] + width)))) for i in group]
-        return [(i, image) for i, image in found if image is not None]
+        windows = [(i, read((slice(top, top + height), slice(lefts[i], lefts[i] + width)))) for i in group]
+        return [(i, image) for i, image in windows if image is not None]
 
     band = torch.zeros(classes, height, columns.stop - columns.start, device=device)
     with closing(_ahead(images, [(top, group) for top in tops for group in groups])) as coming:
@@ -80,6 +83,14 @@ def slide(
                         _add(band, value * (weights[:, None] * across[i]), lefts[i] - columns.start)
             yield slice(top, end), band[:, : end - top].clone()
             _move_up(band, end - top)
+
+
+def strips(width: int, column_bytes: int) -> Iterator[slice]:
+    """Columns of a scene to be done at once: whole tiles, of about equal width, whose band stays within BAND_BYTES."""
+    tiles = math.ceil(width / TILE)
+    parts = math.ceil(tiles / max(BAND_BYTES // (column_bytes * TILE), 2))
+    step = math.ceil(tiles / parts) * TILE
+    return (slice(left, min(left + step, width)) for left in range(0, width, step))
 
 
 def predict_windows(

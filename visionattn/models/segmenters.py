@@ -5,13 +5,11 @@ stride, whose last map `SimplePyramid` turns into such a pyramid. Decoders are o
 segmentation_models_pytorch.
 """
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from segmentation_models_pytorch.base.initialization import initialize_decoder
@@ -25,10 +23,10 @@ from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-import visionattn.backbones  # noqa: F401  registers the models
 from visionattn.backbones.emcad import EMCAD
 from visionattn.backbones.encoder_decoder import EncoderDecoder
 from visionattn.errors import UserError
+from visionattn.models.networks import create, refuse_unknown
 
 __all__ = ["DECODERS", "Decoder", "SimplePyramid", "make_segmenter"]
 
@@ -218,10 +216,11 @@ def make_segmenter(
         UserError: an unknown encoder or decoder, an encoder that does not fit, an argument they do not take.
     """
     encoder_args, decoder_args = encoder_args or {}, decoder_args or {}
-    _check_names(encoder_name, decoder_name)
+    if decoder_name is not None:
+        refuse_unknown("model.decoder", decoder_name, DECODERS, f"visionattn list --decoders: {', '.join(DECODERS)}")
     if decoder_name is None:
         arguments = {**encoder_args, **decoder_args}
-        model = _create(encoder_name, arguments, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained)
+        model = create(encoder_name, arguments, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained)
         if not isinstance(model, EncoderDecoder):
             raise UserError(f"model {encoder_name} is no segmenter: add a decoder, one of {', '.join(DECODERS)}")
         return model
@@ -249,46 +248,27 @@ def make_segmenter(
     return EncoderDecoder(encoder, made, num_classes, in_chans, neck, multiple)
 
 
-def _check_names(encoder: str, decoder: str | None) -> None:
-    if decoder is not None and decoder not in DECODERS:
-        near = difflib.get_close_matches(decoder, DECODERS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"decoder {decoder!r} is unknown{hint} (visionattn list --decoders: {', '.join(DECODERS)})")
-    if not timm.is_model(encoder):
-        near = difflib.get_close_matches(encoder, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise UserError(f"model {encoder!r} is unknown{hint} (visionattn list, timm.list_models())")
-
-
-def _create(name: str, args: dict[str, Any], **ours: Any) -> nn.Module:
-    try:
-        return timm.create_model(name, **ours, **args)
-    except Exception as error:  # each model raises its own for arguments that it cannot take
-        reason = str(error) or type(error).__name__
-        raise UserError(f"model {name} cannot be made with {args or 'its defaults'}: {reason}") from None
-
-
 def _make_encoder(name: str, wanted: Sequence[int], in_chans: int, pretrained: bool, args: dict[str, Any]) -> nn.Module:
     """An encoder whose `feature_info` has the wanted strides (2 only where there is one), or one stride."""
     with torch.device("meta"):
-        probe = _create(name, args)
+        probe = create(name, args)
     if isinstance(probe, EncoderDecoder):
         raise UserError(f"model {name} is a whole segmenter: leave the decoder out, or name an encoder alone")
     if not hasattr(probe, "forward_intermediates"):
         raise UserError(f"model {name} gives no maps (it has no forward_intermediates): take another encoder")
-    found = [info["reduction"] for info in probe.feature_info]
-    last = {stride: i for i, stride in enumerate(found)}
-    if set(wanted) - {2} <= set(found):
+    strides = [info["reduction"] for info in probe.feature_info]
+    last = {stride: i for i, stride in enumerate(strides)}
+    if set(wanted) - {2} <= set(strides):
         indices = [last[stride] for stride in wanted if stride in last]
-    elif len(found) > 1 and found[-1] == found[-2] <= max(wanted):
-        indices = [len(found) - 1]
+    elif len(strides) > 1 and strides[-1] == strides[-2] <= max(wanted):
+        indices = [len(strides) - 1]
     else:
-        raise UserError(f"model {name} has maps at strides {found}: expected {list(STRIDES)}, or one stride to 32")
+        raise UserError(f"model {name} has maps at strides {strides}: expected {list(STRIDES)}, or one stride to 32")
     ours = {"features_only": True, "feature_cls": "getter", "out_indices": indices}
     known = inspect.signature(type(probe).__init__).parameters
     if "dynamic_img_size" in known and not args.keys() & {"img_size", "dynamic_img_size"}:
         ours["dynamic_img_size"] = True
-    return _create(name, args, in_chans=in_chans, pretrained=pretrained, **ours)
+    return create(name, args, in_chans=in_chans, pretrained=pretrained, **ours)
 
 
 def _trial_size(img_size: int | Sequence[int] | None, multiple: int) -> tuple[int, int]:

@@ -1,115 +1,120 @@
-"""Measuring a trained model on labelled images: `visionattn evaluate`; and loading one.
-
-A folder is made for each evaluated split, with metrics.json and tables; see `visionattn.results` and
-`visionattn.segresults`.
-"""
+"""`visionattn evaluate`: measuring a trained model on labelled samples."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
+from torch import distributed as dist
 
-from visionattn import quiet, recipe
-from visionattn.errors import UserError
-from visionattn.recipe import Recipe
-from visionattn.report.page import plural
-from visionattn.report.run import write_report
-from visionattn.tasks.base import Task, load_checkpoint, module_of
+from visionattn.data import formats
+from visionattn.data.loaders import SplitDataModule
+from visionattn.data.sample import Dataset
+from visionattn.data.splits import given_splits, split
+from visionattn.data.survey import read_through, usable
+from visionattn.environment import silence
+from visionattn.errors import UserError, listed
+from visionattn.files import refuse_existing
+from visionattn.recipe import Recipe, part_of
+from visionattn.recipe.sections import Data
+from visionattn.report.evaluation import Evaluation
+from visionattn.report.page import write_report
+from visionattn.runs.checkpoints import Trained, load_trained
+from visionattn.tasks.base import Task
 
-__all__ = ["Trained", "evaluate", "format_table", "load_trained", "predictor"]
-
-
-class Trained(NamedTuple):
-    """A trained network and what it was trained by."""
-
-    task: Task
-    recipe: Recipe
-    checkpoint: Path
-    epoch: int
-
-
-def load_trained(path: Path) -> Trained:
-    """The network of a run directory (its best checkpoint) or of a checkpoint file.
-
-    Raises:
-        UserError: neither a run nor a checkpoint of ours.
-    """
-    quiet.silence()
-    file = path / "checkpoints" / "best.ckpt" if path.is_dir() else path
-    if path.is_dir() and not file.is_file():
-        raise UserError(f"{path}: no checkpoints/best.ckpt in it; expected a run directory or a checkpoint file")
-    checkpoint = load_checkpoint(file)
-    if "visionattn" not in checkpoint:
-        raise UserError(
-            f"{file}: not a checkpoint of visionattn fit (use model.checkpoint in a recipe to start from weights)"
-        )
-    about = checkpoint["visionattn"]
-    spec = recipe.loads(about["recipe"], name=str(file))
-    task = module_of(spec).restore(spec, about)
-    task.load_state_dict(checkpoint["state_dict"])
-    return Trained(task, spec, file, checkpoint["epoch"])
+__all__ = ["evaluate", "evaluate_split", "evaluate_trained"]
 
 
-def predictor(spec: Recipe, **options: Any) -> pl.Trainer:
-    """A Lightning trainer that only predicts, on the best device there is."""
-    return pl.Trainer(
-        precision=spec.train.precision, logger=False, enable_checkpointing=False, enable_model_summary=False, **options
-    )
-
-
-def evaluate(model: Path, data: Path | None, split: str | None, out: Path | None) -> Path:
-    """Evaluate a run or checkpoint on its own held-out images or on other labelled ones, and print the metrics.
+def evaluate(model: Path, data: Path | None, part: str | None, out: Path | None) -> Evaluation:
+    """Evaluate a run or checkpoint on its own held-out samples or on other labelled ones, into a folder.
 
     Args:
         model: run directory or checkpoint.
-        data: other labelled images with the same classes: a folder of class folders (or of splits), .npz or .csv;
-            for segmentation a folder laid out as the one of the recipe.
-        split: the split to take; None: test where there is one, else val, else all.
+        data: other labelled samples with the same classes, laid out as those of the recipe; for classification a
+            folder of class folders (or of splits), .npz or .csv.
+        part: the split to take; None: test where there is one, else val, else all.
         out: folder to make for the results; None: a new one in the run's evaluation/.
-
-    Returns:
-        the folder.
     """
+    silence()
     trained = load_trained(model)
-    kind = module_of(trained.recipe)
-    module = kind.labelled(trained.task, trained.recipe, data)
-    splits = module.images.splits
-    split = split or next(name for name in ("test", "val", "all", *splits) if name in splits)
-    if split not in splits:
-        raise UserError(f"--split {split}: the images have {', '.join(splits)}")
-    out = out or _fresh((model if model.is_dir() else Path()) / "evaluation" / (data.stem if data else split))
-    if out.exists():
-        raise UserError(f"{out} exists; results are never overwritten: give another --out")
-    about = {"checkpoint": str(trained.checkpoint), "epoch": trained.epoch, "data": str(data) if data else None}
-    trainer = predictor(trained.recipe)
-    result = kind.evaluate_split(trainer, trained.task, module, split, trained.recipe, out, about)
-    print(f"\n{format_table([result])}\n\nresults: {out}")
+    if out is not None:
+        refuse_existing(out)
+    evaluation = evaluate_trained(trained, data, part)
+    if out is None:
+        out = _free((model if model.is_dir() else Path()) / "evaluation" / (data.stem if data else evaluation.split))
+    evaluation.write(out)
     if model.is_dir():
-        print(f"report: {write_report(model)}")
-    return out
+        write_report(model)
+    return evaluation
 
 
-def _fresh(folder: Path) -> Path:
-    taken = 1
-    while folder.exists():
-        taken += 1
-        folder = folder.with_name(f"{folder.name.rsplit('-', 1)[0] if taken > 2 else folder.name}-{taken}")
-    return folder
+def evaluate_trained(trained: Trained, data: Path | None = None, part: str | None = None) -> Evaluation:
+    """What `evaluate` measures, nothing written."""
+    spec, kind = trained.recipe, part_of(trained.recipe.task, "task")
+    section = spec.data if data is None else formats.elsewhere(spec.data, data)
+    dataset = _labelled(section, trained, elsewhere=data is not None)
+    splits = dataset.splits
+    part = part or next(name for name in ("test", "val", "all", *splits) if name in splits)
+    if part not in splits:
+        raise UserError(f"--split {part}: the images have {', '.join(splits)}")
+    if not splits[part]:
+        raise UserError(f"{data or 'data'}: no images in {part}")
+    module = SplitDataModule(dataset, section, None, kind.evaluation_set, kind.collate)
+    about = {"checkpoint": str(trained.checkpoint), "epoch": trained.epoch, "data": str(data) if data else None}
+    trainer = pl.Trainer(
+        precision=spec.train.precision,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    evaluation = evaluate_split(trainer, trained.task, module, part, spec, about)
+    assert evaluation is not None  # on a single process
+    return evaluation
 
 
-def format_table(results: list[dict[str, Any]]) -> str:
-    """The overall metrics with their intervals, a column for each evaluated split."""
-    values = [item for result in results for item in result["overall"].items()]
-    names = list(dict.fromkeys(name for name, value in values if value is not None))
-    heads = [f"{r['split']} ({plural(r['samples'], r.get('noun', 'image'))})" for r in results]
-    lines = ["".join(f"{text:>28}" for text in ["", *heads])]
-    for name in names:
-        cells = []
-        for result in results:
-            value, intervals = result["overall"].get(name), dict(result.get("intervals", {}))
-            if interval := result["interval"]:
-                intervals[interval["metric"]] = (interval["low"], interval["high"])
-            text = "-" if value is None else f"{value:.4f}"
-            cells.append(text + (" [{:.3f}, {:.3f}]".format(*intervals[name]) if name in intervals else ""))
-        lines.append("".join(f"{text:>28}" for text in [name.replace("_", " "), *cells]))
-    return "\n".join(lines)
+def _labelled(section: Data, trained: Trained, elsewhere: bool) -> Dataset:
+    """The samples of a section with the classes and channels of the trained model; others are not split by drawing.
+
+    Raises:
+        UserError: they are not labelled as the recipe's.
+    """
+    samples, classes, problems = formats.find(section)
+    if elsewhere:
+        splits, more = given_splits(samples, section)
+        dataset = Dataset(classes, splits)
+    else:
+        dataset, more = split(samples, classes, section)
+    if problems := [*problems, *more]:
+        raise UserError(f"the data have problems:\n{listed(problems, chr(10))}")
+    part_of(trained.recipe.task, "task").refuse_other(trained.recipe, dataset)
+    if elsewhere or section.skip_bad:  # the others were read through before training
+        dataset = usable(read_through(dataset), section.skip_bad)
+    return dataset
+
+
+def evaluate_split(
+    trainer: pl.Trainer, task: Task, data: SplitDataModule, part: str, spec: Recipe, about: dict[str, Any]
+) -> Evaluation | None:
+    """Predict one split, each process its share; the first one measures, the others give None."""
+    mine = [prediction for batch in trainer.predict(task, data.loader(part)) for prediction in batch]
+    shares = [mine]
+    if dist.is_initialized():
+        shares = [mine] * dist.get_world_size()
+        dist.all_gather_object(shares, mine)
+    if not trainer.is_global_zero:
+        return None
+    predictions = [prediction for share in shares for prediction in share]
+    samples = data.dataset.splits[part]
+    evaluation = part_of(spec.task, "evaluation").measure(predictions, samples, spec, part)
+    evaluation.about |= about | {"tta": spec.evaluate.tta}
+    return evaluation
+
+
+def _free(folder: Path) -> Path:
+    """The folder, or where it is taken the same with the next free number."""
+    number, free = 1, folder
+    while free.exists():
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free

@@ -1,157 +1,44 @@
-"""What every task shares: making the network, optimizing it, guarding it, and checkpoints that explain themselves.
+"""What every task shares: how a network is optimized and guarded, and checkpoints that explain themselves.
 
-Configuration stops here: networks, losses and metrics take plain parameters.
+A task is a folder of `visionattn.tasks` with these files:
+
+- `recipe`: `Recipe`, what a recipe of the task says; torch-free.
+- `task`: `resolve(spec, dataset) -> (spec, dataset)` (what the recipe leaves open), `make(spec, dataset) -> Task` (the
+  network with its loss and metrics; without a data set as a checkpoint needs it), `training_set(dataset, spec)`,
+  `evaluation_set(samples, data)` and `collate`, `predictions(task, samples, spec, fabric)` of unlabelled samples in
+  order, `open_writer(spec, out, polygons)` for them and `described(case, predictions, spec)` as plain data;
+  `refuse_other(spec, dataset)` of labelled samples that are of another kind; `class_names(spec)`.
+- `evaluation`: `measure(predictions, samples, spec, split) -> Evaluation`, on one process.
+- `report`: `sections(evaluation) -> html`.
+- `check`: `findings(dataset, spec) -> Findings`.
+- `metrics`: `METRICS`, the names, labels and meanings of what it measures.
+- `transforms`, `losses`.
+
+Configuration stops at `task`: networks, losses and metrics take plain parameters.
 """
 
-import difflib
-import importlib
-import os
-from collections.abc import Callable, Collection
-from fnmatch import fnmatch
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
-import timm
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.fabric import Fabric
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import Dataset as TorchDataset
 
-import visionattn.recipe as schema
-from visionattn.data.loaders import seed_of
+from visionattn.data.loaders import make_loader, seed_of
+from visionattn.data.prediction import Prediction
 from visionattn.errors import UserError
+from visionattn.models.networks import freeze, refuse_unknown
+from visionattn.recipe.sections import Optim, Train
 
-__all__ = [
-    *("AtomicCheckpointIO", "Task", "check_names", "load_checkpoint", "make_network", "module_of", "own_statistics"),
-    "start_from",
-]
+__all__ = ["Task", "predict_in_batches"]
 
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints appear whole or not at all, in whichever moment the process is killed."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        partial = f"{path}.partial"
-        super().save_checkpoint(checkpoint, partial, storage_options)
-        os.replace(partial, path)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, tensors and plain data only: no file can execute code here.
-
-    Raises:
-        UserError: the file is missing, damaged, or holds more than tensors and plain data.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and safetensors each raise their own
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a checkpoint of tensors and plain data ({reason})") from None
-
-
-def module_of(spec: schema.Recipe) -> ModuleType:
-    """`visionattn.tasks.TASK.task`: each has `build`, `restore`, `labelled` and
-    `evaluate_split`."""
-    return importlib.import_module(f"visionattn.tasks.{spec.task}.task")
-
-
-def check_names(spec: schema.Recipe) -> None:
-    """Refuse, before any file of the data is opened, a model, a decoder or an optimizer that there is not."""
-    if not timm.is_model(spec.model.name):
-        known = timm.list_models()
-        raise _unknown("model.name", spec.model.name, "model", known, "visionattn list, timm.list_models()")
-    if spec.optim.name not in list_optimizers():
-        raise _unknown("optim.name", spec.optim.name, "optimizer", list_optimizers(), "timm.optim.list_optimizers()")
-    if spec.task == "segmentation":
-        from visionattn.models.segmenters import (
-            DECODERS,  # of segmentation_models_pytorch, which classification does without
-        )
-
-        decoder = spec.model.decoder
-        if decoder is not None and decoder not in DECODERS:
-            where = f"visionattn list --decoders: {', '.join(DECODERS)}"
-            raise _unknown("model.decoder", decoder, "decoder", DECODERS, where)
-
-
-def _unknown(key: str, name: str, kind: str, known: Collection[str], where: str) -> UserError:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"; did you mean {', '.join(near)}?" if near else ""
-    return UserError(f"{key} is {name!r}: unknown {kind}{hint} ({where})")
-
-
-def make_network(spec: schema.Model, num_classes: int, channels: int, image_size: tuple[int, int]) -> nn.Module:
-    """The network of a recipe's `model` section.
-
-    Raises:
-        UserError: unknown argument, no published weights, or a checkpoint that does not fit.
-    """
-    arguments = dict(spec.args)
-    for name in ("drop_rate", "drop_path_rate"):
-        if getattr(spec, name):
-            arguments[name] = getattr(spec, name)
-    default = timm.get_pretrained_cfg(spec.name)
-    if default is not None and default.fixed_input_size:
-        arguments.setdefault("img_size", image_size)
-    try:
-        network = timm.create_model(
-            spec.name, pretrained=spec.pretrained, num_classes=num_classes, in_chans=channels, **arguments
-        )
-    except Exception as error:  # each model raises its own for arguments that it cannot take
-        reason = str(error) or type(error).__name__
-        raise UserError(f"model {spec.name} cannot be made with {arguments or 'its defaults'}: {reason}") from None
-    if spec.checkpoint is not None:
-        start_from(network, spec, num_classes)
-    return network
-
-
-def own_statistics(spec: schema.Recipe, network: nn.Module, channels: int) -> dict[str, list[float]]:
-    """Mean and std that published weights were trained with, unless the recipe says otherwise."""
-    cfg = network.pretrained_cfg
-    if not spec.model.pretrained or spec.data.mean is not None or len(cfg["mean"]) != channels:
-        return {}
-    return {"mean": list(cfg["mean"]), "std": list(cfg["std"])}
-
-
-def start_from(network: nn.Module, spec: schema.Model, num_classes: int) -> None:
-    """Load a checkpoint into the network; the head may differ in its class count, nothing else may."""
-    path = spec.checkpoint.expanduser()
-    state = load_checkpoint(path)
-    state = state.get("state_dict", state.get("model", state))
-    state = {key.removeprefix("network."): value for key, value in state.items()}
-    own = network.state_dict()
-    classifier = tuple(network.get_classifier().state_dict(prefix=f"{network.pretrained_cfg['classifier']}."))
-    differ = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
-    if differ and differ <= set(classifier):
-        print(f"{path}: head of {len(state[classifier[0]])} classes left out, the new one has {num_classes}")
-        state = {key: value for key, value in state.items() if key not in classifier}
-        differ = set()
-    missing, unknown = own.keys() - state.keys() - set(classifier), state.keys() - own.keys()
-    if differ or missing or unknown:
-        raise UserError(
-            f"{path}: not a checkpoint of {spec.name}: {_differences(own, state, missing, unknown, differ)}"
-        )
-    network.load_state_dict(state, strict=False)
-
-
-def _differences(own: dict, state: dict, missing: set, unknown: set, differ: set) -> str:
-    shapes = [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in sorted(differ)]
-    parts = []
-    for title, names in (("missing", sorted(missing)), ("unknown", sorted(unknown)), ("other shape", shapes)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            parts.append(f"{title}: {', '.join(names[:3])}{more}")
-    return "; ".join(parts)
+CHECKED_EVERY = 20  # steps: where losses lie on a GPU or in several processes, looking at each would stop all of them
 
 
 class Task(pl.LightningModule):
@@ -161,10 +48,12 @@ class Task(pl.LightningModule):
         network: the network, with timm's `no_weight_decay` and `group_matcher` where it has them.
         optim: optimizer and schedule.
         train: freezing is the network's, the rest (channels-last, seed) comes from here.
-        freeze: "backbone", name patterns, or None.
+        frozen: "backbone", name patterns, or None.
         monitored: the logged value that picks the best checkpoint, such as "val/accuracy".
-        names: the name of a training image from its index, for messages.
-        provenance: plain data saved with every checkpoint (the recipe, the classes), enough to use it without its run.
+        names: the name of a training sample from its index, for messages.
+
+    Attributes:
+        provenance: plain data saved with every checkpoint, enough to use it without its run.
     """
 
     evaluates_last = False  # besides the best weights
@@ -172,18 +61,18 @@ class Task(pl.LightningModule):
     def __init__(
         self,
         network: nn.Module,
-        optim: schema.Optim,
-        train: schema.Train,
-        freeze: str | list[str] | None,
+        optim: Optim,
+        train: Train,
+        frozen: str | list[str] | None,
         monitored: str,
         names: Callable[[int], str],
-        provenance: dict[str, Any],
     ) -> None:
         super().__init__()
         self.network = network
         self.optim, self.train_spec, self.monitored = optim, train, monitored
-        self.names, self.provenance = names, provenance
-        _freeze(network, freeze)
+        self.names, self.provenance = names, dict[str, Any]()
+        self._unchecked: list[tuple[int, Tensor, Tensor]] = []  # batch, its samples, its loss
+        freeze(network, frozen)
         _optimizer(network, optim)  # wrong arguments are told now, not when training begins
         if train.channels_last:
             network.to(memory_format=torch.channels_last)
@@ -192,16 +81,16 @@ class Task(pl.LightningModule):
         if train.compile:
             network.compile()
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, **options: Any) -> Any:
         if self.train_spec.channels_last:
             image = image.to(memory_format=torch.channels_last)
-        return self.network(image)
+        return self.network(image, **options)
 
     @property
     def maximize(self) -> bool:
         return not self.monitored.endswith("loss")
 
-    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[dict[str, Any]]]:
+    def configure_optimizers(self) -> Any:
         spec = self.optim
         optimizer = _optimizer(self.network, spec)
         steps = self._steps_per_epoch()
@@ -218,7 +107,7 @@ class Task(pl.LightningModule):
             step_on_epochs=False,
             updates_per_epoch=steps,
         )
-        schedules = [{"scheduler": scheduler, "interval": "step"}]
+        schedules: list[dict[str, Any]] = [{"scheduler": scheduler, "interval": "step"}]
         if spec.schedule == "plateau":  # torch's: timm deprecates its own, which cannot be resumed
             mode = "max" if self.maximize else "min"
             plateau = ReduceLROnPlateau(optimizer, mode, spec.decay_rate, spec.patience_epochs, min_lr=spec.min_lr)
@@ -239,30 +128,48 @@ class Task(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """The plateau schedule steps here: Lightning would do it after the epoch's checkpoint has been written."""
+        self._refuse_infinite()
         if self.optim.schedule == "plateau" and self.current_epoch >= self.optim.warmup_epochs:
             _, plateau = self.lr_schedulers()
             plateau.step(self.trainer.callback_metrics[self.monitored])
 
     def on_train_epoch_start(self) -> None:
         """Every epoch starts from a seed of its own, so that a resumed run goes on as the uninterrupted one."""
-        pl.seed_everything(seed_of(self.train_spec.seed, self.current_epoch) % 2**32, verbose=False)
+        rank = [self.global_rank] if self.global_rank else []  # each process has its own dropout and mixup
+        pl.seed_everything(seed_of(self.train_spec.seed, self.current_epoch, *rank) % 2**32, verbose=False)
         self.train()
         for module in self.network.modules():
             parameters = list(module.parameters(recurse=False))
             if parameters and not any(p.requires_grad for p in parameters):
                 module.eval()  # a frozen batch norm keeps its statistics too
 
-    def check_finite(self, loss: Tensor, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Stop at the first loss that is not a number.
+    def log_loss(self, loss: Tensor, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Log a training loss and return it.
 
         Raises:
-            UserError: with the epoch, the batch and its images.
+            UserError: a loss that is not a number, this one or one of the last steps, with its epoch, batch and images.
         """
-        if torch.isfinite(loss):
+        self._unchecked.append((batch_idx, batch["index"], loss.detach()))
+        alone = loss.device.type == "cpu" and self.trainer.world_size == 1
+        if len(self._unchecked) >= (1 if alone else CHECKED_EVERY):
+            self._refuse_infinite()
+        size = len(batch["index"])
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=size, sync_dist=True)
+        return loss
+
+    def _refuse_infinite(self) -> None:
+        if not self._unchecked:
             return
-        images = ", ".join(self.names(i) for i in batch["index"][:5].tolist())
+        losses = torch.stack([loss for *_, loss in self._unchecked])
+        finite = torch.isfinite(losses).tolist()
+        steps, self._unchecked = self._unchecked, []
+        if self.trainer.strategy.reduce_boolean_decision(all(finite)):
+            return
+        first = finite.index(False) if False in finite else 0
+        batch, index, loss = steps[first]
+        images = ", ".join(self.names(i) for i in index[:5].tolist())
         raise UserError(
-            f"the loss became {loss.item()} in epoch {self.current_epoch}, batch {batch_idx} (images {images}, ...); "
+            f"the loss became {loss.item()} in epoch {self.current_epoch}, batch {batch} (images {images}, ...); "
             "training stopped and the checkpoints of the epochs before are kept. "
             f"Lower optim.lr (now {self.optim.lr:g}), set optim.clip_grad, or use another train.precision"
         )
@@ -271,8 +178,9 @@ class Task(pl.LightningModule):
         checkpoint["visionattn"] = self.provenance
 
 
-def _optimizer(network: nn.Module, spec: schema.Optim) -> torch.optim.Optimizer:
+def _optimizer(network: nn.Module, spec: Optim) -> torch.optim.Optimizer:
     """timm's optimizer over the trainable parameters, grouped by weight decay and, if asked for, by depth."""
+    refuse_unknown("optim.name", spec.name, list_optimizers(), "timm.optim.list_optimizers()")
 
     def groups(network: nn.Module) -> list[dict[str, Any]]:
         keep = getattr(network, "no_weight_decay", set)()
@@ -289,21 +197,32 @@ def _optimizer(network: nn.Module, spec: schema.Optim) -> torch.optim.Optimizer:
         raise UserError(f"optim.args is {spec.args}: {error}") from None
 
 
-def _freeze(network: nn.Module, freeze: str | list[str] | None) -> None:
-    if freeze is None:
-        return
-    if freeze == "backbone":
-        head = {id(p) for p in network.get_classifier().parameters()}
-        backbone = getattr(network, "encoder", network)
-        frozen = [p for p in backbone.parameters() if id(p) not in head]
-    else:
-        names = dict(network.named_parameters())
-        useless = [pattern for pattern in freeze if not any(fnmatch(name, pattern) for name in names)]
-        if useless:
-            some = ", ".join(list(names)[:: max(1, len(names) // 5)][:5])
-            raise UserError(f"model.freeze: no parameter matches {', '.join(useless)}; names look like {some}")
-        frozen = [p for name, p in names.items() if any(fnmatch(name, pattern) for pattern in freeze)]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    if not any(p.requires_grad for p in network.parameters()):
-        raise UserError("model.freeze leaves nothing to train")
+class _Readable(TorchDataset):
+    """Items of a dataset, or the prediction that says why one cannot be read."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self.dataset[number]
+        except UserError as error:
+            return Prediction(self.dataset.sample_of(number), error=str(error))
+
+
+@torch.inference_mode()
+def predict_in_batches(
+    task: Task, dataset: Any, collate: Callable[[list], Any], batch_size: int, workers: int, fabric: Fabric
+) -> Iterator[Prediction]:
+    """What a task says of each item of an evaluation set, in order, on the device and in the precision of `fabric`."""
+    for items in make_loader(_Readable(dataset), batch_size, workers, collate=list):
+        readable = [item for item in items if not isinstance(item, Prediction)]
+        predicted: Iterator[Prediction] = iter(())
+        if readable:
+            with fabric.autocast():
+                predicted = iter(task.predict_step(fabric.to_device(collate(readable))))
+        for item in items:
+            yield item if isinstance(item, Prediction) else next(predicted)

@@ -11,7 +11,7 @@ from pyogrio import raw
 from pyogrio.errors import DataLayerError, DataSourceError
 from rasterio.features import shapes
 
-from visionattn.data.formats.geotiff import open_quietly
+from visionattn.data.formats._rasters import open_quietly
 
 __all__ = ["write_polygons"]
 

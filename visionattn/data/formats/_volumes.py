@@ -9,7 +9,7 @@ whole is kept, up to CACHE_BYTES in each process.
 import itertools
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,16 +21,14 @@ from nibabel import orientations
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import get_decoder
 
-from visionattn.data.images import listed
+from visionattn.data.formats.nifti import VolumeSection
 from visionattn.data.labels import Labels
-from visionattn.data.pairs import Pair, find_pairs, group_of
-from visionattn.data.sample import Item, Window
-from visionattn.errors import UserError
-from visionattn.recipe import VolumeData
+from visionattn.data.pairs import Pair
+from visionattn.data.sample import Sample, Window
+from visionattn.errors import UserError, listed
 
-__all__ = ["Slice", "Volume", "Voxels", "open_volume", "scan"]
+__all__ = ["Slice", "Volume", "Voxels", "labelled", "open_volume", "unlabelled"]
 
-ENDINGS = {".nii", ".nii.gz"}
 CACHE_BYTES = 2 * 2**30
 PERCENTILES = (0.5, 99.5)
 SAMPLES = 2**20  # voxels that percentiles are taken of
@@ -150,24 +148,35 @@ class Volume:
         return np.ascontiguousarray(np.moveaxis(1 - image if self.inverted else image, -1, 0))
 
 
+def scaled(values: np.ndarray, section: VolumeSection) -> np.ndarray:
+    """(H, W, channels) -> float32 in 0..1 as `Volume.image` does it."""
+    if section.window is not None and section.level is not None:
+        low, high = _limits(section.window, section.level)
+    else:
+        low, high = Voxels(values[None]).percentiles
+    return np.clip((values - low) / np.maximum(high - low, 1e-12), 0, 1).astype(np.float32)
+
+
 def _limits(window: float, level: float) -> np.ndarray:
     return np.array([level - window / 2, level + window / 2])
 
 
 @dataclass(frozen=True)
-class Slice(Item):
-    """A slice of a volume with that of its mask; `contrast` is as in `Volume.image`."""
+class Slice(Sample):
+    """A slice of a volume, with that of its mask or without; `contrast` is as in `Volume.image`."""
 
-    volume: Volume
-    mask_volume: Volume
-    index: int
-    labels: Labels
-    contrast: tuple[float, float] | None
+    volume: Volume | None = None
+    mask_volume: Volume | None = None
+    index: int = 0
+    labels: Labels | None = None
+    contrast: tuple[float, float] | None = None
 
     def image(self, window: Window | None = None) -> np.ndarray:
         return self.volume.image(self.index, self.contrast, window)
 
-    def mask(self, window: Window | None = None) -> np.ndarray:
+    def target(self, window: Window | None = None) -> np.ndarray | None:
+        if self.mask_volume is None:
+            return None
         values = self.mask_volume.voxels().values(self.index, window or (slice(None), slice(None)))[..., 0]
         name = f"{self.mask_volume.path}, slice {self.index} of axis {self.volume.axis}"
         return self.labels.of_mask(values.round(4) if values.dtype.kind == "f" else values, name)
@@ -176,43 +185,73 @@ class Slice(Item):
     def spacing(self) -> tuple[float, ...]:
         return self.volume.spacing
 
+    @property
+    def unit(self) -> str:
+        return "mm"
 
-def scan(data: VolumeData) -> tuple[list[Item], list[str]]:
-    """The slices of a data section's volumes, called <volume>_slice<number>, and problems: no partner, unreadable,
-    shapes or affines that differ, series with missing slices. Only headers are read.
 
-    Raises:
-        UserError: a folder is missing, or a name without a group.
-    """
-    series = data.format == "dicom"
-    pairs, problems = find_pairs(data, None if series else ENDINGS, ENDINGS)
-    labels, items = Labels.of(data), []
-    contrast = None if data.window is None else (data.window, data.level)
+def labelled(pairs: Sequence[Pair], section: VolumeSection) -> tuple[list[Sample], list[str]]:
+    """The slices of volumes with their masks, called <volume>_slice<number>, and problems: unreadable headers, shapes
+    or affines that differ, series with missing slices."""
+    labels = Labels.of(section)
+    samples: list[Sample] = []
+    problems: list[str] = []
     for pair in pairs:
         try:
-            volume, mask = open_volume(pair.image, data.axis), open_volume(pair.mask, data.axis)
+            volume, mask = open_volume(pair.image, section.axis), open_volume(pair.mask, section.axis)
         except UserError as error:
             problems.append(str(error))
             continue
         differ = _differences(pair, volume, mask)
         problems += differ
-        group = group_of(data, pair.name)
-        for index in () if differ else range(volume.shape[0]):
-            items.append(
-                Slice(
-                    name=f"{pair.name}_slice{index:03d}",
-                    case=pair.name,
-                    group=group,
-                    size=volume.shape[1:],
-                    channels=volume.channels,
-                    volume=volume,
-                    mask_volume=mask,
-                    index=index,
-                    labels=labels,
-                    contrast=contrast,
-                )
-            )
-    return items, problems
+        if not differ:
+            samples += _slices(pair.name, volume, section, group=pair.group, split=pair.split, mask=mask, labels=labels)
+    return samples, problems
+
+
+def unlabelled(paths: Mapping[str, Path], section: VolumeSection, channels: int) -> tuple[list[Sample], list[str]]:
+    """The slices of volumes by name, and a line for each volume that cannot be read or has other channels."""
+    samples: list[Sample] = []
+    problems: list[str] = []
+    for name, path in paths.items():
+        try:
+            volume = open_volume(path, section.axis)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if volume.channels != channels:
+            problems.append(f"{path}: {volume.channels} channels, but the network was trained on {channels}")
+        else:
+            samples += _slices(name, volume, section, group=name)
+    return samples, problems
+
+
+def _slices(
+    name: str,
+    volume: Volume,
+    section: VolumeSection,
+    group: str,
+    split: str = "",
+    mask: Volume | None = None,
+    labels: Labels | None = None,
+) -> list[Sample]:
+    contrast = None if section.window is None or section.level is None else (section.window, section.level)
+    return [
+        Slice(
+            name=f"{name}_slice{index:03d}",
+            case=name,
+            group=group,
+            channels=volume.channels,
+            size=volume.shape[1:],
+            split=split,
+            volume=volume,
+            mask_volume=mask,
+            index=index,
+            labels=labels,
+            contrast=contrast,
+        )
+        for index in range(volume.shape[0])
+    ]
 
 
 def _differences(pair: Pair, volume: Volume, mask: Volume) -> list[str]:

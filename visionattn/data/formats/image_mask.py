@@ -1,49 +1,50 @@
-"""Image files with mask files: PNG, JPEG, TIFF of 8 or 16 bits; masks of class numbers, palettes or colours.
+"""`format: image_mask`: image files with mask files, of class numbers, palettes or colours.
 
 A palette mask is read by its numbers, not its colours, unless `data.colors` is given.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
+from pydantic import Field
 
-from visionattn.data.images import SUFFIXES, read_image
-from visionattn.data.labels import Labels
-from visionattn.data.pairs import Pair, find_pairs, group_of
-from visionattn.data.sample import Item, Window
+from visionattn.data.formats import Found, Kind
+from visionattn.data.images import SUFFIXES, ImageFile, named_files
+from visionattn.data.labels import ColouredMaskSection, Labels
+from visionattn.data.pairs import Pair, PairSection, find_pairs
+from visionattn.data.sample import Sample, Window
 from visionattn.errors import UserError
-from visionattn.recipe import ImageMaskData
+from visionattn.recipe.sections import Positive
 
-__all__ = ["ImageMask", "read_mask", "scan", "unlabelled"]
-
+KIND = Kind("mask", endings=("",))
 TRANSPOSED = {5, 6, 7, 8}  # EXIF orientations that swap height and width
 EXIF_ORIENTATION = 0x0112
 
 
+class Section(PairSection, ColouredMaskSection):
+    """Image files with mask files: class numbers, palettes or colours."""
+
+    format: Literal["image_mask"]
+    channels: Positive | None = Field(None, description="unset: 1 where all images are grey, else 3")
+
+
 @dataclass(frozen=True)
-class ImageMask(Item):
+class ImageMask(ImageFile):
     """An image file with its mask file, or without."""
 
-    path: Path
     mask_path: Path | None = None
     labels: Labels | None = None
 
-    def image(self, window: Window | None = None) -> np.ndarray:
-        image = read_image(self.path, self.channels).numpy()
-        rows, columns = window or (slice(None), slice(None))
-        image = image[:, rows, columns]
-        return image.astype(np.float32) / 255 if image.dtype == np.uint8 else image
-
-    def mask(self, window: Window | None = None) -> np.ndarray | None:
-        if self.mask_path is None:
+    def target(self, window: Window | None = None) -> np.ndarray | None:
+        if self.mask_path is None or self.labels is None:
             return None
-        rows, columns = window or (slice(None), slice(None))
         mask = read_mask(self.mask_path, colors=self.labels.colors is not None)
-        return self.labels.of_mask(mask[rows, columns], self.mask_path)
+        return self.labels.of_mask(mask if window is None else mask[window], self.mask_path)
 
 
 def read_mask(path: Path, colors: bool) -> np.ndarray:
@@ -65,52 +66,40 @@ def read_mask(path: Path, colors: bool) -> np.ndarray:
         raise UserError(f"{path}: not a readable mask ({str(error) or type(error).__name__})") from None
 
 
-def scan(data: ImageMaskData) -> tuple[list[Item], list[str]]:
-    """Items of a data section, and problems: no partner, unreadable, sizes that differ. Pixels are not decoded.
+def find(section: Section) -> Found:
+    """The pairs by name; problems are missing partners, unreadable headers and sizes that differ.
 
     Raises:
         UserError: a folder is missing, or a name without a group.
     """
-    pairs, problems = find_pairs(data, SUFFIXES)
-    labels = Labels.of(data)
+    pairs, problems = find_pairs(section, SUFFIXES)
+    labels = Labels.of(section)
     with ThreadPoolExecutor(8) as pool:
-        headers = list(pool.map(_header, pairs))
+        headers = list(pool.map(_header_of_pair, pairs))
     problems += [header for header in headers if isinstance(header, str)]
-    read = [(pair, *header) for pair, header in zip(pairs, headers, strict=True) if not isinstance(header, str)]
-    natural = max((channels for *_, channels in read), default=1)
-    items = [
+    readable = [(pair, *header) for pair, header in zip(pairs, headers, strict=True) if not isinstance(header, str)]
+    channels = section.channels or max((channels for *_, channels in readable), default=1)
+    samples: list[Sample] = [
         ImageMask(
             name=pair.name,
             case=pair.name,
-            group=group_of(data, pair.name),
+            group=pair.group,
+            channels=channels,
             size=size,
-            channels=data.channels or natural,
+            split=pair.split,
             path=pair.image,
             mask_path=pair.mask,
             labels=labels,
         )
-        for pair, size, _ in read
+        for pair, size, _ in readable
     ]
-    return items, problems
+    return Found(samples, section.class_names, problems)
 
 
-def unlabelled(paths: Mapping[str, Path], channels: int) -> tuple[list[Item], list[str]]:
-    """Items of image files by name, turned into this many channels, and a line for each that is unreadable."""
-    items, problems = [], []
-    for name, path in paths.items():
-        try:
-            size, _ = _look(path)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        items.append(ImageMask(name=name, case=name, group=name, size=size, channels=channels, path=path))
-    return items, problems
-
-
-def _header(pair: Pair) -> tuple[tuple[int, int], int] | str:
+def _header_of_pair(pair: Pair) -> tuple[tuple[int, int], int] | str:
     """(H, W) and channels of an image, 1 for grey and 3 for colour, or what is wrong with the pair."""
     try:
-        (size, bands), (mask_size, _) = _look(pair.image), _look(pair.mask)
+        (size, bands), (mask_size, _) = _header(pair.image), _header(pair.mask)
     except UserError as error:
         return str(error)
     if size != mask_size:
@@ -118,7 +107,7 @@ def _header(pair: Pair) -> tuple[tuple[int, int], int] | str:
     return size, 1 if bands <= 2 else 3
 
 
-def _look(path: Path) -> tuple[tuple[int, int], int]:
+def _header(path: Path) -> tuple[tuple[int, int], int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -128,3 +117,21 @@ def _look(path: Path) -> tuple[tuple[int, int], int]:
     except Exception as error:
         hint = "; many bands or 16-bit colour: data.format=geotiff" if path.suffix.lower() in (".tif", ".tiff") else ""
         raise UserError(f"{path}: not a readable image ({str(error) or type(error).__name__}){hint}") from None
+
+
+def unlabelled(paths: Sequence[Path], section: Section, channels: int) -> tuple[list[Sample], list[str]]:
+    return mask_samples(paths, channels)
+
+
+def mask_samples(paths: Sequence[Path], channels: int) -> tuple[list[Sample], list[str]]:
+    """Image files without masks, called by their path below the given folder without its ending."""
+    samples: list[Sample] = []
+    problems = []
+    for name, path in named_files(paths).items():
+        try:
+            size, _ = _header(path)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        samples.append(ImageMask(name, name, name, channels, size, path=path))
+    return samples, problems

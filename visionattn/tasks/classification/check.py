@@ -1,134 +1,63 @@
-"""Looking through a data set before training: what is in it, and what is wrong with it."""
+"""What `visionattn check` says of labelled images, beside what it says of all data."""
 
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
-from visionattn.data.images import listed
-from visionattn.data.labelled import equal_images, find, scan_splits, too_small
-from visionattn.data.survey import Scan, mean_std
-from visionattn.recipe import ClassificationData
+from visionattn.data.sample import Dataset, Reading
+from visionattn.errors import listed
+from visionattn.tasks.classification.labels import Labelling, MultiLabel, SingleLabel
+from visionattn.tasks.classification.recipe import Recipe
 
-__all__ = ["Findings", "check", "format_findings"]
+__all__ = ["findings", "too_small"]
 
 RATIO_WORTH_A_NOTE = 3
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What `check` found.
-
-    Attributes:
-        classes: names, in order.
-        counts: for each split (classes,) readable images of each class.
-        images: for each split the number of readable images.
-        sizes: for each split (3, 2): smallest, median and largest height and width.
-        kinds: for each split how many images there are of each kind (Pillow's mode of files, type of an array).
-        mean, std: per channel over the readable training images, of values in 0..1.
-        unreadable: for each split the reasons.
-        duplicates: groups of names of equal images within a split.
-        leakage: groups of names of equal images in different splits.
-        conflicts: groups of names of equal images with different labels.
-        problems: what has to be mended before training, one message each.
-        notes: what is worth knowing.
-    """
-
-    classes: list[str]
-    counts: dict[str, np.ndarray]
-    images: dict[str, int]
-    sizes: dict[str, np.ndarray]
-    kinds: dict[str, Counter[str]]
-    mean: list[float]
-    std: list[float]
-    unreadable: dict[str, list[str]]
-    duplicates: list[list[str]]
-    leakage: list[list[str]]
-    conflicts: list[list[str]]
-    problems: list[str]
-    notes: list[str]
+def findings(dataset: Dataset, spec: Recipe) -> tuple[list[list[str]], list[str], list[str]]:
+    """Rows of the table (a title and a text for each split), problems and notes."""
+    several = np.ndim(dataset.samples[0].label) == 1
+    labelling: Labelling = MultiLabel(dataset.classes) if several else SingleLabel(dataset.classes)
+    counts = {name: _counts(labelling, samples, dataset.readings[name]) for name, samples in dataset.splits.items()}
+    rows = [[name, *(str(n[k]) for n in counts.values())] for k, name in enumerate(dataset.classes)]
+    problems, notes = [], []
+    absent = [dataset.classes[k] for k in np.flatnonzero(counts["train"] == 0)]
+    problems += [f"{len(absent)} classes without a readable training image: {listed(absent)}"] if absent else []
+    small = too_small(dataset, spec)
+    if small:
+        problems.append(f"{len(small)} smaller than data.image_size, with data.resize none: {listed(small)}")
+    if not several:
+        notes += _imbalance(dataset.classes, counts["train"])
+    for name, count in counts.items():
+        if name != "train" and (count == 0).any():
+            notes.append(
+                f"no readable {name} image of: {listed([dataset.classes[k] for k in np.flatnonzero(count == 0)])}"
+            )
+    return rows, problems, notes + _mixtures(dataset)
 
 
-def check(data: ClassificationData) -> Findings:
-    """Read every image of a data section and say what there is.
+def _counts(labelling: Labelling, samples: Sequence, readings: Sequence[Reading]) -> np.ndarray:
+    """(K,) readable images of each class."""
+    readable = [sample for sample, reading in zip(samples, readings, strict=True) if not reading.error]
+    return labelling.counts(readable) if readable else np.zeros(len(labelling.classes), np.int64)
 
-    Equal means pixel for pixel after decoding, whatever the files are called; the same picture compressed or scaled
-    anew is not found.
 
-    Raises:
-        UserError: the data section cannot be read as labelled splits at all (see `visionattn.data.find`).
-    """
-    found = find(data)
-    scans = scan_splits(found, data)
-    readable = {name: split.take(np.flatnonzero(scans[name].channels)) for name, split in found.splits.items()}
-    counts = {name: split.counts(len(found.classes)) for name, split in readable.items()}
-    duplicates, leakage, conflicts = equal_images(found, scans)
-    channels = data.channels or max(int(s.channels.max()) for s in scans.values())
-    mean, std = mean_std(scans["train"], channels) if len(readable["train"]) else ([], [])
-    reasons = [reason for s in scans.values() for reason in s.unreadable.values()]
-    absent = [found.classes[k] for k in np.flatnonzero(counts["train"] == 0)]
-    problems = [
-        *_message(reasons, "cannot be read", "\n"),
-        *_message(too_small(found, scans, data), "smaller than data.image_size, with data.resize none"),
-        *_message(absent, "classes without a readable training image"),
-        *_message(leakage, "images in more than one split: results on held-out images would be too good", "\n"),
-        *_message(conflicts, "images with contradicting labels", "\n"),
+def too_small(dataset: Dataset, spec: Recipe) -> list[str]:
+    """Where nothing is resized: names and sizes of the images that a crop of `data.image_size` does not fit into."""
+    if spec.data.resize != "none":
+        return []
+    height, width = spec.data.side
+    return [
+        f"{sample.name} ({reading.size[0]}x{reading.size[1]})"
+        for name, samples in dataset.splits.items()
+        for sample, reading in zip(samples, dataset.readings[name], strict=True)
+        if not reading.error and (reading.size[0] < height or reading.size[1] < width)
     ]
-    notes = [
-        *_message(duplicates, "images more than once in a split", "\n"),
-        *_imbalance(found.classes, counts["train"], found.multi_label),
-        *_absences(found.classes, counts),
-        *_mixtures(scans),
-    ]
-    return Findings(
-        classes=found.classes,
-        counts=counts,
-        images={name: len(split) for name, split in readable.items()},
-        sizes={name: _sizes(s) for name, s in scans.items()},
-        kinds={name: Counter(filter(None, s.kinds)) for name, s in scans.items()},
-        mean=mean,
-        std=std,
-        unreadable={name: list(s.unreadable.values()) for name, s in scans.items()},
-        duplicates=duplicates,
-        leakage=leakage,
-        conflicts=conflicts,
-        problems=problems,
-        notes=notes,
-    )
 
 
-def format_findings(findings: Findings) -> str:
-    """The findings as text for a terminal."""
-    splits = list(findings.counts)
-    rows = [["class", *splits]]
-    rows += [[c, *(str(findings.counts[s][k]) for s in splits)] for k, c in enumerate(findings.classes)]
-    rows += [["images", *(str(findings.images[s]) for s in splits)]]
-    rows += [["unreadable", *(str(len(findings.unreadable[s])) for s in splits)]]
-    for row, what in enumerate(("smallest", "median", "largest")):
-        rows += [[f"{what} height x width", *("{:.0f} x {:.0f}".format(*findings.sizes[s][row]) for s in splits)]]
-    rows += [["kinds", *(", ".join(f"{n} {kind}" for kind, n in findings.kinds[s].items()) for s in splits)]]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    lines += ["", f"training images, per channel: mean {findings.mean}, std {findings.std}"]
-    for title, messages in (("PROBLEM", findings.problems), ("note", findings.notes)):
-        lines += ["", *(f"{title}: {message}".replace("\n", "\n    ") for message in messages)] if messages else []
-    return "\n".join([*lines, "", f"problems: {len(findings.problems) or 'none'}"])
-
-
-def _sizes(s: Scan) -> np.ndarray:
-    sizes = s.sizes[s.channels > 0]
-    return np.stack([f(sizes, axis=0) for f in (np.min, np.median, np.max)]) if len(sizes) else np.zeros((3, 2))
-
-
-def _message(items: list[str] | list[list[str]], what: str, separator: str = ", ") -> list[str]:
-    """One message where there are items, else none."""
-    texts = [item if isinstance(item, str) else " = ".join(item) for item in items]
-    return [f"{len(items)} {what}:{separator.replace(', ', ' ')}{listed(texts, separator)}"] if items else []
-
-
-def _imbalance(classes: list[str], train: np.ndarray, multi_label: bool) -> list[str]:
+def _imbalance(classes: list[str], train: np.ndarray) -> list[str]:
     most, least = train.argmax(), train.argmin()
-    if multi_label or train[least] == 0 or train[most] < RATIO_WORTH_A_NOTE * train[least]:
+    if train[least] == 0 or train[most] < RATIO_WORTH_A_NOTE * train[least]:
         return []
     return [
         f"classes are unbalanced in training: {train[most]} of {classes[most]}, {train[least]} of {classes[least]}; "
@@ -136,17 +65,10 @@ def _imbalance(classes: list[str], train: np.ndarray, multi_label: bool) -> list
     ]
 
 
-def _absences(classes: list[str], counts: dict[str, np.ndarray]) -> list[str]:
-    return [
-        f"no readable {name} image of: {listed([classes[k] for k in np.flatnonzero(n == 0)])}"
-        for name, n in counts.items()
-        if name != "train" and (n == 0).any()
-    ]
-
-
-def _mixtures(scans: dict[str, Scan]) -> list[str]:
-    channels = np.concatenate([s.channels for s in scans.values()])
-    kinds = {kind for s in scans.values() for kind in s.kinds if kind}
+def _mixtures(dataset: Dataset) -> list[str]:
+    readings = [reading for part in dataset.readings.values() for reading in part if not reading.error]
+    channels = np.array([reading.channels for reading in readings])
+    kinds = {reading.kind for reading in readings}
     deep = {kind for kind in kinds if kind.startswith(("I", "F"))}
     notes = []
     if {1, 3} <= set(channels.tolist()):

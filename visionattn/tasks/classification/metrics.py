@@ -1,126 +1,148 @@
-"""Classification metrics, all by torchmetrics: one set for every epoch, a fuller one for held-out images.
+"""Classification metrics, all by torchmetrics: the same for every epoch and for held-out images.
 
-Macro means the unweighted mean over classes (or labels). Accuracy is the share of right images; for multi-label data,
-of right image-label pairs at the threshold 0.5.
+Means over classes (or labels) are unweighted, over those that the images at hand can measure: recall, F1 and average
+precision need images that have the class, AUROC images that have it and images that have not. A metric that no class
+allows is None. Accuracy is the share of right images; for multi-label data, of right image-label pairs at the
+threshold 0.5.
 """
 
-import math
 from typing import Any
 
+import numpy as np
 import torch
-import torchmetrics.classification as tm
+import torchmetrics.functional.classification as tm
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric as EpochMetric
+from torchmetrics.utilities import dim_zero_cat
 
-__all__ = ["evaluate_predictions", "headline", "overall_metrics"]
+from visionattn.report.evaluation import LOSS, Metric
+from visionattn.tasks.classification.labels import Labelling
 
+__all__ = ["BINS", "METRICS", "Scores", "intervals", "measurable", "overall", "per_class"]
 
-def headline(multi_label: bool) -> str:
-    """The metric that stands for a run."""
-    return "auroc" if multi_label else "accuracy"
-
-
-class _LabelCalibrationError(tm.BinaryCalibrationError):
-    """Calibration error over all image-label pairs; torchmetrics has none for multi-label data."""
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        super().update(preds.flatten(), target.flatten())
-
-
-def overall_metrics(num_classes: int, multi_label: bool) -> MetricCollection:
-    """Metrics of probabilities `(N, num_classes)` against labels: int64 `(N,)`, or int64 0/1 `(N, num_classes)`."""
-    if multi_label:
-        return MetricCollection(
-            {
-                "accuracy": tm.MultilabelAccuracy(num_classes, average="micro"),
-                "balanced_accuracy": tm.MultilabelRecall(num_classes, average="macro"),
-                "f1": tm.MultilabelF1Score(num_classes, average="macro"),
-                "auroc": tm.MultilabelAUROC(num_classes, average="macro"),
-                "average_precision": tm.MultilabelAveragePrecision(num_classes, average="macro"),
-                "calibration_error": _LabelCalibrationError(n_bins=15),
-            }
-        )
-    metrics = {
-        "accuracy": tm.MulticlassAccuracy(num_classes, average="micro"),
-        "balanced_accuracy": tm.MulticlassAccuracy(num_classes, average="macro"),
-        "f1": tm.MulticlassF1Score(num_classes, average="macro"),
-        "auroc": tm.MulticlassAUROC(num_classes, average="macro"),
-        "average_precision": tm.MulticlassAveragePrecision(num_classes, average="macro"),
-        "calibration_error": tm.MulticlassCalibrationError(num_classes, n_bins=15),
-    }
-    if num_classes > 5:
-        metrics["top5"] = tm.MulticlassAccuracy(num_classes, average="micro", top_k=5)
-    return MetricCollection(metrics)
+BINS = 15
+METRICS = {
+    "accuracy": Metric("accuracy", "images classified correctly", True),
+    "top5": Metric("top-5 accuracy", "images whose class is among the five most probable", True),
+    "balanced_accuracy": Metric("balanced accuracy", "mean recall of the classes", True),
+    "f1": Metric("F1", "mean over the classes"),
+    "auroc": Metric("AUROC", "mean over the classes, each against the rest"),
+    "average_precision": Metric("average precision", "mean over the classes, each against the rest"),
+    "calibration_error": Metric("calibration error", "mean distance of confidence from accuracy, in 15 bins", True),
+} | LOSS
+OF_CLASSES = ("precision", "recall", "f1", "auroc", "average_precision")
 
 
-def evaluate_predictions(probabilities: Tensor, labels: Tensor, classes: list[str], resamples: int) -> dict[str, Any]:
-    """Everything reported about predictions on held-out images, as plain data.
-
-    Args:
-        probabilities: `(N, classes)` float.
-        labels: int64 `(N,)`, or 0/1 `(N, classes)` for multi-label data.
-        classes: the class names.
-        resamples: bootstrap resamples behind the 95 % interval of the headline metric; 0 gives no interval.
-
-    Returns:
-        `overall` (name -> value), `interval`, `per_class` (rows with support; None where a value is undefined, as the
-        AUROC of a class without images) and `confusion` (classes x classes counts, a row per true class; for
-        multi-label data one [[tn, fp], [fn, tp]] per label).
-    """
-    multi_label = labels.ndim == 2
-    labels = labels.long()
-    overall = overall_metrics(len(classes), multi_label)
-    scores = {name: value.item() for name, value in overall(probabilities, labels).items()}
-    interval = None
-    if resamples:
-        low, high = _interval(overall[headline(multi_label)], probabilities, labels, resamples)
-        interval = {"metric": headline(multi_label), "low": low, "high": high, "level": 0.95, "resamples": resamples}
-    return {
-        "overall": scores,
-        "interval": interval,
-        "per_class": _per_class(probabilities, labels, classes),
-        "confusion": _confusion(probabilities, labels).tolist(),
-    }
+def measurable(targets: Tensor, classes: int) -> dict[str, Tensor]:
+    """(K,) bool: which classes each mean over classes can be taken over."""
+    has = targets > 0 if targets.ndim == 2 else targets[:, None] == torch.arange(classes, device=targets.device)
+    positive, negative = has.any(0), (~has).any(0)
+    return dict.fromkeys(("balanced_accuracy", "f1", "average_precision"), positive) | {"auroc": positive & negative}
 
 
-def _interval(metric: Metric, probabilities: Tensor, labels: Tensor, resamples: int) -> tuple[float, float]:
-    """Percentile bootstrap. torchmetrics' BootStrapper would keep every resample's predictions at once."""
-    generator = torch.Generator().manual_seed(0)
-    values = []
-    for _ in range(resamples):
-        draw = torch.randint(len(labels), (len(labels),), generator=generator)
-        metric.reset()
-        metric.update(probabilities[draw], labels[draw])
-        values.append(metric.compute())
-    low, high = torch.stack(values).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return low, high
+def overall(probabilities: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Metrics of probabilities (N, K) against targets, int64 (N,) or 0/1 (N, K); NaN where no class allows one."""
+    classes, several = probabilities.shape[1], targets.ndim == 2
+    targets = targets.long()
+    scores = _of_classes(probabilities, targets, ("recall", "f1", "auroc", "average_precision"))
+    scores["balanced_accuracy"] = scores.pop("recall")
+    measured = measurable(targets, classes)
+    found = {name: _mean(name, score, measured[name]) for name, score in scores.items()}
+    if several:
+        found["accuracy"] = tm.multilabel_accuracy(probabilities, targets, classes, average="micro")
+        pairs = probabilities.flatten(), targets.flatten()
+        found["calibration_error"] = tm.binary_calibration_error(*pairs, n_bins=BINS)
+    else:
+        found["accuracy"] = tm.multiclass_accuracy(probabilities, targets, classes, average="micro")
+        found["calibration_error"] = tm.multiclass_calibration_error(probabilities, targets, classes, n_bins=BINS)
+        if classes > 5:
+            found["top5"] = tm.multiclass_accuracy(probabilities, targets, classes, average="micro", top_k=5)
+    return dict(sorted(found.items()))
 
 
-def _per_class(probabilities: Tensor, labels: Tensor, classes: list[str]) -> list[dict[str, Any]]:
-    multi_label = labels.ndim == 2
-    kind, count = ("Multilabel", "num_labels") if multi_label else ("Multiclass", "num_classes")
-    names = {
-        "precision": "Precision",
-        "recall": "Recall",
-        "f1": "F1Score",
-        "auroc": "AUROC",
-        "average_precision": "AveragePrecision",
-    }
-    metrics = MetricCollection(
-        {key: getattr(tm, kind + name)(**{count: len(classes)}, average="none") for key, name in names.items()}
-    )
-    values = {key: value.tolist() for key, value in metrics(probabilities, labels).items()}
-    support = labels.sum(0) if multi_label else labels.bincount(minlength=len(classes))
+def _of_classes(probabilities: Tensor, targets: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """(K,) each of these metrics for each class."""
+    kind = "multilabel" if targets.ndim == 2 else "multiclass"
+    functions = {name: getattr(tm, f"{kind}_{'f1_score' if name == 'f1' else name}") for name in names}
+    return {name: f(probabilities, targets, probabilities.shape[1], average="none") for name, f in functions.items()}
+
+
+def _mean(name: str, scores: Tensor, measured: Tensor) -> Tensor:
+    """Over the measured classes, rounded as torchmetrics' own mean over all classes is."""
+    if not measured.any():
+        return scores.new_tensor(torch.nan)
+    if name in ("auroc", "average_precision"):
+        return scores[measured].mean()
+    return (scores[measured] / measured.sum()).sum()
+
+
+class Scores(EpochMetric):
+    """`overall` of all that was seen in an epoch, by whichever process; `compute` leaves out what is not measured."""
+
+    higher_is_better, full_state_update, is_differentiable = True, False, False
+    probabilities: list[Tensor]
+    targets: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("probabilities", [], dist_reduce_fx="cat")
+        self.add_state("targets", [], dist_reduce_fx="cat")
+
+    def update(self, probabilities: Tensor, targets: Tensor) -> None:
+        self.probabilities.append(probabilities)
+        self.targets.append(targets)
+
+    def compute(self) -> dict[str, Tensor]:
+        scores = overall(dim_zero_cat(self.probabilities), dim_zero_cat(self.targets))
+        return {name: score for name, score in scores.items() if not score.isnan()}
+
+
+def per_class(probabilities: Tensor, targets: Tensor, labelling: Labelling) -> list[dict[str, Any]]:
+    """A row for each class with its support; None where its images cannot measure a metric."""
+    scores = {name: score.tolist() for name, score in _of_classes(probabilities, targets.long(), OF_CLASSES).items()}
+    has = labelling.one_hot(targets.numpy())
     rows = []
-    for i, name in enumerate(classes):
-        row = {"class": name, "support": int(support[i])}
-        for key, value in values.items():
-            row[key] = value[i] if 0 < support[i] < len(labels) and math.isfinite(value[i]) else None
+    for k, name in enumerate(labelling.classes):
+        support = int(has[:, k].sum())
+        row: dict[str, Any] = {"class": name, "support": support}
+        for metric, values in scores.items():
+            measured = 0 < support < len(has) if metric == "auroc" else support > 0
+            row[metric] = values[k] if measured else None
         rows.append(row)
     return rows
 
 
-def _confusion(probabilities: Tensor, labels: Tensor) -> Tensor:
-    if labels.ndim == 2:
-        return tm.MultilabelConfusionMatrix(labels.shape[1])(probabilities, labels)
-    return tm.MulticlassConfusionMatrix(probabilities.shape[1])(probabilities, labels)
+def intervals(
+    name: str, probabilities: Tensor, targets: Tensor, groups: list[str], resamples: int
+) -> dict[str, list[float]]:
+    """The 95 % interval of a metric by the percentile bootstrap, whole groups drawn together.
+
+    Empty without resamples, with a single group, which says nothing about others, and where nothing is measured.
+    """
+    names, member = np.unique(groups, return_inverse=True)
+    if not resamples or len(names) < 2:
+        return {}
+    order = np.argsort(member, kind="stable")
+    parts = [torch.from_numpy(part) for part in np.split(order, np.cumsum(np.bincount(member))[:-1])]
+    grouped = len(parts) < len(member)
+    generator = torch.Generator().manual_seed(0)
+    values = []
+    for _ in range(resamples):
+        drawn = torch.randint(len(parts), (len(parts),), generator=generator)
+        rows = torch.cat([parts[g] for g in drawn.tolist()]) if grouped else drawn
+        values.append(_one(name, probabilities[rows], targets[rows]))
+    sample = torch.stack(values).double().numpy()
+    if not np.isfinite(sample).any():
+        return {}
+    return {name: np.nanquantile(sample, [0.025, 0.975]).tolist()}
+
+
+def _one(name: str, probabilities: Tensor, targets: Tensor) -> Tensor:
+    classes = probabilities.shape[1]
+    if name == "accuracy" and targets.ndim == 1:
+        return (probabilities.argmax(1) == targets).float().mean()
+    if name in ("auroc", "average_precision", "f1", "balanced_accuracy"):
+        metric = "recall" if name == "balanced_accuracy" else name
+        (score,) = _of_classes(probabilities, targets.long(), (metric,)).values()
+        return _mean(name, score, measurable(targets, classes)[name])
+    return overall(probabilities, targets)[name]

@@ -1,202 +1,256 @@
-"""The classification task: one step for training and validation, the losses, and prediction with views averaged."""
+"""The classification task: one step for training and validation, and prediction with views averaged."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
-import torch.nn.functional as F
-from lightning.pytorch import seed_everything
+from lightning.fabric import Fabric
 from torch import Tensor, nn
-from torchvision.ops import sigmoid_focal_loss
+from torch.utils.data import default_collate
 
-from visionattn import recipe
-from visionattn.data.datamodule import ClassificationDataModule
-from visionattn.data.labelled import LabelledImages, find_labelled, prepare
-from visionattn.errors import UserError
-from visionattn.recipe import ClassificationRecipe
-from visionattn.tasks.base import Task, make_network, own_statistics
-from visionattn.tasks.classification.evaluation import evaluate_split
-from visionattn.tasks.classification.metrics import headline, overall_metrics
+from visionattn.data.loaders import default_workers
+from visionattn.data.prediction import Prediction
+from visionattn.data.sample import Dataset, Sample
+from visionattn.data.survey import mean_std
+from visionattn.errors import UserError, listed
+from visionattn.inference.views import views
+from visionattn.models.networks import make_network, statistics_of, try_out
+from visionattn.tasks.base import Task, predict_in_batches
+from visionattn.tasks.classification.check import too_small
+from visionattn.tasks.classification.labels import Labelling, MultiLabel, labelling_of, targets_of
+from visionattn.tasks.classification.losses import ClassificationLoss
+from visionattn.tasks.classification.metrics import Scores, measurable
+from visionattn.tasks.classification.recipe import Data, Recipe
+from visionattn.tasks.classification.transforms import Images, eval_transform, mix_transform, train_transform
+from visionattn.writers import Writer, table
 
-__all__ = ["ClassificationLoss", "Classifier", "build", "evaluate_split", "labelled", "restore"]
+__all__ = [
+    "Classifier",
+    "collate",
+    "evaluation_set",
+    "make",
+    "open_writer",
+    "predictions",
+    "refuse_other",
+    "resolve",
+    "training_set",
+]
+
+collate = None  # torch's own
 
 
-class ClassificationLoss(nn.Module):
-    """Cross-entropy, binary cross-entropy or focal loss over class indices or (soft) label vectors.
+class Classifier(Task):
+    """A network that names what is in an image.
 
     Args:
-        name: "cross_entropy", "bce", or "focal" (Lin et al. 2017, eq. 4, a sigmoid per class).
-        num_classes: length of the logits.
-        label_smoothing: share of the target spread over the classes, in [0, 1).
-        weights: `(num_classes,)` weight of each class, or None.
-        gamma: focusing parameter of the focal loss.
+        network: images (B, C, H, W) -> logits (B, K).
+        loss: of logits and targets.
+        labelling: one class an image, or several labels.
+        tta: names of views that predictions are averaged over.
+        turnable: images may be turned by a quarter.
+        mix: mixup or cutmix of a training batch, or None.
     """
 
     def __init__(
         self,
-        name: str,
-        num_classes: int,
-        label_smoothing: float = 0.0,
-        weights: Tensor | None = None,
-        gamma: float = 2.0,
-    ) -> None:
-        super().__init__()
-        self.name, self.num_classes, self.label_smoothing, self.gamma = name, num_classes, label_smoothing, gamma
-        self.register_buffer("weights", weights, persistent=False)
-
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of logits `(B, classes)` against labels int64 `(B,)` or float `(B, classes)`."""
-        if self.name == "cross_entropy":
-            return F.cross_entropy(logits, labels, weight=self.weights, label_smoothing=self.label_smoothing)
-        targets = labels if labels.ndim == 2 else F.one_hot(labels, self.num_classes)
-        targets = targets.to(logits.dtype) * (1 - self.label_smoothing) + self.label_smoothing / 2
-        if self.name == "bce":
-            return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=self.weights)
-        loss = sigmoid_focal_loss(logits, targets, alpha=-1, gamma=self.gamma)
-        return (loss if self.weights is None else loss * self.weights).sum(1).mean()
-
-
-class Classifier(Task):
-    """A network that names what is in an image: one class, or any number of labels."""
-
-    def __init__(
-        self, network: nn.Module, loss: nn.Module, classes: list[str], multi_label: bool, tta: list[str], **task: Any
+        network: nn.Module,
+        loss: nn.Module,
+        labelling: Labelling,
+        tta: list[str],
+        turnable: bool,
+        mix: Any = None,
+        **task: Any,
     ) -> None:
         super().__init__(network, **task)
-        self.loss, self.multi_label, self.tta = loss, multi_label, tta
-        self.val_metrics = overall_metrics(len(classes), multi_label).clone(prefix="val/")
+        self.loss, self.labelling, self.mix = loss, labelling, mix
+        self.views = views(tta, turnable)
+        self.val_scores = Scores()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self.loss(self(batch["image"]), batch["label"])
-        self.check_finite(loss, batch, batch_idx)
-        size = len(batch["image"])
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=size, sync_dist=True)
-        return loss
+        image, label = batch["image"], batch["label"]
+        if self.mix is not None:
+            image, label = self.mix(image, label)
+        return self.log_loss(self.loss(self(image), label), batch, batch_idx)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        logits = self(batch["image"])
-        size = len(batch["image"])
+        logits, size = self(batch["image"]), len(batch["image"])
         self.log("val/loss", self.loss(logits, batch["label"]), prog_bar=True, batch_size=size, sync_dist=True)
-        self.val_metrics.update(self.probabilities(logits), batch["label"].long())
-        self.log_dict(self.val_metrics, on_step=False, on_epoch=True, batch_size=size)
+        self.val_scores.update(self.labelling.probabilities(logits), batch["label"])
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Probabilities `(B, classes)`, averaged over the views of test-time augmentation."""
-        views = _views(batch["image"], self.tta)
-        probabilities = torch.stack([self.probabilities(self(view)) for view in views]).mean(0)
-        return {"probabilities": probabilities, **{k: v for k, v in batch.items() if k != "image"}}
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict({f"val/{name}": value for name, value in self.val_scores.compute().items()})
+        self.val_scores.reset()
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        logits = logits.float()
-        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
-
-
-def _views(image: Tensor, tta: list[str]) -> list[Tensor]:
-    """The image and its mirrored or turned copies, every combination."""
-    views = [image]
-    for name in tta:
-        if name == "rot90":
-            views += [torch.rot90(view, k, (2, 3)) for view in views for k in (1, 2, 3)]
-        else:
-            views += [view.flip(3 if name == "hflip" else 2) for view in views]
-    return views
+    def predict_step(self, batch: dict[str, Any], batch_idx: int = 0) -> list[Prediction]:
+        """Probabilities (K,) of each image, averaged over the views."""
+        seen = [self.labelling.probabilities(self(view.forth(batch["image"]))) for view in self.views]
+        probabilities = torch.stack(seen).mean(0).cpu().numpy()
+        return [Prediction(int(i), row) for i, row in zip(batch["index"], probabilities, strict=True)]
 
 
-def build(
-    spec: ClassificationRecipe,
-) -> tuple[ClassificationRecipe, LabelledImages, ClassificationDataModule, Classifier]:
-    """The resolved recipe, its images, their loaders and the task, for `visionattn.fit`.
+def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
+    """What the recipe leaves open, from the samples; provisional mean and std where these have not been read yet.
+
+    Returns:
+        the recipe with `data.channels`, `classes`, `multi_label`, `mean` and `std`, and the data set whose images have
+        these channels.
+
+    Raises:
+        UserError: the data set cannot be trained on.
+    """
+    data, train = spec.data, dataset.splits["train"]
+    several = np.ndim(train[0].label) == 1
+    if data.multi_label is not None and data.multi_label != several:
+        raise UserError(
+            f"data.multi_label is {data.multi_label}, but the images have {'several labels' if several else 'one class'} each"
+        )
+    _refuse_untrainable(spec, dataset, labelling_of(dataset.classes, several))
+    if dataset.readings and (small := too_small(dataset, spec)):
+        raise UserError(f"data.resize is none, but smaller than data.image_size are: {listed(small)}")
+    channels = data.channels or dataset.channels
+    found: dict[str, Any] = {"mean": [0.0] * channels, "std": [1.0] * channels}
+    if dataset.readings:
+        mean, std = mean_std(dataset.readings["train"])
+        found = {"mean": mean.round(6).tolist(), "std": std.round(6).tolist()}
+    found |= statistics_of(spec.model, channels) if data.mean is None else {}
+    found |= {key: given for key in ("mean", "std") if (given := getattr(data, key)) is not None}
+    for key, values in found.items():
+        if len(values) != channels:
+            raise UserError(f"data.{key} has {len(values)} values, but the images have {channels} channels")
+    found |= {"channels": channels, "classes": dataset.classes, "multi_label": several}
+    return spec.model_copy(update={"data": data.model_copy(update=found)}), dataset.with_channels(channels)
+
+
+def _refuse_untrainable(spec: Recipe, dataset: Dataset, labelling: Labelling) -> None:
+    """Raises UserError unless every class has training images and there are enough images to train and validate."""
+    train, size, several = dataset.splits["train"], spec.data.batch_size, isinstance(labelling, MultiLabel)
+    absent = np.flatnonzero(labelling.counts(train) == 0)
+    if len(absent):
+        raise UserError(f"data: no training image of {listed([dataset.classes[k] for k in absent])}")
+    if len(train) < size:
+        raise UserError(
+            f"data.batch_size is {size}, but there are only {len(train)} training images: set it to at most {len(train)}"
+        )
+    if spec.data.balanced_sampling and several:
+        raise UserError(
+            "data.balanced_sampling is true, but images have several labels; use loss.class_weights instead"
+        )
+    if spec.loss.name == "cross_entropy" and several:
+        raise UserError("loss.name is cross_entropy, but the images have several labels each; allowed: bce, focal")
+    monitored = spec.train.monitor or labelling.headline
+    measured = measurable(targets_of(dataset.splits["val"]), len(dataset.classes)).get(monitored)
+    if measured is not None and not measured.any():
+        raise UserError(
+            f"train.monitor: {monitored} cannot be measured: no class has validation images with and without it; "
+            "monitor loss or accuracy, or choose another val split"
+        )
+
+
+def make(spec: Recipe, dataset: Dataset | None = None) -> Classifier:
+    """The task of a resolved recipe: with its data to train it, without to use a checkpoint's weights.
 
     Raises:
         UserError: anything that cannot be trained.
     """
-    images, data = prepare(spec.data)
-    seed_everything(spec.train.seed, verbose=False)
-    size = data.image_size if isinstance(data.image_size, list) else [data.image_size] * 2
-    network = make_network(spec.model, len(images.classes), data.channels, (size[0], size[1]))
-    _check_takes(network, spec.model.name, (data.channels, *size))
-    data = data.model_copy(update={"classes": images.classes} | own_statistics(spec, network, data.channels))
-    spec = spec.model_copy(update={"data": data})
-    loss = spec.loss.name or ("bce" if images.multi_label else "cross_entropy")
-    if loss == "cross_entropy" and images.multi_label:
-        raise UserError("loss.name is cross_entropy, but the images have several labels each; allowed: bce, focal")
-    task = Classifier(
-        network,
-        ClassificationLoss(
-            loss, len(images.classes), spec.loss.label_smoothing, _class_weights(spec, images, loss), spec.loss.gamma
-        ),
-        images.classes,
-        images.multi_label,
-        spec.evaluate.tta,
-        optim=spec.optim,
-        train=spec.train,
-        freeze=spec.model.freeze,
-        monitored=f"val/{spec.train.monitor or headline(images.multi_label)}",
-        names=images.splits["train"].names.__getitem__,
-        provenance={"format": 1, "recipe": recipe.dump(spec), "multi_label": images.multi_label},
-    )
-    return spec, images, ClassificationDataModule(images, data, spec.train.seed), task
-
-
-def _check_takes(network: nn.Module, name: str, image: tuple[int, int, int]) -> None:
-    """Refuse, before anything is trained, a network that fails on an image of this shape."""
-    try:
-        with torch.no_grad():
-            network.eval()(torch.zeros(1, *image))
-    except Exception as error:  # each model raises its own
-        reason = str(error) or type(error).__name__
-        shape = " x ".join(map(str, image))
-        raise UserError(
-            f"model {name} cannot take images of {shape} (data.channels, data.image_size): {reason}"
-        ) from None
-    network.train()
-
-
-def restore(spec: ClassificationRecipe, about: dict[str, Any]) -> Classifier:
-    """The task of a checkpoint without its weights, to evaluate and predict with."""
-    start = spec.model.model_copy(update={"pretrained": False, "checkpoint": None})
-    size = spec.data.image_size if isinstance(spec.data.image_size, list) else [spec.data.image_size] * 2
-    classes = spec.data.classes
+    data = spec.data
+    labelling = labelling_of(data.classes, data.multi_label)
+    network = make_network(spec.model, len(data.classes), data.channels, data.side)
+    known = timm.get_pretrained_cfg(spec.model.name)
+    settings = {
+        "labelling": labelling,
+        "tta": spec.evaluate.tta,
+        "turnable": data.side[0] == data.side[1] or known is None or not known.fixed_input_size,
+        "optim": spec.optim,
+        "train": spec.train,
+        "monitored": f"val/{spec.train.monitor or labelling.headline}",
+    }
+    if dataset is None:
+        loss = ClassificationLoss(labelling.loss, len(data.classes))
+        return Classifier(network, loss, **settings, frozen=None, names=str)
+    result = try_out(network, spec.model.name, (data.channels, *data.side))
+    if tuple(result.shape) != (1, len(data.classes)):
+        raise UserError(f"model {spec.model.name} gives {tuple(result.shape)} for an image: it is no classifier")
     return Classifier(
-        make_network(start, len(classes), spec.data.channels, (size[0], size[1])),
-        ClassificationLoss("bce" if about["multi_label"] else "cross_entropy", len(classes)),
-        classes,
-        about["multi_label"],
-        spec.evaluate.tta,
-        optim=spec.optim,
-        train=spec.train.model_copy(update={"grad_checkpointing": False}),
-        freeze=None,
-        monitored="val/loss",
-        names=str,
-        provenance=about,
+        network,
+        _loss(spec, dataset, labelling),
+        **settings,
+        mix=mix_transform(data.augment, len(data.classes)),
+        frozen=spec.model.freeze,
+        names=[sample.name for sample in dataset.splits["train"]].__getitem__,
     )
 
 
-def labelled(task: Classifier, spec: ClassificationRecipe, other: Path | None) -> ClassificationDataModule:
-    """Images to evaluate on: the recipe's own, or others.
+def _loss(spec: Recipe, dataset: Dataset, labelling: Labelling) -> ClassificationLoss:
+    """The loss with given weights, or balanced ones: inverse frequency, for bce negatives per positive."""
+    name, weights = spec.loss.name or labelling.loss, spec.loss.class_weights
+    if weights == "balanced":
+        train = dataset.splits["train"]
+        counts = labelling.counts(train)
+        balanced = (len(train) - counts) / counts if name == "bce" else counts.sum() / (len(counts) * counts)
+        weights = torch.as_tensor(balanced, dtype=torch.float32)
+    elif weights is not None:
+        if len(weights) != len(labelling.classes):
+            raise UserError(
+                f"loss.class_weights has {len(weights)} numbers, expected one for each of {len(labelling.classes)} classes"
+            )
+        weights = torch.tensor(weights)
+    return ClassificationLoss(name, len(labelling.classes), spec.loss.label_smoothing, weights, spec.loss.gamma)
 
-    Raises:
-        UserError: they are not labelled as the recipe's.
-    """
-    images = find_labelled(spec.data, other)
-    if images.multi_label != task.multi_label:
+
+def training_set(dataset: Dataset, spec: Recipe) -> Images:
+    """Images changed at random; raises UserError for an augmentation that they cannot take."""
+    train, weights = dataset.splits["train"], None
+    if spec.data.balanced_sampling:
+        labels = np.array([sample.label for sample in train])
+        weights = torch.from_numpy(1 / np.bincount(labels)[labels])
+    return Images(train, train_transform(spec.data), spec.train.seed, weights)
+
+
+def evaluation_set(samples: Sequence[Sample], data: Data) -> Images:
+    """Images in order, without anything random."""
+    return Images(samples, eval_transform(data))
+
+
+def predictions(task: Classifier, samples: Sequence[Sample], spec: Recipe, fabric: Fabric) -> Iterator[Prediction]:
+    """The probabilities of unlabelled images, in order."""
+    data = spec.data
+    workers = default_workers(samples) if data.workers is None else data.workers
+    dataset = Images(samples, eval_transform(data))
+    yield from predict_in_batches(task, dataset, default_collate, data.batch_size, workers, fabric)
+
+
+def open_writer(spec: Recipe, out: Path, polygons: bool = False) -> Writer:
+    """What writes the predicted class (labels joined by ;) and the probability of each class into a table."""
+    if polygons:
+        raise UserError("--polygons is for segmenters of scenes")
+    labelling = labelling_of(spec.data.classes, spec.data.multi_label)
+
+    def cells(probabilities: np.ndarray) -> list[str]:
+        return [labelling.name(labelling.decided(probabilities)), *(f"{p:.6f}" for p in probabilities)]
+
+    return table.open(out, ["predicted", *(f"p:{name}" for name in labelling.classes)], cells)
+
+
+def refuse_other(spec: Recipe, dataset: Dataset) -> None:
+    """Raises UserError where labelled images are not of the kind that the model was trained on."""
+    several = np.ndim(dataset.samples[0].label) == 1
+    if several != spec.data.multi_label:
         kinds = {True: "several labels an image", False: "one class an image"}
-        raise UserError(f"{other}: has {kinds[images.multi_label]}, the model gives {kinds[task.multi_label]}")
-    return ClassificationDataModule(images, spec.data)
+        raise UserError(f"the images have {kinds[several]}, the model gives {kinds[not several]}")
 
 
-def _class_weights(spec: ClassificationRecipe, images: LabelledImages, loss: str) -> Tensor | None:
-    """Given weights, or balanced ones: inverse frequency (cross-entropy, focal), negatives per positive (bce)."""
-    wanted, labels = spec.loss.class_weights, images.splits["train"].labels
-    if wanted is None:
-        return None
-    if wanted == "balanced":
-        counts = labels.sum(0) if images.multi_label else np.bincount(labels, minlength=len(images.classes))
-        weights = (len(labels) - counts) / counts if loss == "bce" else counts.sum() / (len(counts) * counts)
-        return torch.as_tensor(weights, dtype=torch.float32)
-    if len(wanted) != len(images.classes):
-        raise UserError(
-            f"loss.class_weights has {len(wanted)} numbers, expected one for each of {len(images.classes)} classes"
-        )
-    return torch.tensor(wanted)
+def class_names(spec: Recipe) -> list[str]:
+    """In their order."""
+    return spec.data.classes
+
+
+def described(case: Sequence[Sample], parts: Sequence[Prediction], spec: Recipe) -> dict[str, Any]:
+    """The label and the probabilities of an image, as plain data."""
+    labelling = labelling_of(spec.data.classes, spec.data.multi_label)
+    (prediction,) = parts
+    probabilities = np.asarray(prediction.value)
+    by_name = dict(zip(labelling.classes, probabilities.tolist(), strict=True))
+    return {"label": labelling.name(labelling.decided(probabilities)), "probabilities": by_name}

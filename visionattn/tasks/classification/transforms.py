@@ -10,16 +10,21 @@ Small images are enlarged. Rotation fills with black.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, float32
+from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import InterpolationMode, v2
 
+from visionattn.data.loaders import seeded
+from visionattn.data.sample import Sample
 from visionattn.errors import UserError
-from visionattn.recipe import Augment, ClassificationData
+from visionattn.tasks.classification.recipe import Augment, Data
 
-__all__ = ["eval_transform", "mix_transform", "train_transform"]
+__all__ = ["Images", "eval_transform", "mix_transform", "train_transform"]
 
 POLICIES = {
     "randaugment": v2.RandAugment,
@@ -29,10 +34,46 @@ POLICIES = {
 }
 
 
-def train_transform(data: ClassificationData) -> v2.Compose:
+class Images(TorchDataset):
+    """Transformed images; item (epoch, i), or i for epoch 0, is {"image": (C, H, W), "label", "index"}.
+
+    Args:
+        samples: labelled or not; then there is no "label".
+        transform: of (C, H, W) uint8, or float32 in 0..1.
+        seed: what is random in sample i of epoch e depends on (seed, e, i) only.
+        weights: (N,) chances to draw each in training, or None.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        transform: Callable[[Tensor], Tensor],
+        seed: int = 0,
+        weights: Tensor | None = None,
+    ) -> None:
+        self.samples, self.transform, self.seed, self.weights = samples, transform, seed, weights
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def sample_of(self, number: int) -> int:
+        """The sample of an item."""
+        return number
+
+    def __getitem__(self, item: tuple[int, int] | int) -> dict[str, Any]:
+        epoch, index = item if isinstance(item, tuple) else (0, item)
+        sample = self.samples[index]
+        image = torch.from_numpy(np.ascontiguousarray(sample.image()))
+        with seeded(self.seed, epoch, index):
+            entry = {"image": self.transform(image), "index": index}
+        label = sample.target()
+        return entry if label is None else entry | {"label": torch.as_tensor(label)}
+
+
+def train_transform(data: Data) -> v2.Compose:
     """(C, H, W) uint8, or float32 in 0..1 -> normalised float32 (C, height, width), with the recipe's augmentation.
 
-    `data` has `channels`, `mean` and `std` set (see `visionattn.data.prepare`).
+    `data` has `channels`, `mean` and `std` set (see `visionattn.tasks.classification.task.resolve`).
 
     Raises:
         UserError: an augmentation that this number of channels cannot take; a crop range that is none.
@@ -52,9 +93,9 @@ def train_transform(data: ClassificationData) -> v2.Compose:
     return v2.Compose([step for step in steps if step is not None])
 
 
-def eval_transform(data: ClassificationData) -> v2.Compose:
+def eval_transform(data: Data) -> v2.Compose:
     """As `train_transform`, without anything random."""
-    size = _size(data)
+    size = list(data.side)
     geometry = {
         "crop": lambda: [CoveringResize([side / data.crop_pct for side in size], _mode(data)), v2.CenterCrop(size)],
         "squash": lambda: [v2.Resize(size, _mode(data), antialias=True)],
@@ -91,8 +132,8 @@ class CoveringResize(v2.Transform):
         return v2.functional.resize(image, size, self.interpolation, antialias=True)
 
 
-def _train_geometry(data: ClassificationData) -> list[v2.Transform]:
-    size, augment = _size(data), data.augment
+def _train_geometry(data: Data) -> list[v2.Transform]:
+    size, augment = list(data.side), data.augment
     if data.resize == "none":
         return [v2.RandomCrop(size)]
     crop = v2.RandomResizedCrop(size, augment.crop_scale, augment.crop_ratio, _mode(data), antialias=True)
@@ -102,15 +143,11 @@ def _train_geometry(data: ClassificationData) -> list[v2.Transform]:
     return [squash] if augment.crop_scale == [1, 1] else [squash, crop]
 
 
-def _numbers(data: ClassificationData) -> list[v2.Transform]:
+def _numbers(data: Data) -> list[v2.Transform]:
     return [v2.ToDtype(float32, scale=True), v2.Normalize(data.mean, data.std)]
 
 
-def _size(data: ClassificationData) -> list[int]:
-    return [data.image_size] * 2 if isinstance(data.image_size, int) else list(data.image_size)
-
-
-def _mode(data: ClassificationData) -> InterpolationMode:
+def _mode(data: Data) -> InterpolationMode:
     return InterpolationMode(data.interpolation)
 
 

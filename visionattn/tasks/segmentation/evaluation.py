@@ -1,28 +1,22 @@
-"""What is written about a segmenter on held-out images: the last step of `fit`, and `visionattn evaluate`.
+"""What is measured of a segmenter on held-out images.
 
-A folder for each evaluated split holds metrics.json, cases.csv (a row per image, volume or scene), pictures.csv and
-pictures/*.png, the worst and best cases by mean Dice.
+Tables: cases.csv (a row per image, volume or scene), pictures.csv and pictures/*.png, the worst and best cases by mean
+Dice.
 """
 
-import csv
-import json
-import zlib
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
-from torch import distributed as dist
-from tqdm import tqdm
+from PIL import Image
 
-from visionattn.data.datamodule import SplitDataModule
-from visionattn.data.sample import IGNORE, Item
-from visionattn.data.survey import SECONDS_BEFORE_PROGRESS
-from visionattn.recipe import SegmentationRecipe
-from visionattn.report.gallery import case_picture, class_colors
-from visionattn.tasks.base import Task
-from visionattn.tasks.classification.evaluation import fresh_folder
+from visionattn.data import formats
+from visionattn.data.colors import class_colors
+from visionattn.data.prediction import Prediction
+from visionattn.data.sample import IGNORE, Sample, cases
+from visionattn.progress import progress
+from visionattn.report.evaluation import Evaluation
+from visionattn.report.gallery import case_picture
 from visionattn.tasks.segmentation.metrics import (
     MEASURES,
     calibration_error,
@@ -30,105 +24,73 @@ from visionattn.tasks.segmentation.metrics import (
     summarize,
     surfaces_available,
 )
+from visionattn.tasks.segmentation.recipe import Recipe
+from visionattn.tasks.segmentation.task import counted
 
-__all__ = ["assemble", "counted", "evaluate_split"]
+__all__ = ["measure"]
 
 PICTURES = 12  # worst cases, and as many of the best
-NOUNS = {"image_mask": "image", "builtin": "image", "nifti": "volume", "dicom": "volume", "geotiff": "scene"}
 
 
-def counted(spec: SegmentationRecipe) -> list[int]:
-    """The classes that count in means over classes: all but those of `evaluate.leave_out`."""
-    return [k for k, name in enumerate(spec.data.class_names) if name not in spec.evaluate.leave_out]
-
-
-def headline(spec: SegmentationRecipe) -> str:
-    """The metric that stands for a run."""
+def measure(predictions: Sequence[Prediction], samples: Sequence[Sample], spec: Recipe, split: str) -> Evaluation:
+    """Everything that is reported about the predictions of a split, parts of images in any order."""
+    kept = counted(spec)
+    measured = _Cases(predictions, samples, spec)
+    groups = [samples[members[0]].group for members in measured.members.values()]
+    resamples = spec.evaluate.bootstrap
+    summary = summarize(measured.counts, measured.values, groups, measured.classes, kept, resamples)
+    bins = sum(prediction.bins for prediction in predictions)
+    summary["overall"]["calibration_error"] = calibration_error(bins)
+    surface = spec.evaluate.surface and surfaces_available()
     monitor = spec.train.monitor
-    return monitor if monitor not in (None, "loss") else "dice"
+    pictures, rows = measured.pictures(kept)
+    return Evaluation(
+        task=spec.task,
+        split=split,
+        noun=formats.module_of(spec.data).KIND.noun,
+        samples=len(measured.members),
+        classes=measured.classes,
+        headline="dice" if monitor in (None, "loss") else monitor,
+        **summary,
+        more={
+            "confusion": measured.confusion.tolist(),
+            "calibration": bins.tolist(),
+            "colors": [color and "#{:02x}{:02x}{:02x}".format(*color) for color in class_colors(spec.data, kept)],
+            "rules": {
+                "empty": spec.evaluate.empty,
+                "left_out": [name for k, name in enumerate(measured.classes) if k not in kept],
+                "surface": surface,
+                "tolerance": spec.evaluate.tolerance if surface else None,
+                "unit": samples[0].unit,
+            },
+            "slices": len(samples[0].spacing) == 3,
+            "bootstrap": {"resamples": resamples, "groups": len(set(groups))},
+        },
+        tables={"cases.csv": measured.table(kept), "pictures.csv": rows},
+        pictures=pictures,
+    )
 
 
-def evaluate_split(
-    trainer: pl.Trainer,
-    task: Task,
-    data: SplitDataModule,
-    split: str,
-    spec: SegmentationRecipe,
-    out: Path,
-    about: dict[str, Any],
-) -> dict[str, Any]:
-    """Predict one split, each process its share; the first one measures and writes the evaluation folder.
+class _Cases:
+    """The predictions of a split, case by case, and what they measure."""
 
-    Returns:
-        the content of metrics.json; nothing in the other processes.
-    """
-    parts = _gather([part for batch in trainer.predict(task, data.loader(split)) for part in batch])
-    if not trainer.is_global_zero:
-        return {}
-    items, kept = data.images.splits[split].items, counted(spec)
-    cases = Cases(items, parts, spec)
-    with fresh_folder(out) as folder:
-        result = {
-            "task": "segmentation",
-            "split": split,
-            "samples": len(cases.names),
-            "noun": NOUNS[spec.data.format],
-        }
-        result |= {"classes": spec.data.class_names, "headline": headline(spec), "tta": spec.evaluate.tta, **about}
-        result |= cases.measured(kept)
-        (folder / "metrics.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-        cases.write_table(folder / "cases.csv", kept)
-        cases.write_pictures(folder, kept)
-    return result
-
-
-def _gather(mine: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The parts of every process of a distributed run."""
-    if not dist.is_initialized():
-        return mine
-    everyone: list[list[dict[str, Any]]] = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return [part for parts in everyone for part in parts]
-
-
-def assemble(size: tuple[int, int], parts: Sequence[dict[str, Any]]) -> np.ndarray:
-    """The mask (H, W) uint8 of an image from the parts that `Segmenter.predict_step` returns."""
-    mask = np.full(size, IGNORE, np.uint8)
-    for part in parts:
-        top, bottom, left, right = part["window"]
-        values = np.frombuffer(zlib.decompress(part["mask"]), np.uint8)
-        mask[top:bottom, left:right] = values.reshape(bottom - top, right - left)
-    return mask
-
-
-class Cases:
-    """The predictions of a split, case by case, and what they measure.
-
-    Args:
-        items: of the split.
-        parts: what `Segmenter.predict_step` returned for them.
-    """
-
-    def __init__(self, items: list[Item], parts: list[dict[str, Any]], spec: SegmentationRecipe) -> None:
-        self.items, self.spec, self.classes = items, spec, spec.data.class_names
-        self.parts: dict[int, list[dict[str, Any]]] = {}
-        for part in parts:
-            self.parts.setdefault(part["index"], []).append(part)
-        self.members: dict[str, list[int]] = {}
-        for i, item in enumerate(items):
-            self.members.setdefault(item.case, []).append(i)
-        self.names = list(self.members)
-        self.counts = np.zeros((len(self.names), len(self.classes), 3), np.int64)
-        self.values = {name: np.full((len(self.names), len(self.classes)), np.nan) for name in MEASURES}
+    def __init__(self, predictions: Sequence[Prediction], samples: Sequence[Sample], spec: Recipe) -> None:
+        self.samples, self.spec, self.classes = samples, spec, spec.data.class_names
+        self.parts: dict[int, list[Prediction]] = {}
+        for prediction in predictions:
+            self.parts.setdefault(prediction.index, []).append(prediction)
+        self.members = cases(samples)
+        self.counts = np.zeros((len(self.members), len(self.classes), 3), np.int64)
+        self.values = {name: np.full((len(self.members), len(self.classes)), np.nan) for name in MEASURES}
         self.confusion = np.zeros((len(self.classes), len(self.classes)), np.int64)
-        for c in tqdm(range(len(self.names)), "measuring", leave=False, delay=SECONDS_BEFORE_PROGRESS, disable=None):
-            self._measure(c)
+        for c, members in enumerate(progress(self.members.values(), "measuring", len(self.members))):
+            self._measure(c, members)
 
-    def _measure(self, c: int) -> None:
-        evaluate, members = self.spec.evaluate, self.members[self.names[c]]
+    def _measure(self, c: int, members: list[int]) -> None:
+        evaluate = self.spec.evaluate
         prediction = np.stack([self.prediction(i) for i in members])
-        truth = np.stack([self.items[i].mask() for i in members])
-        spacing = self.items[members[0]].spacing
+        truth = np.stack([self.samples[i].target() for i in members])
+        spacing = self.samples[members[0]].spacing
         if len(spacing) == 2:
             prediction, truth = prediction[0], truth[0]
         tolerance = evaluate.tolerance if evaluate.surface else None
@@ -141,73 +103,44 @@ class Cases:
         self.confusion += np.bincount(pairs, minlength=width**2).reshape(width, width)
 
     def prediction(self, i: int) -> np.ndarray:
-        return assemble(self.items[i].size, self.parts[i])
-
-    def measured(self, kept: list[int]) -> dict[str, Any]:
-        """The content of metrics.json that is measured."""
-        evaluate = self.spec.evaluate
-        groups = [self.items[members[0]].group for members in self.members.values()]
-        found = summarize(self.counts, self.values, groups, self.classes, kept, evaluate.bootstrap)
-        bins = sum(part["bins"] for parts in self.parts.values() for part in parts)
-        found["overall"]["calibration_error"] = calibration_error(bins)
-        name = headline(self.spec)
-        low_high = found["intervals"].get(name)
-        level = {"level": 0.95, "resamples": evaluate.bootstrap, "groups": len(set(groups))}
-        found["interval"] = {"metric": name, "low": low_high[0], "high": low_high[1], **level} if low_high else None
-        surface = evaluate.surface and surfaces_available()
-        return found | {
-            "confusion": self.confusion.tolist(),
-            "calibration": bins.tolist(),
-            "colors": [color and "#{:02x}{:02x}{:02x}".format(*color) for color in class_colors(self.spec.data, kept)],
-            "rules": {
-                "empty": evaluate.empty,
-                "left_out": [name for k, name in enumerate(self.classes) if k not in kept],
-                "surface": surface,
-                "tolerance": evaluate.tolerance if surface else None,
-                "unit": "pixels" if len({*self.items[0].spacing}) == 1 and self.items[0].spacing[0] == 1 else "mm",
-            },
-        }
+        """The mask (H, W) uint8 of a sample, put together from its parts."""
+        mask = np.full(self.samples[i].size, IGNORE, np.uint8)
+        for part in self.parts[i]:
+            mask[part.window] = np.asarray(part.value)
+        return mask
 
     def _means(self, kept: list[int]) -> dict[str, np.ndarray]:
         """Each measure (cases,), the mean over the classes that a case has; NaN where it has none."""
-        found = {}
+        means = {}
         for name, value in self.values.items():
             seen = np.isfinite(value[:, kept])
             total = np.where(seen, value[:, kept], 0).sum(1)
-            found[name] = np.where(seen.any(1), total / np.maximum(seen.sum(1), 1), np.nan)
-        return found
+            means[name] = np.where(seen.any(1), total / np.maximum(seen.sum(1), 1), np.nan)
+        return means
 
-    def write_table(self, path: Path, kept: list[int]) -> None:
+    def table(self, kept: list[int]) -> Iterator[dict[str, Any]]:
         """A row per case: means over its classes, then each measure of each class; empty where nothing is measured."""
         means = self._means(kept)
         shown = [name for name in MEASURES if np.isfinite(self.values[name]).any()]
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            columns = [f"{measure}:{name}" for measure in shown for name in self.classes]
-            writer.writerow(["case", "group", *shown, *columns])
-            for c, case in enumerate(self.names):
-                cells = [means[measure][c] for measure in shown]
-                cells += [self.values[measure][c, k] for measure in shown for k in range(len(self.classes))]
-                group = self.items[self.members[case][0]].group
-                writer.writerow([case, group, *("" if np.isnan(v) else f"{v:.6f}" for v in cells)])
+        for c, (case, members) in enumerate(self.members.items()):
+            cells = {measure: means[measure][c] for measure in shown}
+            cells |= {f"{m}:{name}": self.values[m][c, k] for m in shown for k, name in enumerate(self.classes)}
+            texts = {key: "" if np.isnan(value) else f"{value:.6f}" for key, value in cells.items()}
+            yield {"case": case, "group": self.samples[members[0]].group} | texts
 
-    def write_pictures(self, folder: Path, kept: list[int]) -> None:
-        """The worst and the best cases by their mean Dice, no case twice."""
-        dice = self._means(kept)["dice"]
+    def pictures(self, kept: list[int]) -> tuple[dict[str, Image.Image], list[dict[str, Any]]]:
+        """The worst and the best cases by their mean Dice, no case twice, and a row about each picture."""
+        dice, names = self._means(kept)["dice"], list(self.members)
         order = [c for c in np.argsort(dice, kind="stable") if np.isfinite(dice[c])]
         worst = order[: min(PICTURES, -(-len(order) // 2))]
         best = [c for c in reversed(order[-PICTURES:]) if c not in worst]
         colors = class_colors(self.spec.data, kept)
-        (folder / "pictures").mkdir()
-        with (folder / "pictures.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["file", "kind", "case", "dice"])
-            for kind, chosen in (("worst", worst), ("best", best)):
-                for rank, c in enumerate(chosen):
-                    members = self.members[self.names[c]]
-                    picture = case_picture(
-                        [self.items[i] for i in members], [self.prediction(i) for i in members], colors
-                    )
-                    name = f"pictures/{kind}-{rank:02d}.png"
-                    picture.save(folder / name)
-                    writer.writerow([name, kind, self.names[c], f"{dice[c]:.6f}"])
+        pictures, rows = {}, []
+        for kind, chosen in (("worst", worst), ("best", best)):
+            for rank, c in enumerate(chosen):
+                members = self.members[names[c]]
+                file = f"pictures/{kind}-{rank:02d}.png"
+                masks = [self.prediction(i) for i in members]
+                pictures[file] = case_picture([self.samples[i] for i in members], masks, colors)
+                rows.append({"file": file, "kind": kind, "case": names[c], "dice": f"{dice[c]:.6f}"})
+        return pictures, rows

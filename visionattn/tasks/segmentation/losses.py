@@ -6,7 +6,6 @@ them. Where no pixel is labelled the loss is 0. Region losses count a class over
 pixels there.
 """
 
-import difflib
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.data.sample import IGNORE
-from visionattn.errors import UserError
+from visionattn.errors import UserError, nearest
 
 __all__ = ["LOSSES", "SegmentationLoss", "balanced_weights", "make_loss"]
 
@@ -111,7 +110,7 @@ class Tversky(SegmentationLoss):
         self.tversky = smp.TverskyLoss("multiclass", alpha=alpha, beta=1 - alpha, class_weights=self.class_weights)
 
     def pixel_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return self.tversky(logits.T[None], labels[None])
+        return self.tversky(logits.T[None], labels[None]) * _all_over_present(logits, labels)
 
 
 class Lovasz(SegmentationLoss):
@@ -135,7 +134,8 @@ class DiceCrossEntropy(SegmentationLoss):
 
     def pixel_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         entropy = F.cross_entropy(logits, labels, self.weights(logits))
-        return self.ce_weight * entropy + self.dice_weight * self.dice(logits.T[None], labels[None])
+        dice = self.dice(logits.T[None], labels[None]) * _all_over_present(logits, labels)
+        return self.ce_weight * entropy + self.dice_weight * dice
 
 
 class Mutation(DiceCrossEntropy):
@@ -176,6 +176,11 @@ class Boundary(SegmentationLoss):
         return (entropy * total).sum() / total.sum() + 1 - iou.mean()
 
 
+def _all_over_present(logits: Tensor, labels: Tensor) -> float:
+    """What turns smp's mean over all classes, where absent ones count 0, into the mean over those that have pixels."""
+    return logits.shape[1] / len(labels.unique())
+
+
 LOSSES = {
     "ce": CrossEntropy,
     "dice": Tversky,
@@ -214,8 +219,7 @@ def make_loss(
         UserError: an unknown name, or numbers outside their range.
     """
     if name not in LOSSES:
-        near = difflib.get_close_matches(name, LOSSES, n=1)
-        raise UserError(f"loss {name!r} is unknown{f'; did you mean {near[0]}?' if near else ''} ({', '.join(LOSSES)})")
+        raise UserError(f"loss {name!r} is unknown{nearest(name, LOSSES)} ({', '.join(LOSSES)})")
     if class_weights is not None:
         if name == "lovasz":
             raise UserError("lovasz takes no class_weights: it counts all classes alike; leave them out")
@@ -225,14 +229,14 @@ def make_loss(
             raise UserError(f"class_weights is {list(class_weights)}: expected positive numbers")
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha is {alpha}: expected 0 to 1")
-    own = {
+    settings = {
         "dice": {"alpha": 0.5},
         "tversky": {"alpha": alpha},
         "focal": {"gamma": gamma},
         "dice_ce": {"ce_weight": ce_weight, "dice_weight": dice_weight},
         "mutation": {"ce_weight": ce_weight, "dice_weight": dice_weight},
     }
-    return LOSSES[name](ignore_index=ignore_index, class_weights=class_weights, **own.get(name, {}))
+    return LOSSES[name](ignore_index=ignore_index, class_weights=class_weights, **settings.get(name, {}))
 
 
 def balanced_weights(pixels: Sequence[int]) -> list[float]:

@@ -26,17 +26,30 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric as EpochMetric
 
 from visionattn.data.sample import IGNORE
+from visionattn.report.evaluation import LOSS, Metric
 
 __all__ = [
-    *("BINS", "MEASURES", "CaseCounts", "calibration", "calibration_error", "count_pixels", "measure_case"),
+    *("BINS", "MEASURES", "METRICS", "CaseCounts", "calibration", "calibration_error", "count_pixels", "measure_case"),
     *("pooled", "summarize", "surfaces_available"),
 ]
 
 MEASURES = ("dice", "iou", "precision", "recall", "hd95", "nsd")
-POOLED = ("miou", "mf1", "pixel_accuracy")
+METRICS = {
+    "dice": Metric("Dice", "mean over the cases of a class, then over classes"),
+    "iou": Metric("IoU", "as Dice"),
+    "precision": Metric("precision", "as Dice, over the cases where the class is predicted"),
+    "recall": Metric("recall", "as Dice, over the cases that have the class"),
+    "hd95": Metric("HD95", "95th percentile of the distances between the surfaces; as Dice"),
+    "nsd": Metric("surface Dice", "share of the surfaces within the tolerance of each other (NSD); as Dice"),
+    "pooled_iou": Metric("pooled IoU", "of all pixels together"),
+    "miou": Metric("mIoU", "of all pixels together, mean over the classes"),
+    "mf1": Metric("mF1", "of all pixels together, mean over the classes"),
+    "pixel_accuracy": Metric("pixel accuracy", "labelled pixels classified correctly", True),
+    "calibration_error": Metric("calibration error", "mean distance of confidence from accuracy, in 15 bins", True),
+} | LOSS
 BINS = 15
 
 
@@ -52,7 +65,7 @@ def count_pixels(prediction: Tensor, truth: Tensor, classes: int) -> Tensor:
     return torch.stack([x.bincount(minlength=classes) for x in (right, prediction, truth)], dim=1)
 
 
-class CaseCounts(Metric):
+class CaseCounts(EpochMetric):
     """Pixel counts of every case, whatever parts and processes they come from; computes the means (see the module).
 
     Args:
@@ -75,16 +88,16 @@ class CaseCounts(Metric):
     def compute(self) -> dict[str, Tensor]:
         counts = self.counts.cpu().numpy()
         values = measures_of(counts, self.empty)
-        found = {name: _mean_over_classes(_mean(values[name]), self.kept) for name in ("dice", "iou")}
-        found |= pooled(counts.sum(0)[None], self.kept)
-        return {name: torch.tensor(float(np.squeeze(value)), dtype=torch.float32) for name, value in found.items()}
+        measures = {name: _mean_over_classes(_mean(values[name]), self.kept) for name in ("dice", "iou")}
+        measures |= pooled(counts.sum(0)[None], self.kept)
+        return {name: torch.tensor(float(np.squeeze(value)), dtype=torch.float32) for name, value in measures.items()}
 
 
 def measures_of(counts: np.ndarray, empty: str = "standard") -> dict[str, np.ndarray]:
     """Dice, IoU, precision and recall (cases, classes) of counts (cases, classes, 3); NaN where nothing is measured."""
     right, predicted, true = np.moveaxis(counts.astype(np.float64), -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = {
+        measures = {
             "dice": 2 * right / (predicted + true),
             "iou": right / (predicted + true - right),
             "precision": right / predicted,
@@ -92,8 +105,8 @@ def measures_of(counts: np.ndarray, empty: str = "standard") -> dict[str, np.nda
         }
     if empty == "transunet":
         for name in ("dice", "iou"):
-            found[name] = np.where(predicted == 0, 0.0, np.where(true == 0, 1.0, found[name]))
-    return found
+            measures[name] = np.where(predicted == 0, 0.0, np.where(true == 0, 1.0, measures[name]))
+    return measures
 
 
 def measure_case(
@@ -225,8 +238,8 @@ def summarize(
 def _overall(
     counts: np.ndarray, values: dict[str, np.ndarray], kept: list[int], weights: np.ndarray
 ) -> dict[str, np.ndarray]:
-    found = {name: _mean_over_classes(_mean(value, weights), kept) for name, value in values.items()}
-    return found | pooled(np.einsum("nc,ckt->nkt", weights, counts), kept)
+    measures = {name: _mean_over_classes(_mean(value, weights), kept) for name, value in values.items()}
+    return measures | pooled(np.einsum("nc,ckt->nkt", weights, counts), kept)
 
 
 def _draws(groups: list[str], resamples: int, seed: int) -> np.ndarray:

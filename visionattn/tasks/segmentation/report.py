@@ -1,52 +1,36 @@
 """The part of the report about a segmenter on one split: classes, calibration, worst and best cases."""
 
 from html import escape
-from typing import Any
 
 import numpy as np
 
-from visionattn.report.page import (
-    Evaluation,
-    embedded,
-    framed,
-    label_of,
-    matrix,
-    number,
-    plural,
-    read_rows,
-    reliability,
-)
+from visionattn.report.evaluation import Evaluation, read_rows
+from visionattn.report.pieces import about_weights, embedded, framed, matrix, most_confused, number, reliability
+from visionattn.tasks.segmentation.metrics import MEASURES, METRICS
 
-__all__ = ["segmentation_evaluation"]
+__all__ = ["sections"]
 
-MATRIX_CLASSES = 50  # of more, no confusion matrix is shown
+MATRIX_CLASSES = 50  # of more, the most confused pairs are shown
 LEGEND_CLASSES = 30
-MEASURES = ("dice", "iou", "precision", "recall", "hd95", "nsd")
 
 
-def segmentation_evaluation(evaluation: Evaluation) -> str:
-    """The content of the section."""
-    result = evaluation.result
-    about = f"{plural(result['samples'], result['noun'])}, "
-    about += f"weights of epoch {result['epoch'] + 1} ({result['checkpoint']})"
-    epochs = read_rows(evaluation.folder.parents[1] / "metrics.csv")
-    if result["checkpoint"].endswith("best.ckpt") and epochs and int(epochs[-1]["epoch"]) == result["epoch"]:
-        about += ", which is the last epoch too"
-    about += f", predictions averaged over {', '.join(result['tta'])}" if result.get("tta") else ""
-    about += f", images of {result['data']}" if result.get("data") else ""
-    blocks = f"<div>{_per_class(result)}</div>"
-    if len(result["classes"]) <= MATRIX_CLASSES:
-        pixels = matrix(result["classes"], np.array(result["confusion"]), percent=True)
-        blocks += f"<div><h3>Confusion of pixels</h3>{pixels}</div>"
-    error = result["overall"].get("calibration_error")
-    blocks += reliability(np.array(result["calibration"]), error, "confidence", "accuracy", "labelled pixels")
-    note = f'<p class="note">{escape(about)}. {_rules(result)}</p>'
+def sections(evaluation: Evaluation) -> str:
+    """The content of an evaluation's section, HTML."""
+    classes, counts = evaluation.classes, np.array(evaluation.more["confusion"])
+    if len(classes) <= MATRIX_CLASSES:
+        confusion = f"<h3>Confusion of pixels</h3>{matrix(classes, counts, percent=True)}"
+    else:
+        confusion = f"<h3>Most confused classes</h3>{most_confused(classes, counts, 'Pixels')}"
+    bins, error = np.array(evaluation.more["calibration"]), evaluation.overall.get("calibration_error")
+    blocks = f"<div>{_per_class(evaluation)}</div><div>{confusion}</div>"
+    blocks += reliability(bins, error, "confidence", "accuracy", "labelled pixels")
+    note = f'<p class="note">{escape(about_weights(evaluation))}. {_rules(evaluation)}</p>'
     return f'{note}<div class="blocks">{blocks}</div>{_pictures(evaluation)}'
 
 
-def _rules(result: dict[str, Any]) -> str:
+def _rules(evaluation: Evaluation) -> str:
     """How the numbers are to be read."""
-    rules, noun = result["rules"], result["noun"]
+    rules, noun = evaluation.more["rules"], evaluation.noun
     one = f"{'an' if noun == 'image' else 'a'} {noun}"
     text = "Only labelled pixels count. "
     if rules["empty"] == "transunet":
@@ -64,10 +48,10 @@ def _rules(result: dict[str, Any]) -> str:
     return text
 
 
-def _per_class(result: dict[str, Any]) -> str:
-    rows = result["per_class"]
+def _per_class(evaluation: Evaluation) -> str:
+    rows = evaluation.per_class
     columns = [*(name for name in MEASURES if any(row[name] is not None for row in rows)), "pooled_iou"]
-    heads = ["Class", f"{result['noun'].capitalize()}s", "Pixels", *(label_of(name) for name in columns)]
+    heads = ["Class", f"{evaluation.noun.capitalize()}s", "Pixels", *(METRICS[name].label for name in columns)]
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
     body = ""
     for row in rows:
@@ -78,7 +62,7 @@ def _per_class(result: dict[str, Any]) -> str:
             rated = row[metric] is not None and metric != "hd95"
             bar = f' class="bar" style="--v:{row[metric]:.3f}"' if rated else ""
             value = "" if row[metric] is None else f' data-v="{row[metric]}"'
-            body += f"<td{bar}{value}>{number(metric, row[metric])}</td>"
+            body += f"<td{bar}{value}>{number(METRICS[metric].percent, row[metric])}</td>"
         body += "</tr>"
     note = "Pooled IoU is of all pixels together, the others are means over those that have the class."
     return f'<h3>Class by class</h3><p class="note">{note}</p>{framed("classes", head, body)}'
@@ -87,23 +71,23 @@ def _per_class(result: dict[str, Any]) -> str:
 def _pictures(evaluation: Evaluation) -> str:
     html = ""
     rows = read_rows(evaluation.folder / "pictures.csv")
-    volumes = evaluation.result["noun"] == "volume"
-    layout = "truth above prediction" if volumes else "image, truth, prediction"
-    css = "cases wide" if volumes else "cases"
+    slices = evaluation.more.get("slices")
+    layout = "truth above prediction" if slices else "image, truth, prediction"
+    css = "cases wide" if slices else "cases"
     for kind, title in (("worst", "Lowest Dice"), ("best", "Highest Dice")):
         figures = ""
         for row in [row for row in rows if row["kind"] == kind]:
             picture, case = evaluation.folder / row["file"], escape(row["case"])
             image = f'<img src="{embedded(picture)}" alt="{case}: {layout}">' if picture.is_file() else ""
-            dice = f"<dl><div><dt>Dice</dt> <dd>{number('dice', float(row['dice']))}</dd></div></dl>"
+            dice = f"<dl><div><dt>Dice</dt> <dd>{number(False, float(row['dice']))}</dd></div></dl>"
             figures += f'<figure>{image}<figcaption>{dice}<div class="file">{case}</div></figcaption></figure>'
         html += f'<h3>{title}</h3><p class="note">{layout}</p><div class="{css}">{figures}</div>' if figures else ""
-    return html and html.replace(f'<div class="{css}">', f'{_legend(evaluation.result)}<div class="{css}">', 1)
+    return html and html.replace(f'<div class="{css}">', f'{_legend(evaluation)}<div class="{css}">', 1)
 
 
-def _legend(result: dict[str, Any]) -> str:
+def _legend(evaluation: Evaluation) -> str:
     """Which colour stands for which class in the pictures."""
-    shown = [(name, color) for name, color in zip(result["classes"], result["colors"], strict=True) if color]
+    shown = [(name, color) for name, color in zip(evaluation.classes, evaluation.more["colors"], strict=True) if color]
     if len(shown) > LEGEND_CLASSES:
         return ""
     items = "".join(f'<li><span style="background:{color}"></span>{escape(name)}</li>' for name, color in shown)

@@ -1,8 +1,8 @@
 """The segmentation task: one step for training and validation, prediction by windows with views averaged."""
 
-import itertools
-import zlib
-from collections.abc import Callable
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,43 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import seed_everything
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from visionattn import recipe
-from visionattn.data.datamodule import SegmentationDataModule
-from visionattn.data.masked import SegmentationImages, find_labelled, prepare
-from visionattn.errors import UserError
-from visionattn.inference.sliding import predict_windows
+from visionattn.data import formats
+from visionattn.data.colors import class_colors
+from visionattn.data.loaders import default_workers
+from visionattn.data.prediction import PackedMask, Prediction
+from visionattn.data.sample import IGNORE, Dataset, Sample, Window, cases, unit_range
+from visionattn.data.survey import mean_std
+from visionattn.errors import UserError, listed
+from visionattn.files import Unwritable
+from visionattn.inference.sliding import predict_windows, slide, strips
+from visionattn.inference.views import views
+from visionattn.models.networks import arguments_of, statistics_of
 from visionattn.models.segmenters import make_segmenter
-from visionattn.recipe import SegmentationRecipe
-from visionattn.tasks.base import Task, own_statistics, start_from
-from visionattn.tasks.segmentation.evaluation import counted, evaluate_split
+from visionattn.models.weights import start_from
+from visionattn.tasks.base import Task, predict_in_batches
 from visionattn.tasks.segmentation.losses import balanced_weights, make_loss
 from visionattn.tasks.segmentation.metrics import CaseCounts, calibration, surfaces_available
-from visionattn.tasks.segmentation.transforms import side_of
+from visionattn.tasks.segmentation.recipe import Data, Recipe
+from visionattn.tasks.segmentation.transforms import TrainingCrops, WholeImages, collate
+from visionattn.writers import Writer
 
-__all__ = ["Segmenter", "build", "evaluate_split", "labelled", "restore"]
+__all__ = [
+    *(
+        "Segmenter",
+        "collate",
+        "counted",
+        "evaluation_set",
+        "make",
+        "open_writer",
+        "predictions",
+        "refuse_other",
+        "resolve",
+    ),
+    "training_set",
+]
 
 MULTIPLE = 32  # sides of a resized batch
 NO_SURFACES = (
@@ -46,6 +66,8 @@ class Segmenter(Task):
         kept: classes that count in means.
         window: (height, width) that larger images are cut into.
         overlap: share of a window that the next one covers again.
+        tta: names of views that predictions are averaged over.
+        turnable: images may be turned by a quarter.
         cases: the case of each validation image.
         empty: rule for empty classes, see `visionattn.segmetrics`.
         deep: supervise every output.
@@ -63,6 +85,7 @@ class Segmenter(Task):
         window: tuple[int, int],
         overlap: float,
         tta: list[str],
+        turnable: bool,
         cases: list[int],
         empty: str,
         deep: bool,
@@ -71,16 +94,12 @@ class Segmenter(Task):
     ) -> None:
         super().__init__(network, **task)
         self.loss, self.classes, self.window, self.overlap = loss, classes, window, overlap
-        self.tta, self.cases, self.deep, self.multi_scale = tta, cases, deep, multi_scale
+        self.views, self.cases, self.deep, self.multi_scale = views(tta, turnable), cases, deep, multi_scale
         self.val_counts = CaseCounts(max(cases, default=-1) + 1, len(classes), kept, empty)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         image, mask = self._rescaled(batch["image"], batch["mask"])
-        loss = self.loss(self.network.forward_deep(image) if self.deep else self(image), mask)
-        self.check_finite(loss, batch, batch_idx)
-        size = len(image)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=size, sync_dist=True)
-        return loss
+        return self.log_loss(self.loss(self(image, deep=True) if self.deep else self(image), mask), batch, batch_idx)
 
     def _rescaled(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         if not self.multi_scale:
@@ -91,37 +110,36 @@ class Segmenter(Task):
         return image, F.interpolate(mask[:, None].double(), size, mode="nearest-exact")[:, 0].long()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        found = self.probabilities(batch)
-        parts = zip(found, batch["mask"], batch["index"].tolist(), strict=True)
         losses = []
+        parts = zip(self.probabilities(batch), batch["mask"], batch["index"].tolist(), strict=True)
         for probabilities, mask, index in parts:
             losses.append(self.loss(probabilities.clamp_min(1e-7).log()[None], mask[None]))
             self.val_counts.update(probabilities.argmax(0), mask, self.cases[index])
-        self.log("val/loss", torch.stack(losses).mean(), prog_bar=True, batch_size=len(found), sync_dist=True)
+        self.log("val/loss", torch.stack(losses).mean(), prog_bar=True, batch_size=len(losses), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict({f"val/{name}": value for name, value in self.val_counts.compute().items()})
         self.val_counts.reset()
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Of each part its `index`, `window`, packed `mask`, and `bins` (see `calibration`) where there is a truth."""
-        parts = []
+    def predict_step(self, batch: dict[str, Any], batch_idx: int = 0) -> list[Prediction]:
+        """The mask of each part, with `bins` (see `calibration`) where there is a truth."""
+        predictions = []
         for i, probabilities in enumerate(self.probabilities(batch)):
-            part = {"index": int(batch["index"][i]), "window": batch["window"][i]}
-            part["mask"] = zlib.compress(probabilities.argmax(0).to(torch.uint8).cpu().numpy().tobytes(), 1)
-            if "mask" in batch:
-                part["bins"] = calibration(probabilities, batch["mask"][i]).cpu().numpy()
-            parts.append(part)
-        return parts
+            top, bottom, left, right = batch["window"][i]
+            mask = PackedMask(probabilities.argmax(0).to(torch.uint8).cpu().numpy())
+            bins = calibration(probabilities, batch["mask"][i]).cpu().numpy() if "mask" in batch else None
+            window = slice(top, bottom), slice(left, right)
+            predictions.append(Prediction(int(batch["index"][i]), mask, window, bins=bins))
+        return predictions
 
     def probabilities(self, batch: dict[str, Any]) -> list[Tensor]:
         """Of each part of a batch (see `visionattn.crops.WholeImages`): (classes, H, W) in native pixels."""
         images: list[Tensor] = batch["image"]
         if len({image.shape for image in images}) == 1 and self._fits(images[0]):
-            found = self.averaged(torch.stack(images))
+            maps = list(self.averaged(torch.stack(images)))
         else:
-            found = [self._whole(image) for image in images]
-        return [_native(*part) for part in zip(found, batch["extent"], batch["inner"], strict=True)]
+            maps = [self._whole(image) for image in images]
+        return [_native(*part) for part in zip(maps, batch["extent"], batch["inner"], strict=True)]
 
     def _fits(self, image: Tensor) -> bool:
         return all(side <= limit for side, limit in zip(image.shape[1:], self.window, strict=True))
@@ -134,8 +152,8 @@ class Segmenter(Task):
 
     def averaged(self, image: Tensor) -> Tensor:
         """Probabilities (B, classes, H, W) of images (B, C, H, W), averaged over the views."""
-        views = [back(self(forth(image)).float().softmax(1)) for forth, back in _views(self.tta)]
-        return torch.stack(views).mean(0) if len(views) > 1 else views[0]
+        seen = [view.back(self(view.forth(image)).float().softmax(1)) for view in self.views]
+        return torch.stack(seen).mean(0) if len(seen) > 1 else seen[0]
 
 
 def _native(probabilities: Tensor, extent: tuple[int, int], inner: list[int]) -> Tensor:
@@ -145,114 +163,202 @@ def _native(probabilities: Tensor, extent: tuple[int, int], inner: list[int]) ->
     return probabilities[:, top:bottom, left:right]
 
 
-def _views(tta: list[str]) -> list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
-    """Each view of test-time augmentation as a change of images and the way back of maps; every combination."""
-    turns = range(4) if "rot90" in tta else (0,)
-    flips = [dim for name, dim in (("hflip", 3), ("vflip", 2)) if name in tta]
-    mirrors = [dims for n in range(len(flips) + 1) for dims in itertools.combinations(flips, n)]
-    return [
-        (
-            lambda x, k=k, dims=dims: torch.rot90(x, k, (2, 3)).flip(dims),
-            lambda x, k=k, dims=dims: torch.rot90(x.flip(dims), -k, (2, 3)),
+def counted(spec: Recipe) -> list[int]:
+    """The classes that count in means over classes: all but those of `evaluate.leave_out`."""
+    return [k for k, name in enumerate(spec.data.class_names) if name not in spec.evaluate.leave_out]
+
+
+def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
+    """What the recipe leaves open, from the samples; provisional mean and std where these have not been read yet.
+
+    Returns:
+        the recipe with `data.classes` as a list, `mean` and `std`, and the data set with what makes results doubtful.
+
+    Raises:
+        UserError: the data set cannot be trained on.
+    """
+    data, channels = spec.data, dataset.channels
+    _refuse_untrainable(spec, dataset)
+    found: dict[str, Any] = {"mean": [0.0] * channels, "std": [1.0] * channels}
+    if dataset.readings:
+        mean, std = mean_std(dataset.readings["train"])
+        found = {key: [float(f"{v:.7g}") for v in values] for key, values in (("mean", mean), ("std", std))}
+        dataset = replace(dataset, warnings=[*dataset.warnings, *_doubts(spec, dataset)])
+    if data.mean is None and formats.module_of(data).KIND.unit_range:
+        found |= statistics_of(spec.model, channels)
+    found |= {key: given for key in ("mean", "std") if (given := getattr(data, key)) is not None}
+    data = data.model_copy(update=found | {"classes": dataset.classes})
+    return spec.model_copy(update={"data": data}), dataset
+
+
+def _refuse_untrainable(spec: Recipe, dataset: Dataset) -> None:
+    data, images = spec.data, len(dataset.splits["train"])
+    crops, enough = images * data.crops_per_image, -(-data.batch_size // images)
+    if crops < data.batch_size:
+        raise UserError(
+            f"data.batch_size is {data.batch_size}, but an epoch has only {crops} training crops ({images} images, "
+            f"data.crops_per_image {data.crops_per_image}): set data.batch_size to at most {crops}, or "
+            f"data.crops_per_image to at least {enough}"
         )
-        for k in turns
-        for dims in mirrors
-    ]
+    for key in ("mean", "std"):
+        values = getattr(data, key)
+        if values is not None and len(values) != dataset.channels:
+            raise UserError(f"data.{key} has {len(values)} values, but the images have {dataset.channels} channels")
+    if dataset.readings and not _pixels(dataset).any():
+        raise UserError("data: no training mask has a labelled pixel")
 
 
-def build(
-    spec: SegmentationRecipe,
-) -> tuple[SegmentationRecipe, SegmentationImages, SegmentationDataModule, Segmenter]:
-    """The resolved recipe, its images, their loaders and the task, for `visionattn.fit`.
+def _pixels(dataset: Dataset) -> np.ndarray:
+    """(classes,) labelled pixels of each class in training."""
+    return np.sum([reading.counts[:-1] for reading in dataset.readings["train"]], axis=0)
+
+
+def _doubts(spec: Recipe, dataset: Dataset) -> list[str]:
+    absent = np.flatnonzero(_pixels(dataset) == 0)
+    texts = [f"no training mask has a pixel of {listed([dataset.classes[k] for k in absent])}"] if len(absent) else []
+    return texts + ([NO_SURFACES] if spec.evaluate.surface and not surfaces_available() else [])
+
+
+def make(spec: Recipe, dataset: Dataset | None = None) -> Segmenter:
+    """The task of a resolved recipe: with its data to train it, without to use a checkpoint's weights.
 
     Raises:
         UserError: anything that cannot be trained.
     """
-    images = find_labelled(spec.data)
-    seed_everything(spec.train.seed, verbose=False)
-    network = _network(spec, len(images.classes), images.channels)  # its mistakes are told before all images are read
-    images, data = prepare(images, spec.data)
-    if spec.evaluate.surface and not surfaces_available():
-        images = replace(images, warnings=[*images.warnings, NO_SURFACES])
-    if data.format != "geotiff":  # whose values are not in 0..1
-        data = data.model_copy(update=own_statistics(spec, network, len(data.mean)))
-    spec = spec.model_copy(update={"data": data})
-    split = images.splits["val"]
-    order = {case: n for n, case in enumerate(split.cases)}
-    task = _task(
-        spec,
-        network,
-        loss=_loss(spec, images.splits["train"].counts[:, :-1].sum(0)),
-        cases=[order[item.case] for item in split.items],
-        freeze=spec.model.freeze,
-        monitored=f"val/{spec.train.monitor or 'dice'}",
-        names=images.splits["train"].names.__getitem__,
-        provenance={"format": 1, "recipe": recipe.dump(spec)},
-    )
-    return spec, images, SegmentationDataModule(images, data, spec.train.seed), task
-
-
-def restore(spec: SegmentationRecipe, about: dict[str, Any]) -> Segmenter:
-    """The task of a checkpoint without its weights, to evaluate and predict with."""
-    model = spec.model.model_copy(update={"pretrained": False, "checkpoint": None})
-    train = spec.train.model_copy(update={"grad_checkpointing": False})
-    spec = spec.model_copy(update={"model": model, "train": train})
-    network = _network(spec, len(spec.data.classes), len(spec.data.mean))
-    loss = nn.Identity()
-    return _task(spec, network, loss, cases=[], freeze=None, monitored="val/loss", names=str, provenance=about)
-
-
-def labelled(task: Segmenter, spec: SegmentationRecipe, other: Path | None) -> SegmentationDataModule:
-    """Images to evaluate on: the recipe's own, or those of another root with its layout.
-
-    Raises:
-        UserError: what is wrong with them.
-    """
-    images = find_labelled(spec.data, other)
-    if images.channels != len(spec.data.mean):
-        raise UserError(f"{other}: images of {images.channels} channels, the model takes {len(spec.data.mean)}")
-    return SegmentationDataModule(images, spec.data)
-
-
-def _task(spec: SegmentationRecipe, network: nn.Module, loss: nn.Module, cases: list[int], **task: Any) -> Segmenter:
-    classes, data = spec.data.class_names, spec.data
+    data = spec.data
+    network = _network(spec, len(data.class_names), len(data.mean))
+    known = timm.get_pretrained_cfg(spec.model.name)
+    validated = dataset.splits["val"] if dataset else []
+    order = {case: n for n, case in enumerate(cases(validated))}
     return Segmenter(
         network,
-        loss,
-        classes,
+        _loss(spec, dataset) if dataset else nn.Identity(),
+        data.class_names,
         kept=counted(spec),
-        window=side_of(data),
+        window=data.side,
         overlap=spec.evaluate.overlap,
         tta=spec.evaluate.tta,
-        cases=cases,
+        turnable=data.side[0] == data.side[1] or known is None or not known.fixed_input_size,
+        cases=[order[sample.case] for sample in validated],
         empty=spec.evaluate.empty,
         deep=len(network.get_classifier()) > 1 if spec.loss.deep is None else spec.loss.deep,
         multi_scale=data.augment.multi_scale,
         optim=spec.optim,
         train=spec.train,
-        **task,
+        frozen=spec.model.freeze if dataset else None,
+        monitored=f"val/{spec.train.monitor or 'dice'}",
+        names=[sample.name for sample in dataset.splits["train"]].__getitem__ if dataset else str,
     )
 
 
-def _network(spec: SegmentationRecipe, classes: int, channels: int) -> nn.Module:
+def _network(spec: Recipe, classes: int, channels: int) -> nn.Module:
     """The encoder with its decoder, or a whole segmenter of timm's registry."""
     model = spec.model
-    arguments = {name: value for name in ("drop_rate", "drop_path_rate") if (value := getattr(model, name))}
-    arguments |= model.args
-    if (known := timm.get_pretrained_cfg(model.name)) and known.fixed_input_size:
-        arguments.setdefault("img_size", side_of(spec.data))
+    arguments = arguments_of(model, spec.data.side)
     network = make_segmenter(
         model.name, model.decoder, classes, channels, model.pretrained, arguments, model.decoder_args
     )
     if model.checkpoint is not None:
-        start_from(network, model, classes)
+        start_from(network, model.checkpoint, model.name)
     return network
 
 
-def _loss(spec: SegmentationRecipe, pixels: np.ndarray) -> nn.Module:
-    """The loss of the recipe; `pixels` (classes,) are those of the training masks, for balanced weights."""
+def _loss(spec: Recipe, dataset: Dataset) -> nn.Module:
+    """The loss of the recipe; balanced weights are 1 as long as the masks have not been read."""
     weights = spec.loss.class_weights
     if weights == "balanced":
-        weights = balanced_weights(pixels.tolist())
+        weights = balanced_weights(_pixels(dataset).tolist()) if dataset.readings else None
     settings = {name: getattr(spec.loss, name) for name in ("ce_weight", "dice_weight", "gamma", "alpha")}
-    return make_loss(spec.loss.name, len(pixels), weights, **settings)
+    return make_loss(spec.loss.name, len(dataset.classes), weights, **settings)
+
+
+def training_set(dataset: Dataset, spec: Recipe) -> TrainingCrops:
+    """Random crops with their masks."""
+    return TrainingCrops(dataset.splits["train"], dataset.readings.get("train", ()), spec.data, spec.train.seed)
+
+
+def evaluation_set(samples: Sequence[Sample], data: Data) -> WholeImages:
+    """Images in order, large ones in parts, without anything random."""
+    return WholeImages(samples, data)
+
+
+def predictions(task: Segmenter, samples: Sequence[Sample], spec: Recipe, fabric: Fabric) -> Iterator[Prediction]:
+    """The masks of unlabelled samples in order: scenes by bands of rows, all else in batches of parts."""
+    if samples[0].windowed:
+        for index, sample in enumerate(samples):
+            try:
+                for window, numbers, confidence in _scene(task, sample, spec, fabric):
+                    yield Prediction(index, numbers, window, confidence)
+            except Unwritable:
+                raise
+            except UserError as error:
+                yield Prediction(index, error=str(error))
+        return
+    data = spec.data
+    workers = default_workers(samples) if data.workers is None else data.workers
+    yield from predict_in_batches(task, WholeImages(samples, data), collate, data.batch_size, workers, fabric)
+
+
+def _scene(
+    task: Segmenter, scene: Sample, spec: Recipe, fabric: Fabric
+) -> Iterator[tuple[Window, np.ndarray, np.ndarray]]:
+    """Windows of finished rows, their class numbers and these classes' probabilities in per cent (h, w) uint8."""
+    data = spec.data
+    mean, std = (np.array(values, dtype=np.float32)[:, None, None] for values in (data.mean, data.std))
+
+    def read(window: Window) -> np.ndarray | None:
+        image = (unit_range(scene.image(window)) - mean) / std
+        missing = np.isnan(image)
+        return None if missing.all() else np.nan_to_num(image, copy=False, nan=0.0) if missing.any() else image
+
+    def averaged(images: Tensor) -> Tensor:
+        with fabric.autocast():
+            return task.averaged(images)
+
+    for strip in strips(scene.size[1], 4 * len(data.class_names) * data.side[0]):
+        bands = slide(
+            averaged,
+            read,
+            scene.size,
+            len(data.class_names),
+            data.side,
+            spec.evaluate.overlap,
+            data.batch_size,
+            strip,
+            fabric.device,
+        )
+        with closing(bands):  # whose reading ends before an error closes what it reads
+            for rows, probabilities in bands:
+                confidence, numbers = probabilities.max(0)
+                percent = (100 * confidence).round_().to(torch.uint8)
+                yield (rows, strip), numbers.to(torch.uint8).cpu().numpy(), percent.cpu().numpy()
+
+
+def open_writer(spec: Recipe, out: Path, polygons: bool = False) -> Writer:
+    """What writes masks in the format that the samples came in.
+
+    Raises:
+        UserError: it cannot write there, or no polygons.
+    """
+    module = importlib.import_module(f"visionattn.writers.{formats.module_of(spec.data).KIND.writer}")
+    colors = class_colors(spec.data, counted(spec))
+    return module.open(out, spec.data.class_names, colors, spec.evaluate.leave_out, polygons)
+
+
+def refuse_other(spec: Recipe, dataset: Dataset) -> None:
+    """Raises UserError where labelled images are not of the kind that the model was trained on."""
+    if dataset.channels != len(spec.data.mean):
+        raise UserError(f"images of {dataset.channels} channels, the model takes {len(spec.data.mean)}")
+
+
+def class_names(spec: Recipe) -> list[str]:
+    """In their order."""
+    return spec.data.class_names
+
+
+def described(case: Sequence[Sample], parts: Sequence[Prediction], spec: Recipe) -> dict[str, Any]:
+    """The mask (H, W) of an image or scene, or (slices, H, W) of a volume."""
+    masks = [np.full(sample.size, IGNORE, np.uint8) for sample in case]
+    for part in parts:
+        masks[part.index][part.window or ()] = np.asarray(part.value)
+    return {"mask": masks[0] if len(case) == 1 else np.stack(masks)}

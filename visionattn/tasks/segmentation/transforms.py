@@ -12,6 +12,7 @@ Bands are normalised before they are resized, so that missing values (NaN) are t
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,35 +23,28 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
-from visionattn.data.loaders import seed_of
-from visionattn.data.masked import ItemSplit, blocks
-from visionattn.data.sample import IGNORE, Item, Window
-from visionattn.recipe import SegmentationAugment, SegmentationData
+from visionattn.data.loaders import seeded
+from visionattn.data.sample import IGNORE, Reading, Sample, Window, blocks, unit_range
+from visionattn.tasks.segmentation.recipe import Augment, Data
 
-__all__ = ["TrainingCrops", "WholeImages", "augmentation", "collate", "factors", "network_input", "side_of"]
+__all__ = ["TrainingCrops", "WholeImages", "augmentation", "collate", "factors", "network_input"]
 
 PART = 2048  # native pixels of a side: larger scenes are evaluated in parts, each with some of its surroundings
 
 
-def side_of(data: SegmentationData) -> tuple[int, int]:
-    """`data.image_size` as (height, width)."""
-    size = data.image_size
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def factors(size: tuple[int, int], data: SegmentationData) -> tuple[float, float]:
+def factors(size: tuple[int, int], data: Data) -> tuple[float, float]:
     """By what an image of (H, W) pixels is scaled before the network sees it."""
-    height, width = side_of(data)
+    height, width = data.side
     if data.resize == "squash":
         return height / size[0], width / size[1]
     factor = min(height, width) / min(size) if data.resize == "shorter" else 1.0
     return factor, factor
 
 
-def network_input(image: np.ndarray, data: SegmentationData, scaled: tuple[float, float]) -> Tensor:
-    """(C, h, w) float32 as an item gives it -> normalised and scaled, NaN at the mean."""
+def network_input(image: np.ndarray, data: Data, scaled: tuple[float, float]) -> Tensor:
+    """(C, h, w) as a sample gives it -> normalised and scaled, NaN at the mean."""
     mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (data.mean, data.std))
-    image = ((torch.from_numpy(np.ascontiguousarray(image)) - mean) / std).nan_to_num_(0.0)
+    image = ((torch.from_numpy(np.ascontiguousarray(unit_range(image))) - mean) / std).nan_to_num_(0.0)
     size = [max(1, round(side * factor)) for side, factor in zip(image.shape[1:], scaled, strict=True)]
     return _resized(image, size)
 
@@ -65,45 +59,47 @@ class TrainingCrops(Dataset):
     """Random crops with their masks; item (epoch, i) is {"image": (C, H, W), "mask": (H, W) int64, "index": image}.
 
     Args:
-        split: items, with the places of their classes where `data.rare_crops`.
-        data: the section as `visionattn.segdata.prepare` resolves it.
+        samples: to cut from.
+        readings: of the samples, with the places of their classes where `data.rare_crops`.
+        data: the section as `visionattn.tasks.segmentation.task.resolve` leaves it.
         seed: crop i of epoch e depends on (seed, e, i) only.
     """
 
-    def __init__(self, split: ItemSplit, data: SegmentationData, seed: int) -> None:
-        self.images, self.data, self.seed = split.items, data, seed
-        self.places = [look.places for look in split.looks] if data.rare_crops else None
+    weights = None  # every crop is drawn once an epoch
+
+    def __init__(self, samples: Sequence[Sample], readings: Sequence[Reading], data: Data, seed: int) -> None:
+        self.samples, self.data, self.seed = samples, data, seed
+        self.places = [reading.places for reading in readings] if data.rare_crops else None
         self.augmentation = augmentation(data.augment)
-        self.size = side_of(data)
+        self.size = data.side
 
     def __len__(self) -> int:
-        return len(self.images) * self.data.crops_per_image
+        return len(self.samples) * self.data.crops_per_image
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
         epoch, crop = item
-        index = crop % len(self.images)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_of(self.seed, epoch, crop))
+        index = crop % len(self.samples)
+        with seeded(self.seed, epoch, crop):
             image, mask = self.augmentation(*self._crop(index))
         return {"image": image.as_subclass(Tensor), "mask": mask.as_subclass(Tensor).long(), "index": index}
 
     def _crop(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-        item: Item = self.images[index]
+        sample = self.samples[index]
         low, high = self.data.augment.scale
         zoom = math.exp(torch.empty(1).uniform_(math.log(low), math.log(high)).item())
         shape = [
             max(1, round(side / (zoom * factor)))
-            for side, factor in zip(self.size, factors(item.size, self.data), strict=True)
+            for side, factor in zip(self.size, factors(sample.size, self.data), strict=True)
         ]
         centre = self._rare_place(index)
-        starts = [_start(*sizes) for sizes in zip(item.size, shape, centre or (None, None), strict=True)]
+        starts = [_start(*sizes) for sizes in zip(sample.size, shape, centre or (None, None), strict=True)]
         inside = tuple(
             slice(max(start, 0), min(start + extent, side))
-            for start, extent, side in zip(starts, shape, item.size, strict=True)
+            for start, extent, side in zip(starts, shape, sample.size, strict=True)
         )
-        image = network_input(item.image(inside), self.data, (1.0, 1.0))
-        mask = torch.from_numpy(np.ascontiguousarray(item.mask(inside)))
-        top, left = (part.start - start for part, start in zip(inside, starts, strict=True))
+        image = network_input(sample.image(inside), self.data, (1.0, 1.0))
+        mask = torch.from_numpy(np.ascontiguousarray(sample.target(inside)))
+        top, left = (side.start - start for side, start in zip(inside, starts, strict=True))
         below, right = shape[0] - top - mask.shape[0], shape[1] - left - mask.shape[1]
         image = _resized(F.pad(image, (left, right, top, below)), list(self.size))
         mask = F.pad(mask, (left, right, top, below), value=IGNORE)
@@ -115,8 +111,8 @@ class TrainingCrops(Dataset):
         """With the chance of `rare_crops` a pixel of one of the image's classes, each class as likely."""
         if self.places is None or torch.rand(1).item() >= self.data.rare_crops or not self.places[index]:
             return None
-        found = self.places[index]
-        of_class = found[sorted(found)[torch.randint(len(found), (1,)).item()]]
+        of_sample = self.places[index]
+        of_class = of_sample[sorted(of_sample)[torch.randint(len(of_sample), (1,)).item()]]
         row, column = of_class[torch.randint(len(of_class), (1,)).item()]
         return int(row), int(column)
 
@@ -138,36 +134,53 @@ class WholeImages(Dataset):
     - index: of the image; window: the part's (top, bottom, left, right) in it;
     - extent: native (height, width) of what `image` shows; inner: where the part is in it, as `window`.
 
-    Args:
-        parts: whether large scenes are divided.
+    Large images are divided, so that the probabilities of all classes fit into memory; a file that is not read by
+    windows is kept decoded for its next part.
     """
 
-    def __init__(self, items: list[Item], data: SegmentationData, parts: bool = True) -> None:
-        self.images, self.data, self.divided = items, data, parts and data.resize == "none"
-        self.parts = [(i, window) for i, item in enumerate(items) for window in self._windows(item)]
+    def __init__(self, samples: Sequence[Sample], data: Data) -> None:
+        self.samples, self.data = samples, data
+        self.parts = [(i, window) for i, sample in enumerate(samples) for window in self._windows(sample)]
+        self._decoded: tuple[int, np.ndarray, np.ndarray | None] | None = None
 
-    def _windows(self, item: Item) -> list[Window]:
-        side = max(PART, *side_of(self.data)) if self.divided else max(item.size)
-        return list(blocks(item.size, side))
+    def _windows(self, sample: Sample) -> list[Window]:
+        divided = self.data.resize == "none"
+        return list(blocks(sample.size, max(PART, *self.data.side) if divided else max(sample.size)))
 
     def __len__(self) -> int:
         return len(self.parts)
 
+    def sample_of(self, number: int) -> int:
+        """The sample that an item is a part of."""
+        return self.parts[number][0]
+
     def __getitem__(self, number: tuple[int, int] | int) -> dict[str, Any]:
         index, window = self.parts[number[1] if isinstance(number, tuple) else number]
-        item = self.images[index]
-        margins = [side // 2 for side in side_of(self.data)]
+        sample = self.samples[index]
+        margins = [side // 2 for side in self.data.side]
         seen = tuple(
-            slice(max(part.start - margin, 0), min(part.stop + margin, side))
-            for part, margin, side in zip(window, margins, item.size, strict=True)
+            slice(max(inner.start - margin, 0), min(inner.stop + margin, side))
+            for inner, margin, side in zip(window, margins, sample.size, strict=True)
         )
-        image = network_input(item.image(seen), self.data, factors(item.size, self.data))
-        inner = [edge - around.start for part, around in zip(window, seen, strict=True) for edge in _edges(part)]
-        part = {"image": image, "index": index, "window": [edge for side in window for edge in _edges(side)]}
-        mask = item.mask(window)
-        extent = tuple(around.stop - around.start for around in seen)
-        part |= {"extent": extent, "inner": inner}
+        pixels, mask = self._read(index, seen, window)
+        part = {
+            "image": network_input(pixels, self.data, factors(sample.size, self.data)),
+            "index": index,
+            "window": [edge for side in window for edge in _edges(side)],
+            "extent": tuple(around.stop - around.start for around in seen),
+            "inner": [e - around.start for inner, around in zip(window, seen, strict=True) for e in _edges(inner)],
+        }
         return part if mask is None else part | {"mask": torch.from_numpy(np.ascontiguousarray(mask))}
+
+    def _read(self, index: int, seen: Window, window: Window) -> tuple[np.ndarray, np.ndarray | None]:
+        """The pixels of what is seen, and the mask of the window inside it."""
+        sample = self.samples[index]
+        if sample.windowed:
+            return sample.image(seen), sample.target(window)
+        if self._decoded is None or self._decoded[0] != index:
+            self._decoded = index, sample.image(), sample.target()
+        _, image, mask = self._decoded
+        return image[:, seen[0], seen[1]], None if mask is None else mask[window]
 
 
 def _edges(part: slice) -> tuple[int, int]:
@@ -180,7 +193,7 @@ def collate(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return batch | {"index": torch.tensor(batch["index"])}
 
 
-def augmentation(augment: SegmentationAugment) -> v2.Transform:
+def augmentation(augment: Augment) -> v2.Transform:
     """Image (C, H, W) normalised float and mask (H, W) -> the same, changed at random and together."""
     fill = {tv_tensors.Image: 0.0, tv_tensors.Mask: IGNORE}
     steps = [

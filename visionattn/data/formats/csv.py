@@ -1,0 +1,116 @@
+"""`format: csv`: a table of images and their labels."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+from pydantic import Field
+
+from visionattn.data.formats import Found, Kind
+from visionattn.data.images import ImageFile, image_samples
+from visionattn.data.labels import ClassSection, class_order
+from visionattn.data.sample import SPLITS, Sample
+from visionattn.errors import UserError, listed, nearest
+from visionattn.recipe.sections import FilePath
+
+KIND = Kind("class", endings=(".csv",))
+
+
+class Section(ClassSection):
+    """A table with a row per image."""
+
+    format: Literal["csv"]
+    root: FilePath = Field(description="the .csv file")
+    images: FilePath | None = Field(None, description="folder that the paths start from; unset: the table's folder")
+    path_column: str = "path"
+    label_column: str = "label"
+    label_separator: str | None = Field(None, description="multi-label: what separates the labels of a row")
+    split_column: str | None = Field(None, description="column that says train, val or test; unset: drawn")
+    group_column: str | None = Field(None, description="a group (patient, scene) never goes to different splits")
+
+    def at(self, root: Path) -> Self:
+        other = super().at(root)  # type: ignore[misc]  # of the task's section, which is the next base
+        return other.model_copy(update={"images": None, "split_column": None, "group_column": None})
+
+
+def find(section: Section) -> Found:
+    """The images in the order of the rows; none is opened."""
+    rows = _rows(section)
+    base = section.images or section.root.parent
+    paths = [base / row[section.path_column] for row in rows]
+    _refuse_files(rows, paths, section)
+    texts = [row[section.label_column] for row in rows]
+    if section.label_separator:
+        sets = [{x.strip() for x in text.split(section.label_separator)} - {""} for text in texts]
+        classes = class_order(set().union(*sets), section)
+        labels = list(np.array([[c in s for c in classes] for s in sets], dtype=np.float32))
+    else:
+        classes = class_order(texts, section)
+        index = {c: k for k, c in enumerate(classes)}
+        labels = [index[text] for text in texts]
+    splits = _splits(rows, section)
+    samples: list[Sample] = []
+    for row, path, label, split in zip(rows, paths, labels, splits, strict=True):
+        name = row[section.path_column]
+        group = row[section.group_column] if section.group_column else name
+        samples.append(ImageFile(name, name, group, section.channels, split=split, label=label, path=path))
+    return Found(samples, classes, [])
+
+
+def _refuse_files(rows: list[dict[str, str]], paths: list[Path], section: Section) -> None:
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(
+            f"data.root: {section.root}: {len(missing)} of {len(paths)} files are missing: {listed(missing)}"
+        )
+    seen: set[Path] = set()
+    twice = [row[section.path_column] for row, p in zip(rows, paths, strict=True) if p in seen or seen.add(p)]  # type: ignore[func-returns-value]
+    if twice:
+        hint = "" if section.label_separator else "; several labels of an image go into one row (data.label_separator)"
+        raise UserError(f"data.root: {section.root}: listed more than once: {listed(sorted(twice))}{hint}")
+
+
+def _rows(section: Section) -> list[dict[str, str]]:
+    """Rows of the table as stripped text, with all the columns that the recipe names."""
+    try:
+        with open(section.root, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            header = list(reader.fieldnames or [])
+            lines = [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"data.root: {section.root}: not readable as a table ({reason})") from None
+    keys = ["path_column", "label_column", "split_column", "group_column"]
+    columns = {key: getattr(section, key) for key in keys if getattr(section, key) is not None}
+    for key, column in columns.items():
+        if column not in header:
+            hint = nearest(column, header, cutoff=0.5)
+            raise UserError(f"data.{key}: {section.root} has no column {column!r}; it has {listed(header)}{hint}")
+    rows = [(line, {column: (row[column] or "").strip() for column in columns.values()}) for line, row in lines]
+    if not rows:
+        raise UserError(f"data.root: {section.root}: no rows below the header")
+    optional = {section.label_column} if section.label_separator else set()  # an image may have none of the labels
+    for column in set(columns.values()) - optional:
+        empty = [line for line, row in rows if not row[column]]
+        if empty:
+            raise UserError(f"data.root: {section.root}: {column} is empty in line {listed(empty)}")
+    return [row for _, row in rows]
+
+
+def _splits(rows: list[dict[str, str]], section: Section) -> list[str]:
+    if section.split_column is None:
+        return [""] * len(rows)
+    splits = [row[section.split_column] for row in rows]
+    unknown = sorted(set(splits) - set(SPLITS))
+    if unknown or "train" not in splits:
+        raise UserError(
+            f"data.split_column: {section.root}: {section.split_column} has {listed(unknown or sorted(set(splits)))}, "
+            f"expected {', '.join(SPLITS)}"
+        )
+    return splits
+
+
+def unlabelled(paths: Sequence[Path], section: Section, channels: int) -> tuple[list[Sample], list[str]]:
+    return image_samples(paths, channels)

@@ -1,0 +1,54 @@
+"""`format: dicom`: DICOM series, a folder of slices each, with NIfTI masks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from visionattn.data.formats import Found, nifti
+from visionattn.data.images import walk
+from visionattn.data.pairs import find_pairs
+from visionattn.data.sample import Sample
+from visionattn.errors import UserError, listed
+
+KIND = nifti.KIND
+of_array = nifti.of_array
+
+
+class Section(nifti.VolumeSection):
+    """DICOM series, a folder of slices each, with NIfTI masks."""
+
+    format: Literal["dicom"]
+
+
+def find(section: Section) -> Found:
+    """The slices of every series with its mask; only headers are read."""
+    from visionattn.data.formats import _volumes
+
+    pairs, problems = find_pairs(section, None, nifti.ENDINGS)
+    samples, more = _volumes.labelled(pairs, section)
+    return Found(samples, section.class_names, problems + more)
+
+
+def unlabelled(paths: Sequence[Path], section: Section, channels: int) -> tuple[list[Sample], list[str]]:
+    from visionattn.data.formats import _volumes
+
+    return _volumes.unlabelled(_series_folders(paths), section, channels)
+
+
+def _series_folders(paths: Sequence[Path]) -> dict[str, Path]:
+    """Folders that hold files, at or below the given ones, by the name of their result."""
+    missing = [str(path) for path in paths if not path.is_dir()]
+    if missing:
+        raise UserError(f"expected folders of DICOM series, but these are none: {listed(missing)}")
+    named: dict[str, Path] = {}
+    for given in paths:
+        for here, _, files in walk(given):
+            name = here.relative_to(given).as_posix() if here != given else given.resolve().name
+            if not files:
+                continue
+            if name in named:
+                raise UserError(f"{named[name]} and {here} would both be written as {name}; predict them apart")
+            named[name] = here
+    if not named:
+        raise UserError(f"no files in {listed(paths)}")
+    return named

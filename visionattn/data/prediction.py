@@ -1,0 +1,40 @@
+"""What a network says of a sample."""
+
+import zlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from visionattn.data.sample import Window
+
+__all__ = ["PackedMask", "Prediction"]
+
+
+class PackedMask:
+    """A mask (h, w) uint8, compressed; numpy reads it as an array."""
+
+    def __init__(self, mask: np.ndarray) -> None:
+        self.data, self.shape = zlib.compress(np.ascontiguousarray(mask, np.uint8), 1), mask.shape
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.frombuffer(zlib.decompress(self.data), np.uint8).reshape(self.shape).astype(dtype or np.uint8)
+
+
+class Prediction(NamedTuple):
+    """What a network says of a sample, or of a window of it, or why the sample cannot be read.
+
+    Attributes:
+        index: position of the sample.
+        value: an array, or what numpy reads as one: probabilities (K,), a mask (h, w) of class numbers.
+        window: that `value` is about; None: the whole sample.
+        confidence: (h, w) uint8, the probability of a mask's classes in per cent, where a writer wants it.
+        bins: calibration counts where there is a truth.
+        error: why there is no value.
+    """
+
+    index: int
+    value: np.ndarray | PackedMask | None = None
+    window: Window | None = None
+    confidence: np.ndarray | None = None
+    bins: np.ndarray | None = None
+    error: str | None = None

@@ -1,0 +1,170 @@
+"""The sections that the recipes of all tasks share.
+
+What a task adds stands in `visionattn/tasks/TASK/recipe.py`, what a data format needs at the top of
+`visionattn/data/formats/FORMAT.py`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    *("AbovePositive", "Count", "FilePath", "NotNegative", "Positive", "Probability", "Rate", "Ratio", "Share"),
+    *("Data", "Evaluate", "Lists", "Log", "Model", "Optim", "Recipe", "Section", "Train"),
+]
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+AbovePositive = Annotated[float, Field(gt=0)]
+FilePath = Annotated[Path, Field(strict=False), AfterValidator(lambda path: path.expanduser().absolute())]
+Share = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)]
+Ratio = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
+
+
+class Section(BaseModel):
+    """A closed, strict, immutable part of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """The network, made by `timm.create_model`."""
+
+    name: str = Field(description="a model of timm's registry, ours included: see `visionattn list`")
+    pretrained: bool = Field(False, description="start from the published weights")
+    checkpoint: FilePath | None = Field(None, description="start from the weights in this file")
+    drop_rate: Rate = 0.0
+    drop_path_rate: Rate = 0.0
+    freeze: Literal["backbone"] | list[str] | None = Field(
+        None, description="'backbone': train the head only (linear probe); or name patterns such as 'stages.0.*'"
+    )
+    args: dict[str, Any] = Field({}, description="further keyword arguments of the model's own constructor")
+
+
+class Lists(Section):
+    """Text files with an image's name (or case) in each line."""
+
+    train: FilePath | None = None
+    val: FilePath | None = None
+    test: FilePath | None = None
+
+
+class Data(Section):
+    """What every source of data shares."""
+
+    image_size: Annotated[int, Field(ge=32)] | Annotated[list[Positive], Field(min_length=2, max_length=2)] = Field(
+        224, description="pixels, one number or [height, width]"
+    )
+    mean: list[float] | None = Field(
+        None, description="per channel, of values in 0..1; unset: the weights' own, else measured"
+    )
+    std: list[AbovePositive] | None = Field(None, description="as mean")
+    batch_size: Positive = 32
+    workers: Count | None = Field(None, description="loading processes; unset: chosen from the cores")
+    skip_bad: bool = Field(False, description="leave out (and report) images that cannot be read, instead of refusing")
+    lists: Lists = Lists()
+    val_fraction: Rate = Field(0.2, description="share drawn for validation where no such split is given")
+    test_fraction: Rate = Field(0.0, description="share drawn for the test where no splits are given")
+    fold: Count | None = Field(None, description="validate on this fold of train and val pooled, train on the others")
+    folds: Annotated[int, Field(ge=2)] = 5
+    split_seed: Count = Field(0, description="seed of every split that is drawn")
+
+    @property
+    def side(self) -> tuple[int, int]:
+        """`image_size` as (height, width)."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    def at(self, root: Path) -> Self:
+        """The same section for other data that are laid out alike."""
+        return self.model_copy(update={"root": root, "fold": None, "lists": Lists()})
+
+    @model_validator(mode="after")
+    def _fold_exists(self) -> Self:
+        if self.fold is not None and self.fold >= self.folds:
+            raise ValueError(f"fold is {self.fold}, expected 0 to {self.folds - 1} (folds is {self.folds})")
+        return self
+
+
+class Optim(Section):
+    """Optimizer and schedule, by timm."""
+
+    name: str = Field("adamw", description="an optimizer of timm: `timm.optim.list_optimizers()`")
+    lr: AbovePositive = 5e-4
+    weight_decay: NotNegative = 0.05
+    momentum: Rate = 0.9
+    args: dict[str, Any] = Field({}, description="further keyword arguments of the optimizer, such as betas")
+    no_decay: list[str] = Field([], description="name patterns without weight decay, besides biases and norms")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="learning-rate factor per layer")
+    schedule: Literal["cosine", "step", "plateau", "poly", "constant"] = "cosine"
+    warmup_epochs: Count = 0
+    warmup_lr: NotNegative = 1e-6
+    min_lr: NotNegative = 1e-6
+    decay_epochs: AbovePositive = Field(30, description="step: epochs between decays")
+    decay_rate: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="step, plateau: factor of a decay")
+    patience_epochs: Count = Field(10, description="plateau: epochs without a better value before a decay")
+    clip_grad: AbovePositive | None = Field(None, description="largest norm of the gradient")
+    accumulate: Positive = Field(1, description="batches per optimizer step")
+
+
+class Train(Section):
+    """How long and in which way to train."""
+
+    epochs: Positive = 100
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="decay of averaged weights, which are then evaluated"
+    )
+    monitor: str | None = Field(None, description="the metric that picks the best checkpoint and heads the report")
+    early_stopping: Positive | None = Field(None, description="epochs without a better monitored value before stopping")
+    deterministic: bool = False
+    compile: bool = False
+    channels_last: bool = False
+    grad_checkpointing: bool = False
+
+
+class Evaluate(Section):
+    """What is done on held-out images after training."""
+
+    tta: list[Literal["hflip", "vflip", "rot90"]] = Field([], description="views to average predictions over")
+    bootstrap: Count = Field(1000, description="resamples behind the 95 % intervals")
+
+
+class Log(Section):
+    """Trackers besides metrics.csv."""
+
+    wandb: bool = False
+    tensorboard: bool = False
+    project: str = "visionattn"
+
+
+class Recipe(Section):
+    """A whole experiment; each task has its own, with its `task`, `loss` and the `data` of the formats it takes.
+
+    Relative paths in a recipe start from the folder in which the command runs; in paths, `${recipe}` is the folder of the
+    recipe's own file. `extends: NAME` starts from another recipe.
+    """
+
+    task: str
+    model: Model
+    data: Data
+    loss: Section
+    optim: Optim = Optim()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    log: Log = Log()
+    trainer: dict[str, Any] = Field({}, description="handed to lightning.Trainer as it is")
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        if self.optim.warmup_epochs > self.train.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs is {self.optim.warmup_epochs}, but train.epochs is {self.train.epochs}: "
+                "the warm-up would never end"
+            )
+        return self

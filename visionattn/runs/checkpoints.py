@@ -1,0 +1,109 @@
+"""Checkpoints: written whole, explained by the recipe inside, and read whichever version wrote them."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import yaml
+from lightning.pytorch import callbacks
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from visionattn import __version__, recipe
+from visionattn.errors import UserError
+from visionattn.files import new_file
+from visionattn.models.weights import load_checkpoint
+from visionattn.recipe import Recipe, part_of
+from visionattn.tasks.base import Task
+
+__all__ = ["AtomicCheckpointIO", "ModelCheckpoint", "Trained", "load_trained", "provenance"]
+
+FORMAT = 2
+
+
+def provenance(spec: Recipe) -> dict[str, Any]:
+    """What every checkpoint says of itself, under the key "visionattn"."""
+    return {"format": FORMAT, "version": __version__, "recipe": recipe.dump(spec)}
+
+
+def _migrated(about: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What a checkpoint of any version says of itself, as this version says it.
+
+    Raises:
+        UserError: it was made by a newer version.
+    """
+    if about["format"] > FORMAT:
+        raise UserError(
+            f"{path}: made by visionattn {about.get('version', '?')}, newer than this one ({__version__}): upgrade"
+        )
+    if about["format"] == 1:  # of 0.1.0, which said beside the recipe whether images have several labels
+        content = yaml.safe_load(about["recipe"])
+        if "multi_label" in about:
+            content["data"]["multi_label"] = about["multi_label"]
+        about = {"format": 2, "version": "0.1.0", "recipe": yaml.safe_dump(content, sort_keys=False)}
+    return about
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints appear whole or not at all, in whichever moment the process is killed."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with new_file(Path(path), replace=True) as unfinished:
+            super().save_checkpoint(checkpoint, unfinished, storage_options)
+
+
+class ModelCheckpoint(callbacks.ModelCheckpoint):
+    """Lightning's, which goes on after its folder has been moved: its own forgets which checkpoint was the best."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def moved(path: str) -> str:
+            return os.path.join(str(self.dirpath), os.path.basename(path)) if path else path
+
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        here: dict[str, Any] = {"dirpath": self.dirpath} | {name: moved(state_dict[name]) for name in paths}
+        here["best_k_models"] = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(state_dict | here)
+
+
+class Trained(NamedTuple):
+    """A trained network and what it was trained by."""
+
+    task: Task
+    recipe: Recipe
+    checkpoint: Path
+    epoch: int
+
+
+def load_trained(path: Path) -> Trained:
+    """The network of a run directory (its best checkpoint) or of a checkpoint file.
+
+    Raises:
+        UserError: neither a run nor a checkpoint of ours.
+    """
+    file = path / "checkpoints" / "best.ckpt" if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise UserError(f"{path}: no checkpoints/best.ckpt in it; expected a run directory or a checkpoint file")
+    checkpoint = load_checkpoint(file)
+    if "visionattn" not in checkpoint:
+        raise UserError(
+            f"{file}: not a checkpoint of visionattn fit (use model.checkpoint in a recipe to start from weights)"
+        )
+    spec = recipe.loads(_migrated(checkpoint["visionattn"], file)["recipe"], name=str(file))
+    start = spec.model.model_copy(update={"pretrained": False, "checkpoint": None})
+    train = spec.train.model_copy(update={"grad_checkpointing": False})
+    task = part_of(spec.task, "task").make(spec.model_copy(update={"model": start, "train": train}))
+    task.load_state_dict(checkpoint["state_dict"])
+    return Trained(task.eval(), spec, file, checkpoint["epoch"])
+
+
+def epoch_of(path: Path) -> int:
+    """The epoch that a checkpoint was written after, counted from 0."""
+    return load_checkpoint(path)["epoch"]
+
+
+def load_weights(task: pl.LightningModule, path: Path) -> int:
+    """Give a task the weights of a checkpoint; returns its epoch."""
+    checkpoint = load_checkpoint(path)
+    task.load_state_dict(checkpoint["state_dict"])
+    return checkpoint["epoch"]

@@ -1,0 +1,113 @@
+"""The lightning.Trainer of a run: what the recipe's sections decide, and what `trainer` hands over as it is."""
+
+import importlib.util
+import inspect
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch import callbacks, loggers
+
+from visionattn.errors import UserError, nearest
+from visionattn.recipe import Recipe
+from visionattn.runs import progress
+from visionattn.runs.checkpoints import AtomicCheckpointIO, ModelCheckpoint
+from visionattn.runs.directory import History, RunDirectory
+from visionattn.tasks.base import Task
+
+__all__ = ["check_trainer", "make_trainer"]
+
+ELSEWHERE = {  # arguments of lightning.Trainer that another key of a recipe decides, or nobody
+    "max_epochs": "train.epochs",
+    "precision": "train.precision",
+    "deterministic": "train.deterministic",
+    "accumulate_grad_batches": "optim.accumulate",
+    "gradient_clip_val": "optim.clip_grad",
+    "logger": "log",
+    "default_root_dir": "--run",
+    "plugins": None,
+    "enable_checkpointing": None,
+    "num_sanity_val_steps": None,
+    "enable_model_summary": None,
+}
+
+
+def check_trainer(spec: Recipe) -> None:
+    """Raises UserError for what `trainer` and `log` ask for in vain."""
+    _options(spec)
+    for name in ("wandb", "tensorboard"):
+        if getattr(spec.log, name) and importlib.util.find_spec(name) is None:
+            raise UserError(f"log.{name} is true, but {name} is not installed: pip install 'visionattn[track]'")
+
+
+def make_trainer(spec: Recipe, task: Task, directory: RunDirectory) -> pl.Trainer:
+    options = _options(spec)
+    chosen = _callbacks(spec, task, directory) + options["callbacks"]
+    if options.get("enable_progress_bar", True) and not any(isinstance(c, callbacks.ProgressBar) for c in chosen):
+        chosen.append(shown := progress.callback())
+        options["enable_progress_bar"] = isinstance(shown, callbacks.ProgressBar)
+    return pl.Trainer(
+        default_root_dir=directory.path,
+        max_epochs=spec.train.epochs,
+        precision=spec.train.precision,
+        accumulate_grad_batches=spec.optim.accumulate,
+        gradient_clip_val=spec.optim.clip_grad,
+        deterministic=spec.train.deterministic or None,
+        logger=_loggers(spec, directory) or False,
+        plugins=[AtomicCheckpointIO()],
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        **options | {"callbacks": chosen},
+    )
+
+
+def _options(spec: Recipe) -> dict[str, Any]:
+    """The recipe's `trainer` section with callbacks made."""
+    known = [key for key in inspect.signature(pl.Trainer.__init__).parameters if key != "self" and key not in ELSEWHERE]
+    options = dict(spec.trainer)
+    for key in options:
+        if ELSEWHERE.get(key):
+            raise UserError(f"trainer.{key}: say it as {ELSEWHERE[key]}")
+        if key not in known:
+            raise UserError(f"trainer.{key}: lightning.Trainer has no such key{nearest(key, known)}")
+    options["callbacks"] = [_callback(entry) for entry in options.get("callbacks", [])]
+    return options
+
+
+def _callback(entry: Any) -> pl.Callback:
+    """A callback of Lightning's own, as `RichProgressBar` or `{RichProgressBar: {refresh_rate: 5}}`."""
+    name, arguments = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (entry, {})
+    if name not in callbacks.__all__:
+        hint = nearest(str(name), callbacks.__all__)
+        raise UserError(f"trainer.callbacks: {name!r} is none of lightning's{hint}")
+    try:
+        return getattr(callbacks, name)(**arguments)
+    except TypeError as error:
+        raise UserError(f"trainer.callbacks: {error}") from None
+
+
+def _callbacks(spec: Recipe, task: Task, directory: RunDirectory) -> list[pl.Callback]:
+    mode = "max" if task.maximize else "min"
+    folder = {"dirpath": directory.best.parent, "save_top_k": 1, "enable_version_counter": False}
+    chosen: list[pl.Callback] = [
+        History(directory.path / "metrics.csv"),
+        ModelCheckpoint(filename="best", monitor=task.monitored, mode=mode, **folder),
+        ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **folder),
+    ]
+    if spec.train.ema is not None:
+        chosen.append(callbacks.EMAWeightAveraging(decay=spec.train.ema))
+    if spec.train.early_stopping is not None:
+        chosen.append(callbacks.EarlyStopping(task.monitored, mode=mode, patience=spec.train.early_stopping))
+    return chosen
+
+
+def _loggers(spec: Recipe, directory: RunDirectory) -> list[loggers.Logger]:
+    chosen: list[loggers.Logger] = []
+    if spec.log.tensorboard:
+        chosen.append(loggers.TensorBoardLogger(directory.path, name="", version="tensorboard"))
+    if spec.log.wandb:
+        import wandb
+
+        offline = wandb.api.api_key is None  # tracked on this machine, sent later with `wandb sync`
+        name, folder = directory.path.name, directory.path
+        chosen.append(loggers.WandbLogger(name=name, save_dir=folder, project=spec.log.project, offline=offline))
+    return chosen

@@ -1,0 +1,83 @@
+"""What a classification recipe says."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from visionattn.data import formats
+from visionattn.recipe import sections
+from visionattn.recipe.sections import AbovePositive, NotNegative, Probability, Rate, Ratio, Section, Share
+
+__all__ = ["DATA", "Augment", "Data", "Loss", "Recipe"]
+
+
+class Augment(Section):
+    """Random changes of training images; probabilities unless said otherwise."""
+
+    crop_scale: Share = Field([0.5, 1.0], description="share of the image's area that a random resized crop keeps")
+    crop_ratio: Ratio = Field([0.75, 4 / 3], description="width over height of that crop")
+    hflip: Probability = 0.5
+    vflip: Probability = 0.0
+    rotate: Annotated[float, Field(ge=0, le=180)] = Field(0.0, description="largest rotation either way, in degrees")
+    jitter: Probability = Field(0.0, description="strength of brightness, contrast and saturation changes")
+    policy: Literal["randaugment", "autoaugment", "trivialaugment", "augmix"] | None = None
+    erasing: Probability = 0.0
+    mixup: NotNegative = Field(0.0, description="alpha of the Beta distribution; 0 is off")
+    cutmix: NotNegative = Field(0.0, description="alpha of the Beta distribution; 0 is off")
+
+
+class Data(sections.Data):
+    """What classification wants of images, wherever they come from."""
+
+    resize: Literal["crop", "squash", "none"] = Field(
+        "crop",
+        description="crop: shorter side to size / crop_pct, then the centre; squash: both sides; none: native pixels",
+    )
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bicubic"
+    multi_label: bool | None = Field(None, description="images have several labels each; unset: as found in the data")
+    balanced_sampling: bool = Field(False, description="draw every class equally often in training")
+    augment: Augment = Augment()
+
+
+class Loss(Section):
+    """The training loss."""
+
+    name: Literal["cross_entropy", "bce", "focal"] | None = Field(
+        None, description="unset: cross_entropy for one label an image, bce for several"
+    )
+    label_smoothing: Rate = 0.0
+    class_weights: Literal["balanced"] | list[AbovePositive] | None = None
+    gamma: NotNegative = Field(2.0, description="focusing of the focal loss")
+
+
+class Train(sections.Train):
+    """How long and in which way to train."""
+
+    monitor: Literal["loss", "accuracy", "balanced_accuracy", "f1", "auroc", "average_precision"] | None = Field(
+        None, description="picks the best checkpoint; unset: accuracy, for multi-label auroc"
+    )
+
+
+DATA = formats.sections("class", Data)
+if TYPE_CHECKING:
+    AnyData = Data
+else:
+    AnyData = formats.union(DATA)
+
+
+class Recipe(sections.Recipe):
+    """A whole classification experiment."""
+
+    task: Literal["classification"]
+    data: AnyData
+    loss: Loss = Loss()
+    train: Train = Train()
+
+
+EXAMPLE = {
+    "model": {"name": "biformer_tiny"},
+    "data": {"format": "folder", "root": "images", "image_size": 224, "batch_size": 32},
+    "optim": {"lr": 5e-4, "warmup_epochs": 5},
+    "train": {"epochs": 100},
+}

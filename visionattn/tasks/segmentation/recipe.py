@@ -1,0 +1,116 @@
+"""What a segmentation recipe says."""
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from visionattn.data import formats
+from visionattn.recipe import sections
+from visionattn.recipe.sections import AbovePositive, NotNegative, Positive, Probability, Rate, Ratio, Section
+
+__all__ = ["DATA", "Augment", "Data", "Loss", "Recipe"]
+
+
+class Model(sections.Model):
+    """An encoder with a decoder, or a whole segmenter of timm's registry."""
+
+    decoder: str | None = Field(
+        None,
+        description="see `visionattn list --decoders`; unset: `name` is a whole segmenter, such as emcad_pvt_v2_b2",
+    )
+    decoder_args: dict[str, Any] = Field({}, description="keyword arguments of the decoder's own constructor")
+
+
+class Augment(Section):
+    """Random changes of training images and their masks together; probabilities unless said otherwise."""
+
+    scale: Ratio = Field([1.0, 1.0], description="smallest and largest random zoom; the crop keeps its size")
+    hflip: Probability = 0.5
+    vflip: Probability = 0.0
+    rot90: Probability = Field(0.0, description="of one, two or three quarter turns")
+    rotate: Annotated[float, Field(ge=0, le=180)] = Field(0.0, description="largest rotation either way, in degrees")
+    jitter: NotNegative = Field(0.0, description="strength of random gain and offset, in standard deviations")
+    band_dropout: Probability = Field(0.0, description="of each band to be blanked out; one always stays")
+    multi_scale: list[AbovePositive] = Field([], description="each batch is resized by one of these factors")
+
+
+class Data(sections.Data):
+    """What segmentation wants of images with masks, wherever they come from."""
+
+    resize: Literal["squash", "shorter", "none"] = Field(
+        "squash",
+        description="squash: whole images to image_size; shorter: shorter side to it, none: native pixels, both cut "
+        "into crops for training and into overlapping windows afterwards",
+    )
+    crops_per_image: Positive = Field(1, description="training crops of an image in each epoch")
+    rare_crops: Probability = Field(0.0, description="share of crops around a pixel of a class, rare ones as often")
+    augment: Augment = Augment()
+
+
+class Loss(Section):
+    """The training loss, over labelled pixels only."""
+
+    name: Literal["dice", "ce", "dice_ce", "focal", "tversky", "lovasz", "boundary", "mutation"] = "dice_ce"
+    class_weights: Literal["balanced"] | list[AbovePositive] | None = Field(
+        None, description="of the cross-entropy part; balanced: inverse pixel frequency"
+    )
+    ce_weight: NotNegative = Field(1.0, description="dice_ce, mutation: weight of the cross-entropy")
+    dice_weight: NotNegative = Field(1.0, description="dice_ce, mutation: weight of the Dice loss")
+    gamma: NotNegative = Field(2.0, description="focal: focusing")
+    alpha: Probability = Field(0.3, description="tversky: weight of false positives; false negatives have 1 - alpha")
+    deep: bool | None = Field(
+        None, description="sum the loss over all outputs of the decoder; unset: where it has several, such as emcad"
+    )
+
+
+class Train(sections.Train):
+    """How long and in which way to train."""
+
+    monitor: Literal["loss", "dice", "iou", "miou", "mf1", "pixel_accuracy"] | None = Field(
+        None, description="picks the best checkpoint and heads the report; unset: dice, the mean over cases"
+    )
+
+
+class Evaluate(sections.Evaluate):
+    """What is done on held-out images after training."""
+
+    leave_out: list[str] = Field(["background"], description="classes that means over classes leave out")
+    empty: Literal["standard", "transunet"] = Field(
+        "standard",
+        description="rule for a class that a case or its prediction does not have: see visionattn.tasks.segmentation.metrics",
+    )
+    surface: bool = Field(True, description="HD95 and normalised surface distance, where MONAI is installed")
+    tolerance: NotNegative = Field(1.0, description="of the normalised surface distance, in mm or pixels")
+    overlap: Rate = Field(0.5, description="share of a window that the next one covers again")
+
+
+DATA = formats.sections("mask", Data)
+if TYPE_CHECKING:
+    AnyData = Data
+else:
+    AnyData = formats.union(DATA)
+
+
+class Recipe(sections.Recipe):
+    """A whole segmentation experiment."""
+
+    task: Literal["segmentation"]
+    model: Model
+    data: AnyData
+    loss: Loss = Loss()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+
+
+EXAMPLE = {
+    "model": {"name": "biformer_tiny", "decoder": "fpn"},
+    "data": {
+        "format": "image_mask",
+        "root": "images_and_masks",
+        "classes": ["background", "lesion"],
+        "image_size": 224,
+        "batch_size": 16,
+    },
+    "optim": {"lr": 5e-4, "warmup_epochs": 5},
+    "train": {"epochs": 100},
+}

@@ -1,0 +1,53 @@
+"""Masks as NIfTI, NAME.nii.gz: class numbers in the orientation, with the affine and header of the volume."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from visionattn.data.prediction import Prediction
+from visionattn.data.sample import IGNORE, Sample
+from visionattn.errors import UserError
+from visionattn.files import new_file
+from visionattn.writers import FilePerCase, readable
+
+__all__ = ["open"]
+
+
+class Volumes(FilePerCase):
+    suffix = ".nii.gz"
+
+    def __init__(
+        self, out: Path, classes: Sequence[str], colors: Any, leave_out: Sequence[str], polygons: bool
+    ) -> None:
+        super().__init__(out)
+        if polygons:
+            raise UserError("--polygons is for scenes, but the model was trained on volumes")
+
+    def write(self, case: Sequence[Sample], predictions: Iterable[Prediction]) -> None:
+        import nibabel
+
+        labels = np.full((len(case), *case[0].size), IGNORE, np.uint8)
+        for prediction in readable(predictions):
+            labels[(prediction.index, *(prediction.window or ()))] = np.asarray(prediction.value)
+        with new_file(self.path_of(case)) as path:
+            nibabel.save(_as_stored(case[0].volume, labels), path)
+
+
+def _as_stored(volume: Any, labels: np.ndarray) -> Any:
+    """A NIfTI image of (slices, rows, columns) on the grid of a `visionattn.data.formats._volumes.Volume`."""
+    import nibabel
+
+    stored, affine = volume.as_stored(labels), np.array(volume.stored_affine)
+    if volume.files:
+        return nibabel.Nifti1Image(stored, affine)
+    source = nibabel.load(volume.path)
+    header = source.header.copy()
+    header.set_data_dtype(np.uint8)
+    header.set_slope_inter(1, 0)
+    header["cal_min"] = header["cal_max"] = 0  # the range that viewers show
+    return type(source)(stored, source.affine, header)
+
+
+open = Volumes
