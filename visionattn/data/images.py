@@ -128,7 +128,7 @@ def _without_palette(image: Image.Image) -> Image.Image:
 
 
 def array_to_image(array: np.ndarray, name: str | Path = "image") -> np.ndarray:
-    """(H, W) or (H, W, C) -> (C, H, W), uint8 or float32 in 0..1 by the rules of this module; `name` is for messages."""
+    """(H, W) or (H, W, C) -> (C, H, W), uint8 or float32 in 0..1 by the module's rules; `name` is for messages."""
     array = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
     return np.ascontiguousarray(_scaled(array, name))
 

@@ -104,8 +104,8 @@ def dump(recipe: Recipe) -> str:
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, for editors."""
     known = tuple(part_of(task, "recipe").Recipe for task in tasks())
-    schema = TypeAdapter(Annotated[Union[known], Field(discriminator="task")]).json_schema()  # noqa: UP007 - at run time
-    return schema
+    any_recipe = Annotated[Union[known], Field(discriminator="task")]  # noqa: UP007 - made at run time
+    return TypeAdapter(any_recipe).json_schema()
 
 
 def _find(recipe: str | Path) -> Path:

@@ -71,8 +71,8 @@ def _extended(path: Path, text: str, shipped: dict[str, Path], below: tuple[Path
     parent = parent if parent.is_file() else shipped.get(str(name), parent)
     if not isinstance(name, str) or not parent.is_file():
         raise UserError(
-            f"{where}: extends is {shown(name)}: no such recipe file beside this one, and no shipped recipe of that name"
-            f"{nearest(str(name), shipped)}"
+            f"{where}: extends is {shown(name)}: no such recipe file beside this one, and no shipped recipe of that "
+            f"name{nearest(str(name), shipped)}"
         )
     chain = (*below, path.resolve())
     if parent.resolve() in chain:

@@ -146,8 +146,8 @@ class Log(Section):
 class Recipe(Section):
     """A whole experiment; each task has its own, with its `task`, `loss` and the `data` of the formats it takes.
 
-    Relative paths in a recipe start from the folder in which the command runs; in paths, `${recipe}` is the folder of the
-    recipe's own file. `extends: NAME` starts from another recipe.
+    Relative paths in a recipe start from the folder in which the command runs; in paths, `${recipe}` is the folder of
+    the recipe's own file. `extends: NAME` starts from another recipe.
     """
 
     task: str

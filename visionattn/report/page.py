@@ -1,6 +1,7 @@
 """The report of a run: one HTML page, inside one file, made from whatever the run directory holds so far.
 
-Its fonts and colours are in template.html; what is said about a split is the task's (`visionattn.tasks.TASK.report`). Epochs are numbered from 1 here, from 0 in the run's files.
+Its fonts and colours are in template.html; what is said about a split is the task's, `visionattn.tasks.TASK.report`.
+Epochs are numbered from 1 here, from 0 in the run's files.
 """
 
 import importlib.resources

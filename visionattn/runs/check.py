@@ -1,4 +1,4 @@
-"""`visionattn check`: looking through a recipe and its data before training; what is in them, what is wrong with them."""
+"""`visionattn check`: a recipe and its data before training, what is in them and what is wrong with them."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -44,7 +44,8 @@ class RunDirectory:
     def refuse_existing(self) -> None:
         if self.path.exists():
             raise UserError(
-                f"{self.path} exists and is never overwritten: give another --run, or go on with fit --resume {self.path}"
+                f"{self.path} exists and is never overwritten: give another --run, or go on with "
+                f"fit --resume {self.path}"
             )
 
     @property

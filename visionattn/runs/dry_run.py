@@ -73,7 +73,8 @@ def dry_run(spec: Recipe) -> str:
     counts = ", ".join(f"{len(samples):,} {name}" for name, samples in dataset.splits.items())
     return (
         f"images: {counts}\n"
-        f"a step of {spec.data.batch_size}: {step:.2f} s; an epoch: {batches:,} steps and {checked:,} validation batches\n"
+        f"a step of {spec.data.batch_size}: {step:.2f} s\n"
+        f"an epoch: {batches:,} steps and {checked:,} validation batches\n"
         f"memory: {_memory()}\n"
         f"the run of {spec.train.epochs} epochs: about {duration(seconds)}"
     )

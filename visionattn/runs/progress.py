@@ -1,4 +1,4 @@
-"""What is shown while a network trains: a bar in a terminal, a plain line an epoch elsewhere; both with the time left."""
+"""What is shown while a network trains: a bar in a terminal, elsewhere a line an epoch; both with the time left."""
 
 import sys
 import time

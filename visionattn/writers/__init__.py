@@ -28,7 +28,7 @@ class Writer(ABC):
     ) -> None:
         return None
 
-    def refuse(self, samples: Sequence[Sample]) -> None:
+    def refuse(self, samples: Sequence[Sample]) -> None:  # noqa: B027 - not every writer has something to refuse
         """Raises UserError, before any work, for what could only fail later."""
 
     @abstractmethod
@@ -40,7 +40,7 @@ class Writer(ABC):
             Unwritable: the file cannot be written.
         """
 
-    def leave_out(self, name: str) -> None:
+    def leave_out(self, name: str) -> None:  # noqa: B027 - not every format can say so
         """Note that a case is not written, since it cannot be read."""
 
 

@@ -104,9 +104,8 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
     data, train = spec.data, dataset.splits["train"]
     several = np.ndim(train[0].label) == 1
     if data.multi_label is not None and data.multi_label != several:
-        raise UserError(
-            f"data.multi_label is {data.multi_label}, but the images have {'several labels' if several else 'one class'} each"
-        )
+        kind = "several labels" if several else "one class"
+        raise UserError(f"data.multi_label is {data.multi_label}, but the images have {kind} each")
     _refuse_untrainable(spec, dataset, labelling_of(dataset.classes, several))
     if dataset.readings and (small := too_small(dataset, spec)):
         raise UserError(f"data.resize is none, but smaller than data.image_size are: {listed(small)}")
@@ -132,7 +131,8 @@ def _refuse_untrainable(spec: Recipe, dataset: Dataset, labelling: Labelling) ->
         raise UserError(f"data: no training image of {listed([dataset.classes[k] for k in absent])}")
     if len(train) < size:
         raise UserError(
-            f"data.batch_size is {size}, but there are only {len(train)} training images: set it to at most {len(train)}"
+            f"data.batch_size is {size}, but there are only {len(train)} training images: "
+            f"set it to at most {len(train)}"
         )
     if spec.data.balanced_sampling and several:
         raise UserError(
@@ -194,7 +194,8 @@ def _loss(spec: Recipe, dataset: Dataset, labelling: Labelling) -> Classificatio
     elif weights is not None:
         if len(weights) != len(labelling.classes):
             raise UserError(
-                f"loss.class_weights has {len(weights)} numbers, expected one for each of {len(labelling.classes)} classes"
+                f"loss.class_weights has {len(weights)} numbers, expected one for each of "
+                f"{len(labelling.classes)} classes"
             )
         weights = torch.tensor(weights)
     return ClassificationLoss(name, len(labelling.classes), spec.loss.label_smoothing, weights, spec.loss.gamma)

@@ -77,7 +77,7 @@ class Evaluate(sections.Evaluate):
     leave_out: list[str] = Field(["background"], description="classes that means over classes leave out")
     empty: Literal["standard", "transunet"] = Field(
         "standard",
-        description="rule for a class that a case or its prediction does not have: see visionattn.tasks.segmentation.metrics",
+        description="rule for a class that a case or its prediction lacks: see visionattn.tasks.segmentation.metrics",
     )
     surface: bool = Field(True, description="HD95 and normalised surface distance, where MONAI is installed")
     tolerance: NotNegative = Field(1.0, description="of the normalised surface distance, in mm or pixels")
