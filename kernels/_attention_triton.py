@@ -1,16 +1,17 @@
-"""The Triton kernels that all softmax patterns share: one walk over tiles of keys, forward and backward.
+"""The Triton kernels of all softmax patterns: one loop over tiles, forward and backward, as in FlashAttention.
 
-A program owns a tile of queries of one head and walks the list of keys that these attend to, with a running maximum and
-sum; for the gradients of k and v it owns a tile of keys and walks the list of queries that attend to them. Tokens are
-read where they lie in the (B, H, W, heads, dim) map. A pattern says with a few small functions (`Functions`) which
-tokens those are and what its logits are; `Plan` is what they get and how many programs there are. To add a pattern,
-write both, as `_routing_triton.py` does, and enter them in `PATTERNS`.
+A program takes a tile of queries (q_tile) of one head and loops over the keys that these attend to, with a running
+maximum and sum; for the gradients of k and v it takes a tile of keys (kv_tile) and loops over the queries that attend
+to them. Tokens are read where they lie in the (B, H, W, heads, dim) map. A pattern says with a few small functions
+(`Functions`) which tokens those are and what its logits are; `Plan` is what they get and how many programs there are.
+To add a pattern, write both, as `_routing_triton.py` does, and enter them in `PATTERNS`.
 
 Softmax statistics and sums are float32. No kernel uses atomics: what many programs add to is stored apart and summed in
 a fixed order, so results repeat bit by bit. A query all of whose logits are -inf yields 0, and -inf as log-sum-exp. A
 NaN or infinity in a token reaches at least the queries that attend to it, and may reach others of the same tile.
 
-Letters in comments: M queries of a tile, N keys of a tile, D and E dims of a head of q and v, padded to powers of two.
+Names: p_ pointers, o_ offsets, m_ masks, b_ blocks in registers; b_m and b_l, running maximum and sum of the softmax;
+BLOCK_M queries and BLOCK_N keys at a time; BLOCK_D and BLOCK_DV, the head dims of q and v padded to powers of two.
 """
 
 import math
@@ -24,7 +25,7 @@ from torch import Tensor
 
 __all__ = [
     "LOG2E",
-    "MIN_TILE",
+    "MIN_BLOCK",
     "OPTIONS",
     "PATTERNS",
     "Functions",
@@ -33,73 +34,73 @@ __all__ = [
     "Relative",
     "attend",
     "constant",
+    "fit_block",
     "tensor_map",
-    "tile_size",
     "unsupported_tensors",
 ]
 
 LOG2E = tl.constexpr(math.log2(math.e))
-MIN_TILE = 16  # of a matrix product in Triton
+MIN_BLOCK = 16  # of a matrix product in Triton
 MAX_DIM = 128
 # maxnreg: without it ptxas spills a few bytes to hold fewer than 100 registers. Fusion is Triton's default until 3.10.
 OPTIONS = {"enable_fp_fusion": True, "maxnreg": 255}
-# Tokens of a tile, of a step, warps, stages, by kernel and padded head dim, for 16 bits: the largest of those tried
-# with which the patterns compile without spills for sm_80, sm_90 and sm_100 (but halo with tables at 128). Not timed on
-# a GPU yet.
-TILES = {
+# BLOCK_M, BLOCK_N, warps, stages, by kernel and padded head dim, for 16 bits: the largest of those tried with which the
+# patterns compile without spills for sm_80, sm_90 and sm_100 (but halo with tables at 128). Not timed on a GPU yet.
+BLOCKS = {
     "forward": {32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 2)},
-    "queries": {32: (64, 32, 4, 2), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1)},
-    "keys": {32: (64, 32, 4, 1), 64: (32, 32, 4, 2), 128: (32, 32, 8, 2)},
+    "dq": {32: (64, 32, 4, 2), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1)},
+    "dkv": {32: (32, 64, 4, 1), 64: (32, 32, 4, 2), 128: (32, 32, 8, 2)},
 }
 BIAS_PROGRAMS = 1024  # about as many as the gradient of a bias is split over; each keeps a partial sum
 
 
 class Functions(NamedTuple):
-    """The Triton functions of a pattern; `g` is the geometry of its `Plan`, n a vector of places in a list.
+    """The Triton functions of a pattern; `g` is the geometry of its `Plan`, n a vector of indices.
 
     Tokens are a triple of vectors (y, x, valid): row, column, and whether there is such a token to load.
     """
 
-    query_at: Any  # (g, batch, tile, n) -> the n-th query of a tile
-    key_count: Any  # (g, batch, tile) -> length of the list of keys of a tile of queries
-    key_at: Any  # (g, batch, tile, n) -> the n-th key of that list
-    own_key_at: Any  # (g, batch, tile, n) -> the n-th key of a tile of keys
-    asker_count: Any  # (g, batch, tile) -> length of the list of queries that attend to a tile of keys
-    asker_at: Any  # (g, batch, tile, n) -> the n-th query of that list
+    q_tile_at: Any  # (g, batch, tile, n) -> the n-th query of a q_tile
+    kv_count: Any  # (g, batch, tile) -> how many keys a q_tile attends to
+    kv_at: Any  # (g, batch, tile, n) -> the n-th of them
+    kv_tile_at: Any  # (g, batch, tile, n) -> the n-th key of a kv_tile
+    q_count: Any  # (g, batch, tile) -> how many queries attend to a kv_tile
+    q_at: Any  # (g, batch, tile, n) -> the n-th of them
     logits: Any  # (g, logits, batch, head, y, x, key y, key x, key valid) -> logits, masked and biased, times LOG2E
-    frame_at: Any = None  # as key_at, but a key's place relative to the tile's queries is the same in all tiles
+    bias_kv_at: Any = None  # as kv_at, but a key's place relative to the q_tile is the same in all tiles
     relative: Any = None  # `Relative`, of a pattern whose bias depends on the query
 
 
 class Relative(NamedTuple):
     """The Triton functions of logits that are a query's product with a table (rows P) for each axis.
 
-    Each step of queries is one block, with its keys in R rows and R columns; to it a product is a matrix [M, R].
+    The BLOCK_M queries are of one block of the map, with its keys in R rows and R columns; to it a product is a matrix
+    [BLOCK_M, R].
     """
 
-    products: Any  # (g, b_q, queries, s) -> two [M, R], times LOG2E
-    logits: Any  # (g, the two, queries, keys, s) -> their sum for each query and key [M, N]
-    sums: Any  # (g, b_ds, queries, keys, s) -> gradients of the two
-    gradients: Any  # (g, the two gradients, b_q, queries, s) -> of q [M, D], and of the two tables [P, D]
+    products: Any  # (g, b_q, queries, s) -> two [BLOCK_M, R], times LOG2E
+    logits: Any  # (g, the two, queries, keys, s) -> their sum for each query and key [BLOCK_M, BLOCK_N]
+    grad_products: Any  # (g, b_ds, queries, keys, s) -> gradients of the two
+    gradients: Any  # (g, these, b_q, queries, s) -> of q [BLOCK_M, BLOCK_D], and of the two tables [P, BLOCK_D]
 
 
 class Plan(NamedTuple):
     geometry: Any  # named tuple of tensors and ints, for the functions
-    tiles: int  # of one head of one image
-    own: int  # tokens of a tile, a power of two
-    walk: int  # tokens of one step along the list, a power of two
-    frame: int = 0  # keys that `frame_at` numbers
-    frames: int = 1  # kinds of tile with regard to `frame_at`, taking turns
+    tiles: int  # q_tiles, or kv_tiles, of one head of one image
+    block_m: int  # BLOCK_M
+    block_n: int  # BLOCK_N
+    bias_keys: int = 0  # keys that `bias_kv_at` numbers
+    bias_kinds: int = 1  # kinds of q_tile with regard to `bias_kv_at`, taking turns
     relative: tuple[int, int] = (0, 0)  # P and R of `Relative`, powers of two
 
 
 class Pattern(NamedTuple):
     functions: Functions
-    # (q, k, bias, table, parameters, own, walk, inverse) -> the plan for tiles of queries, or of keys if inverse;
-    # own and walk are upper bounds
+    # (q, k, bias, table, parameters, block_m, block_n, by_key) -> the plan for q_tiles, or if by_key for kv_tiles, of
+    # at most block_m queries and block_n keys
     plan: Callable[..., Plan]
     # (sums, plan, bias) -> gradient of the bias, from the logits' gradients summed over like tiles, (heads,
-    # frames * own, frame), or of a `Relative` from those of the tables, (2, P, D)
+    # bias_kinds * BLOCK_M, bias_keys), or of a `Relative` from those of the tables, (2, P, BLOCK_D)
     fold_bias: Callable[..., Tensor] | None = None
 
 
@@ -110,11 +111,11 @@ class Map(NamedTuple):
     """A (B, H, W, heads, dim) tensor and its strides."""
 
     pointer: Any
-    batch: Any
-    row: Any
-    column: Any
-    head: Any
-    dim: Any
+    stride_b: Any
+    stride_y: Any
+    stride_x: Any
+    stride_h: Any
+    stride_d: Any
 
 
 class Sizes(NamedTuple):
@@ -125,54 +126,54 @@ class Sizes(NamedTuple):
     scale: Any
     dim: Any
     dim_v: Any
-    D: Any
-    E: Any
-    M: Any
-    N: Any
+    BLOCK_D: Any
+    BLOCK_DV: Any
+    BLOCK_M: Any
+    BLOCK_N: Any
     P: Any
     R: Any
     precision: Any
 
 
 @triton.jit
-def _place(item, s):
-    """Batch, head and tile of an item of work; heads vary fastest, because they share cache lines."""
-    return (item // s.heads // s.tiles).to(tl.int64), item % s.heads, item // s.heads % s.tiles
+def _batch_head_tile(i, s):
+    """Of the i-th tile of all heads and images; heads vary fastest, because they share cache lines."""
+    return (i // s.heads // s.tiles).to(tl.int64), i % s.heads, i // s.heads % s.tiles
 
 
 @triton.jit
-def _pointers(tensor, batch, head, tokens, dims):
+def _pointers(tensor, batch, head, tokens, o_d):
     y, x, _ = tokens
-    start = tensor.pointer + batch * tensor.batch + head * tensor.head
-    offsets = y.to(tl.int64) * tensor.row + x.to(tl.int64) * tensor.column
-    return start + offsets[:, None] + dims[None, :] * tensor.dim
+    p_head = tensor.pointer + batch * tensor.stride_b + head * tensor.stride_h
+    o_tokens = y.to(tl.int64) * tensor.stride_y + x.to(tl.int64) * tensor.stride_x
+    return p_head + o_tokens[:, None] + o_d[None, :] * tensor.stride_d
 
 
 @triton.jit
-def _load(tensor, batch, head, tokens, dim, D: tl.constexpr):
-    dims = tl.arange(0, D)
-    mask = tokens[2][:, None] & (dims < dim)[None, :]
-    return tl.load(_pointers(tensor, batch, head, tokens, dims), mask=mask, other=0.0)
+def _load(tensor, batch, head, tokens, dim, BLOCK_D: tl.constexpr):
+    o_d = tl.arange(0, BLOCK_D)
+    mask = tokens[2][:, None] & (o_d < dim)[None, :]
+    return tl.load(_pointers(tensor, batch, head, tokens, o_d), mask=mask, other=0.0)
 
 
 @triton.jit
-def _store(tensor, values, batch, head, tokens, dim, D: tl.constexpr):
-    dims = tl.arange(0, D)
-    mask = tokens[2][:, None] & (dims < dim)[None, :]
-    tl.store(_pointers(tensor, batch, head, tokens, dims), values.to(tensor.pointer.dtype.element_ty), mask=mask)
+def _store(tensor, values, batch, head, tokens, dim, BLOCK_D: tl.constexpr):
+    o_d = tl.arange(0, BLOCK_D)
+    mask = tokens[2][:, None] & (o_d < dim)[None, :]
+    tl.store(_pointers(tensor, batch, head, tokens, o_d), values.to(tensor.pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _statistic(s, batch, head, tokens):
-    """Offsets in a contiguous (B, heads, H, W) tensor."""
+def _lse_offsets(s, batch, head, tokens):
+    """In a contiguous (B, heads, H, W) tensor."""
     y, x, _ = tokens
     return ((batch * s.heads + head) * s.height + y) * s.width + x
 
 
 @triton.jit
-def _load_lse(pointers, queries):
+def _load_lse(p_lse, queries):
     """Log-sum-exp, times LOG2E; infinity, so that all weights are zero, where there is no query or it has no key."""
-    b_lse = tl.load(pointers, mask=queries[2], other=float("inf"))
+    b_lse = tl.load(p_lse, mask=queries[2], other=float("inf"))
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2E
 
 
@@ -188,146 +189,151 @@ def _scores(g, f, s, batch, head, b_q, b_k, products, queries, keys):
 
 
 @triton.jit
-def _forward(q, k, v, output, lse, g, f, s):
-    batch, head, tile = _place(tl.program_id(0), s)
-    queries = f.query_at(g, batch, tile, tl.arange(0, s.M))
-    b_q = _load(q, batch, head, queries, s.dim, s.D)  # [M, D]
+def _forward(q, k, v, output, p_lse, g, f, s):
+    batch, head, tile = _batch_head_tile(tl.program_id(0), s)
+    queries = f.q_tile_at(g, batch, tile, tl.arange(0, s.BLOCK_M))
+    b_q = _load(q, batch, head, queries, s.dim, s.BLOCK_D)  # [BLOCK_M, BLOCK_D]
     products = None
     if f.relative is not None:
         products = f.relative.products(g, b_q, queries, s)
-    top = tl.full([s.M], float("-inf"), tl.float32)
-    total = tl.zeros([s.M], tl.float32)
-    b_o = tl.zeros([s.M, s.E], tl.float32)
-    for start in range(0, f.key_count(g, batch, tile), s.N):
-        keys = f.key_at(g, batch, tile, start + tl.arange(0, s.N))
-        b_k = _load(k, batch, head, keys, s.dim, s.D)  # [N, D]
-        b_v = _load(v, batch, head, keys, s.dim_v, s.E)  # [N, E]
+    b_m = tl.full([s.BLOCK_M], float("-inf"), tl.float32)
+    b_l = tl.zeros([s.BLOCK_M], tl.float32)
+    b_o = tl.zeros([s.BLOCK_M, s.BLOCK_DV], tl.float32)
+    for start in range(0, f.kv_count(g, batch, tile), s.BLOCK_N):
+        keys = f.kv_at(g, batch, tile, start + tl.arange(0, s.BLOCK_N))
+        b_k = _load(k, batch, head, keys, s.dim, s.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_v = _load(v, batch, head, keys, s.dim_v, s.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         b_s = _scores(g, f, s, batch, head, b_q, b_k, products, queries, keys)
-        higher = tl.maximum(top, tl.max(b_s, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # all masked so far: avoid -inf - -inf
+        b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
+        base = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)  # all masked so far: avoid -inf - -inf
         b_p = tl.exp2(b_s - base[:, None])
-        shrink = tl.exp2(top - base)
-        total = total * shrink + tl.sum(b_p, 1)
-        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * shrink[:, None], input_precision=s.precision)
-        top = higher
-    b_o /= tl.where(total == 0.0, 1.0, total)[:, None]  # a query without keys yields zero
-    _store(output, b_o, batch, head, queries, s.dim_v, s.E)
-    tl.store(lse + _statistic(s, batch, head, queries), (top + tl.log2(total)) / LOG2E, mask=queries[2])
+        alpha = tl.exp2(b_m - base)
+        b_l = b_l * alpha + tl.sum(b_p, 1)
+        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * alpha[:, None], input_precision=s.precision)
+        b_m = b_m_new
+    b_o /= tl.where(b_l == 0.0, 1.0, b_l)[:, None]  # a query without keys yields zero
+    _store(output, b_o, batch, head, queries, s.dim_v, s.BLOCK_DV)
+    tl.store(p_lse + _lse_offsets(s, batch, head, queries), (b_m + tl.log2(b_l)) / LOG2E, mask=queries[2])
 
 
 @triton.jit
-def _backward_queries(q, k, v, output, grad_output, dq, lse, grad_lse, delta, partial, items, share, g, f, s):
+def _backward_dq(
+    q, k, v, output, grad_output, dq, p_lse, p_grad_lse, p_delta, p_partial, total_tiles, tiles_per_program, g, f, s
+):
     """Gradient of q; also stores delta, the part of the logits' gradients that is common to a query's keys.
 
-    partial: None, or (programs, 2, P, D), sums of the gradients of the tables of a `Relative`. A program takes `share`
-    of the `items` tiles of one head; heads take turns.
+    p_partial: None, or (programs, 2, P, BLOCK_D), sums of the gradients of the tables of a `Relative`. A program takes
+    `tiles_per_program` of the `total_tiles` tiles of one head; heads take turns.
     """
     program = tl.program_id(0)
-    if partial is not None:
-        b_dy = tl.zeros([s.P, s.D], tl.float32)
-        b_dx = tl.zeros([s.P, s.D], tl.float32)
-    first = program // s.heads * share
-    for i in range(first, tl.minimum(first + share, items)):
-        batch, head, tile = _place(i * s.heads + program % s.heads, s)
-        queries = f.query_at(g, batch, tile, tl.arange(0, s.M))
-        b_q = _load(q, batch, head, queries, s.dim, s.D)  # [M, D]
-        b_do = _load(grad_output, batch, head, queries, s.dim_v, s.E)  # [M, E]
-        b_o = _load(output, batch, head, queries, s.dim_v, s.E)  # [M, E]
+    if p_partial is not None:
+        b_dtable_y = tl.zeros([s.P, s.BLOCK_D], tl.float32)
+        b_dtable_x = tl.zeros([s.P, s.BLOCK_D], tl.float32)
+    first = program // s.heads * tiles_per_program
+    for i in range(first, tl.minimum(first + tiles_per_program, total_tiles)):
+        batch, head, tile = _batch_head_tile(i * s.heads + program % s.heads, s)
+        queries = f.q_tile_at(g, batch, tile, tl.arange(0, s.BLOCK_M))
+        b_q = _load(q, batch, head, queries, s.dim, s.BLOCK_D)  # [BLOCK_M, BLOCK_D]
+        b_do = _load(grad_output, batch, head, queries, s.dim_v, s.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+        b_o = _load(output, batch, head, queries, s.dim_v, s.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
         products = None
         if f.relative is not None:
             products = f.relative.products(g, b_q, queries, s)
-            b_ay = tl.zeros([s.M, s.R], tl.float32)
-            b_ax = tl.zeros([s.M, s.R], tl.float32)
-        statistic = _statistic(s, batch, head, queries)
+            b_dproduct_y = tl.zeros([s.BLOCK_M, s.R], tl.float32)
+            b_dproduct_x = tl.zeros([s.BLOCK_M, s.R], tl.float32)
+        o_lse = _lse_offsets(s, batch, head, queries)
         b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
-        if grad_lse is not None:
-            b_delta -= tl.load(grad_lse + statistic, mask=queries[2], other=0.0)
-        tl.store(delta + statistic, b_delta, mask=queries[2])
-        b_lse = _load_lse(lse + statistic, queries)
-        b_dq = tl.zeros([s.M, s.D], tl.float32)
-        for start in range(0, f.key_count(g, batch, tile), s.N):
-            keys = f.key_at(g, batch, tile, start + tl.arange(0, s.N))
-            b_k = _load(k, batch, head, keys, s.dim, s.D)  # [N, D]
-            b_v = _load(v, batch, head, keys, s.dim_v, s.E)  # [N, E]
+        if p_grad_lse is not None:
+            b_delta -= tl.load(p_grad_lse + o_lse, mask=queries[2], other=0.0)
+        tl.store(p_delta + o_lse, b_delta, mask=queries[2])
+        b_lse = _load_lse(p_lse + o_lse, queries)
+        b_dq = tl.zeros([s.BLOCK_M, s.BLOCK_D], tl.float32)
+        for start in range(0, f.kv_count(g, batch, tile), s.BLOCK_N):
+            keys = f.kv_at(g, batch, tile, start + tl.arange(0, s.BLOCK_N))
+            b_k = _load(k, batch, head, keys, s.dim, s.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            b_v = _load(v, batch, head, keys, s.dim_v, s.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
             b_p = tl.exp2(_scores(g, f, s, batch, head, b_q, b_k, products, queries, keys) - b_lse[:, None])
             b_ds = b_p * (tl.dot(b_do, b_v.T, input_precision=s.precision) - b_delta[:, None])
             b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=s.precision)
             if f.relative is not None:
-                sum_y, sum_x = f.relative.sums(g, b_ds.to(b_k.dtype), queries, keys, s)
-                b_ay += sum_y
-                b_ax += sum_x
+                b_dy, b_dx = f.relative.grad_products(g, b_ds.to(b_k.dtype), queries, keys, s)
+                b_dproduct_y += b_dy
+                b_dproduct_x += b_dx
         b_dq *= s.scale
         if f.relative is not None:
-            part, part_y, part_x = f.relative.gradients(g, b_ay, b_ax, b_q, queries, s)
-            b_dq += part
-            if partial is not None:
-                b_dy += part_y
-                b_dx += part_x
-        _store(dq, b_dq, batch, head, queries, s.dim, s.D)
-    if partial is not None:
-        places = tl.arange(0, s.P)[:, None] * s.D + tl.arange(0, s.D)[None, :]
-        start = partial + program.to(tl.int64) * (2 * s.P * s.D)
-        tl.store(start + places, b_dy)
-        tl.store(start + s.P * s.D + places, b_dx)
+            b_dq_relative, b_dy, b_dx = f.relative.gradients(g, b_dproduct_y, b_dproduct_x, b_q, queries, s)
+            b_dq += b_dq_relative
+            if p_partial is not None:
+                b_dtable_y += b_dy
+                b_dtable_x += b_dx
+        _store(dq, b_dq, batch, head, queries, s.dim, s.BLOCK_D)
+    if p_partial is not None:
+        o_table = tl.arange(0, s.P)[:, None] * s.BLOCK_D + tl.arange(0, s.BLOCK_D)[None, :]
+        p_table = p_partial + program.to(tl.int64) * (2 * s.P * s.BLOCK_D) + o_table
+        tl.store(p_table, b_dtable_y)
+        tl.store(p_table + s.P * s.BLOCK_D, b_dtable_x)
 
 
 @triton.jit
-def _backward_keys(q, k, v, grad_output, dk, dv, lse, delta, g, f, s):
-    """Gradients of k and v, for a tile of keys, from the queries that attend to them."""
-    batch, head, tile = _place(tl.program_id(0), s)
-    keys = f.own_key_at(g, batch, tile, tl.arange(0, s.N))
-    b_k = _load(k, batch, head, keys, s.dim, s.D)  # [N, D]
-    b_v = _load(v, batch, head, keys, s.dim_v, s.E)  # [N, E]
-    b_dk = tl.zeros([s.N, s.D], tl.float32)
-    b_dv = tl.zeros([s.N, s.E], tl.float32)
-    for start in range(0, f.asker_count(g, batch, tile), s.M):
-        queries = f.asker_at(g, batch, tile, start + tl.arange(0, s.M))
-        b_q = _load(q, batch, head, queries, s.dim, s.D)  # [M, D]
-        b_do = _load(grad_output, batch, head, queries, s.dim_v, s.E)  # [M, E]
-        statistic = _statistic(s, batch, head, queries)
-        b_lse = _load_lse(lse + statistic, queries)
-        b_delta = tl.load(delta + statistic, mask=queries[2], other=0.0)
+def _backward_dkv(q, k, v, grad_output, dk, dv, p_lse, p_delta, g, f, s):
+    """Gradients of k and v of a kv_tile, from the queries that attend to it."""
+    batch, head, tile = _batch_head_tile(tl.program_id(0), s)
+    keys = f.kv_tile_at(g, batch, tile, tl.arange(0, s.BLOCK_N))
+    b_k = _load(k, batch, head, keys, s.dim, s.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    b_v = _load(v, batch, head, keys, s.dim_v, s.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+    b_dk = tl.zeros([s.BLOCK_N, s.BLOCK_D], tl.float32)
+    b_dv = tl.zeros([s.BLOCK_N, s.BLOCK_DV], tl.float32)
+    for start in range(0, f.q_count(g, batch, tile), s.BLOCK_M):
+        queries = f.q_at(g, batch, tile, start + tl.arange(0, s.BLOCK_M))
+        b_q = _load(q, batch, head, queries, s.dim, s.BLOCK_D)  # [BLOCK_M, BLOCK_D]
+        b_do = _load(grad_output, batch, head, queries, s.dim_v, s.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+        o_lse = _lse_offsets(s, batch, head, queries)
+        b_lse = _load_lse(p_lse + o_lse, queries)
+        b_delta = tl.load(p_delta + o_lse, mask=queries[2], other=0.0)
         y, x, _ = queries
-        key_y, key_x, inside = keys
-        b_s = tl.dot(b_k, b_q.T, input_precision=s.precision) * (s.scale * LOG2E)  # [N, M]
+        key_y, key_x, valid = keys
+        b_s = tl.dot(b_k, b_q.T, input_precision=s.precision) * (s.scale * LOG2E)  # [BLOCK_N, BLOCK_M]
         if f.relative is not None:
             products = f.relative.products(g, b_q, queries, s)
             b_s += f.relative.logits(g, products, queries, keys, s).T
-        b_s = f.logits(g, b_s, batch, head, y[None, :], x[None, :], key_y[:, None], key_x[:, None], inside[:, None])
+        b_s = f.logits(g, b_s, batch, head, y[None, :], x[None, :], key_y[:, None], key_x[:, None], valid[:, None])
         b_p = tl.exp2(b_s - b_lse[None, :])
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=s.precision)
         b_ds = b_p * (tl.dot(b_v, b_do.T, input_precision=s.precision) - b_delta[None, :])
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=s.precision)
-    _store(dk, b_dk * s.scale, batch, head, keys, s.dim, s.D)
-    _store(dv, b_dv, batch, head, keys, s.dim_v, s.E)
+    _store(dk, b_dk * s.scale, batch, head, keys, s.dim, s.BLOCK_D)
+    _store(dv, b_dv, batch, head, keys, s.dim_v, s.BLOCK_DV)
 
 
 @triton.jit
-def _backward_bias(q, k, v, grad_output, lse, delta, partial, items, share, frames, blocks, g, f, s):
-    """Gradients of the logits of N keys of the frame, summed over a share of the tiles of all images.
+def _backward_dbias(
+    q, k, v, grad_output, p_lse, p_delta, p_partial, total_tiles, tiles_per_program, bias_kinds, n_blocks, g, f, s
+):
+    """Gradients of the logits of BLOCK_N of the bias_keys, summed over some q_tiles of one kind of all images.
 
-    partial: (shares, heads, frames, blocks, M, N)
+    p_partial: (programs of a block, heads, bias_kinds, n_blocks, BLOCK_M, BLOCK_N)
     """
     program = tl.program_id(0)
-    block, frame, head = program % blocks, program // blocks % frames, program // blocks // frames % s.heads
-    first = program // blocks // frames // s.heads * share
-    b_sum = tl.zeros([s.M, s.N], tl.float32)
-    for item in range(first, tl.minimum(first + share, items)):
-        batch = (item // (s.tiles // frames)).to(tl.int64)
-        tile = item % (s.tiles // frames) * frames + frame
-        queries = f.query_at(g, batch, tile, tl.arange(0, s.M))
-        keys = f.frame_at(g, batch, tile, block * s.N + tl.arange(0, s.N))
-        b_q = _load(q, batch, head, queries, s.dim, s.D)  # [M, D]
-        b_do = _load(grad_output, batch, head, queries, s.dim_v, s.E)  # [M, E]
-        b_k = _load(k, batch, head, keys, s.dim, s.D)  # [N, D]
-        b_v = _load(v, batch, head, keys, s.dim_v, s.E)  # [N, E]
-        statistic = _statistic(s, batch, head, queries)
-        b_lse = _load_lse(lse + statistic, queries)
-        b_delta = tl.load(delta + statistic, mask=queries[2], other=0.0)
+    n_block, kind = program % n_blocks, program // n_blocks % bias_kinds
+    head = program // n_blocks // bias_kinds % s.heads
+    first = program // n_blocks // bias_kinds // s.heads * tiles_per_program
+    b_sum = tl.zeros([s.BLOCK_M, s.BLOCK_N], tl.float32)
+    for i in range(first, tl.minimum(first + tiles_per_program, total_tiles)):
+        batch = (i // (s.tiles // bias_kinds)).to(tl.int64)
+        tile = i % (s.tiles // bias_kinds) * bias_kinds + kind
+        queries = f.q_tile_at(g, batch, tile, tl.arange(0, s.BLOCK_M))
+        keys = f.bias_kv_at(g, batch, tile, n_block * s.BLOCK_N + tl.arange(0, s.BLOCK_N))
+        b_q = _load(q, batch, head, queries, s.dim, s.BLOCK_D)  # [BLOCK_M, BLOCK_D]
+        b_do = _load(grad_output, batch, head, queries, s.dim_v, s.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+        b_k = _load(k, batch, head, keys, s.dim, s.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_v = _load(v, batch, head, keys, s.dim_v, s.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        o_lse = _lse_offsets(s, batch, head, queries)
+        b_lse = _load_lse(p_lse + o_lse, queries)
+        b_delta = tl.load(p_delta + o_lse, mask=queries[2], other=0.0)
         b_p = tl.exp2(_scores(g, f, s, batch, head, b_q, b_k, None, queries, keys) - b_lse[:, None])
         b_sum += b_p * (tl.dot(b_do, b_v.T, input_precision=s.precision) - b_delta[:, None])
-    places = tl.arange(0, s.M)[:, None] * s.N + tl.arange(0, s.N)[None, :]
-    tl.store(partial + program.to(tl.int64) * (s.M * s.N) + places, b_sum)
+    o_sum = tl.arange(0, s.BLOCK_M)[:, None] * s.BLOCK_N + tl.arange(0, s.BLOCK_N)[None, :]
+    tl.store(p_partial + program.to(tl.int64) * (s.BLOCK_M * s.BLOCK_N) + o_sum, b_sum)
 
 
 def tensor_map(x: Tensor) -> Map:
@@ -339,9 +345,9 @@ def constant(value: Any) -> Any:
     return tl.constexpr(value)
 
 
-def tile_size(tokens: int, most: int) -> int:
-    """The smallest tile, or step, that holds the tokens, between 16 and `most`."""
-    return min(most, max(MIN_TILE, triton.next_power_of_2(tokens)))
+def fit_block(tokens: int, most: int) -> int:
+    """The smallest BLOCK_M or BLOCK_N that holds the tokens, between 16 and `most`."""
+    return min(most, max(MIN_BLOCK, triton.next_power_of_2(tokens)))
 
 
 def unsupported_tensors(*tensors: Tensor) -> str | None:
@@ -388,12 +394,12 @@ def _operator(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     output, lse = _operator_fake(q, k, v, bias, table, pattern, parameters, scale)
-    functions, plan, _ = PATTERNS[pattern]
-    own, walk, options = _tile(q, v, "forward", functions)
-    layout = plan(q, k, bias, table, parameters, own, walk, False)
+    functions, make_plan, _ = PATTERNS[pattern]
+    block_m, block_n, options = _blocks(q, v, "forward", functions)
+    plan = make_plan(q, k, bias, table, parameters, block_m, block_n, False)
     tensors = (*map(tensor_map, (q, k, v, output)), lse)
-    sizes = _sizes(q, v, layout, scale)
-    _launch(_forward, len(q) * q.shape[3] * layout.tiles, tensors, layout, functions, sizes, options)
+    sizes = _sizes(q, v, plan, scale)
+    _launch(_forward, len(q) * q.shape[3] * plan.tiles, tensors, plan, functions, sizes, options)
     return output, lse
 
 
@@ -419,31 +425,33 @@ def _operator_backward(
     scale: float,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    functions, plan, fold_bias = PATTERNS[pattern]
+    functions, make_plan, fold_bias = PATTERNS[pattern]
     dq, dk, dv, delta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, lse))
     maps, grad = [tensor_map(x) for x in (q, k, v)], tensor_map(grad_output)
-    own, walk, options = _tile(q, v, "queries", functions)
-    layout = plan(q, k, bias, table, parameters, own, walk, False)
-    sizes = _sizes(q, v, layout, scale)
-    items, share, partial = len(q) * layout.tiles, 1, None
+    block_m, block_n, options = _blocks(q, v, "dq", functions)
+    plan = make_plan(q, k, bias, table, parameters, block_m, block_n, False)
+    sizes = _sizes(q, v, plan, scale)
+    total_tiles, tiles_per_program, partial = len(q) * plan.tiles, 1, None
     relative = needs_bias and functions.relative is not None
     if relative:
-        share = max(1, items * sizes.heads // BIAS_PROGRAMS)
-    programs = triton.cdiv(items, share) * sizes.heads
+        tiles_per_program = max(1, total_tiles * sizes.heads // BIAS_PROGRAMS)
+    programs = triton.cdiv(total_tiles, tiles_per_program) * sizes.heads
     if relative:
-        partial = torch.empty((programs, 2, layout.relative[0], sizes.D.value), dtype=torch.float32, device=q.device)
-    tensors = (*maps, tensor_map(output), grad, tensor_map(dq), lse, grad_lse, delta, partial, items, share)
-    _launch(_backward_queries, programs, tensors, layout, functions, sizes, options)
+        shape = programs, 2, plan.relative[0], sizes.BLOCK_D.value
+        partial = torch.empty(shape, dtype=torch.float32, device=q.device)
+    maps_dq = (*maps, tensor_map(output), grad, tensor_map(dq))
+    tensors = (*maps_dq, lse, grad_lse, delta, partial, total_tiles, tiles_per_program)
+    _launch(_backward_dq, programs, tensors, plan, functions, sizes, options)
     dbias = q.new_zeros(0)
     if needs_bias:
         tensors = (*maps, grad, lse, delta)
-        sums = partial.sum(0) if relative else _bias_sums(tensors, layout, functions, sizes, items, options)
-        dbias = fold_bias(sums, layout, bias).to(bias.dtype)
-    own, walk, options = _tile(q, v, "keys", functions)
-    layout = plan(q, k, bias, table, parameters, own, walk, True)
-    sizes = _sizes(q, v, layout, scale)._replace(M=constant(layout.walk), N=constant(layout.own))
+        sums = partial.sum(0) if relative else _bias_sums(tensors, plan, functions, sizes, total_tiles, options)
+        dbias = fold_bias(sums, plan, bias).to(bias.dtype)
+    block_m, block_n, options = _blocks(q, v, "dkv", functions)
+    plan = make_plan(q, k, bias, table, parameters, block_m, block_n, True)
+    sizes = _sizes(q, v, plan, scale)
     tensors = (*maps, grad, tensor_map(dk), tensor_map(dv), lse, delta)
-    _launch(_backward_keys, len(q) * k.shape[3] * layout.tiles, tensors, layout, functions, sizes, options)
+    _launch(_backward_dkv, len(q) * k.shape[3] * plan.tiles, tensors, plan, functions, sizes, options)
     return dq, dk, dv, dbias
 
 
@@ -475,41 +483,44 @@ def _gradients(ctx, grad_output: Tensor | None, grad_lse: Tensor | None) -> tupl
 _operator.register_autograd(_gradients, setup_context=_setup_context)
 
 
-def _tile(q: Tensor, v: Tensor, kernel: str, functions: Functions) -> tuple[int, int, dict]:
-    """Most tokens of a tile and of a step along its list, and launch options, for one of the kernels."""
+def _blocks(q: Tensor, v: Tensor, kernel: str, functions: Functions) -> tuple[int, int, dict]:
+    """BLOCK_M and BLOCK_N, at most, and launch options of one of the kernels."""
     dim = max(32, triton.next_power_of_2(max(q.shape[-1], v.shape[-1])))
     if q.dtype == torch.float32:  # products of float32 take no matrix instruction, but many registers
         large = dim == 128 or functions.relative is not None
-        own, walk, warps, stages = 16 if large and kernel == "queries" else 32, 16, 8 if large else 4, 1
+        block_m, block_n = {"forward": (32, 16), "dq": (16 if large else 32, 16), "dkv": (16, 32)}[kernel]
+        warps, stages = 8 if large else 4, 1
     else:
-        own, walk, warps, stages = TILES[kernel][dim]
-    return own, walk, {"num_warps": warps, "num_stages": stages}
+        block_m, block_n, warps, stages = BLOCKS[kernel][dim]
+    return block_m, block_n, {"num_warps": warps, "num_stages": stages}
 
 
-def _sizes(q: Tensor, v: Tensor, layout: Plan, scale: float) -> Sizes:
+def _sizes(q: Tensor, v: Tensor, plan: Plan, scale: float) -> Sizes:
     _, height, width, heads, dim = q.shape
-    padded = (max(MIN_TILE, triton.next_power_of_2(x)) for x in (dim, v.shape[-1]))
-    constants = (dim, v.shape[-1], *padded, layout.own, layout.walk, *layout.relative)
+    padded = (max(MIN_BLOCK, triton.next_power_of_2(x)) for x in (dim, v.shape[-1]))
+    constants = (dim, v.shape[-1], *padded, plan.block_m, plan.block_n, *plan.relative)
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
-    return Sizes(height, width, heads, layout.tiles, scale, *map(constant, (*constants, precision)))
+    return Sizes(height, width, heads, plan.tiles, scale, *map(constant, (*constants, precision)))
 
 
-def _launch(kernel, programs: int, arguments, layout: Plan, functions: Functions, sizes: Sizes, options: dict) -> None:
+def _launch(kernel, programs: int, arguments, plan: Plan, functions: Functions, sizes: Sizes, options: dict) -> None:
     if programs:
         with torch.cuda.device_of(arguments[0].pointer):
-            kernel[(programs,)](*arguments, layout.geometry, functions, sizes, **OPTIONS, **options)
+            kernel[(programs,)](*arguments, plan.geometry, functions, sizes, **OPTIONS, **options)
 
 
-def _bias_sums(tensors, layout: Plan, functions: Functions, sizes: Sizes, items: int, options: dict) -> Tensor:
-    """Gradients of the logits, summed over the tiles of all images that look alike to the bias.
+def _bias_sums(tensors, plan: Plan, functions: Functions, sizes: Sizes, total_tiles: int, options: dict) -> Tensor:
+    """Gradients of the logits, summed over the q_tiles of all images that look alike to the bias.
 
-    Returns (heads, frames * M, keys of the frame).
+    Returns (heads, bias_kinds * BLOCK_M, bias_keys).
     """
-    m, n, frames, blocks = layout.own, layout.walk, layout.frames, triton.cdiv(layout.frame, layout.walk)
-    items //= frames
-    share = triton.cdiv(items, max(1, BIAS_PROGRAMS // (sizes.heads * frames * blocks)))
-    shape = (triton.cdiv(items, max(1, share)), sizes.heads, frames, blocks)
-    partial = torch.empty((*shape, m, n), dtype=torch.float32, device=tensors[0].pointer.device)
-    arguments = (*tensors, partial, items, share, frames, blocks)
-    _launch(_backward_bias, math.prod(shape), arguments, layout, functions, sizes, options | {"num_stages": 1})
-    return partial.sum(0).permute(0, 1, 3, 2, 4).reshape(sizes.heads, frames * m, blocks * n)[..., : layout.frame]
+    kinds, n_blocks = plan.bias_kinds, triton.cdiv(plan.bias_keys, plan.block_n)
+    total_tiles //= kinds
+    tiles_per_program = triton.cdiv(total_tiles, max(1, BIAS_PROGRAMS // (sizes.heads * kinds * n_blocks)))
+    programs = (triton.cdiv(total_tiles, max(1, tiles_per_program)), sizes.heads, kinds, n_blocks)
+    shape = (*programs, plan.block_m, plan.block_n)
+    partial = torch.empty(shape, dtype=torch.float32, device=tensors[0].pointer.device)
+    arguments = (*tensors, partial, total_tiles, tiles_per_program, kinds, n_blocks)
+    _launch(_backward_dbias, math.prod(programs), arguments, plan, functions, sizes, options | {"num_stages": 1})
+    sums = partial.sum(0).permute(0, 1, 3, 2, 4)  # [heads, kinds, BLOCK_M, n_blocks, BLOCK_N]
+    return sums.flatten(3).flatten(1, 2)[..., : plan.bias_keys]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from visionattn.kernels._attention_triton import (
     LOG2E,
-    MIN_TILE,
+    MIN_BLOCK,
     PATTERNS,
     Functions,
     Pattern,
@@ -21,12 +21,12 @@ from visionattn.kernels._attention_triton import (
     Relative,
     attend,
     constant,
-    tile_size,
+    fit_block,
     unsupported_tensors,
 )
 from visionattn.kernels.halo import _step, _tables
 
-KEY_TILE = 4, 8  # a smaller tile of keys is wanted by fewer blocks
+KV_TILE = 4, 8  # height and width; a smaller kv_tile is attended to by fewer blocks
 
 
 class Geometry(NamedTuple):
@@ -42,9 +42,9 @@ class Geometry(NamedTuple):
     halo: Any
     window: Any  # block + 2 * halo
     block_tiles: Any  # tiles of a block
-    tile: Any  # tokens of a tile of queries
-    key_tile_y: Any
-    key_tile_x: Any
+    tile: Any  # queries of a q_tile
+    kv_tile_y: Any
+    kv_tile_x: Any
     P: Any  # rows of a table, padded to a power of two
     R: Any  # window, padded to a power of two
 
@@ -57,24 +57,24 @@ def _keys(g, y, x, valid):
 @triton.jit
 def _in_block(g, block, n):
     """The n-th query of a block; past its end, none, but with the place of the last."""
-    place = tl.minimum(n, g.query_block * g.query_block - 1)
-    y = block // g.blocks_x * g.query_block + place // g.query_block
-    x = block % g.blocks_x * g.query_block + place % g.query_block
+    inside = tl.minimum(n, g.query_block * g.query_block - 1)
+    y = block // g.blocks_x * g.query_block + inside // g.query_block
+    x = block % g.blocks_x * g.query_block + inside % g.query_block
     return y, x, (n < g.query_block * g.query_block) & (y < g.height) & (x < g.width)
 
 
 @triton.jit
-def _query_at(g, batch, tile, n):
+def _q_tile_at(g, batch, tile, n):
     return _in_block(g, tile // g.block_tiles, tile % g.block_tiles * g.tile + n)
 
 
 @triton.jit
-def _key_count(g, batch, tile):
+def _kv_count(g, batch, tile):
     return g.window * g.window
 
 
 @triton.jit
-def _key_at(g, batch, tile, n):
+def _kv_at(g, batch, tile, n):
     block = tile // g.block_tiles
     y = block // g.blocks_x * g.block - g.halo + n // g.window
     x = block % g.blocks_x * g.block - g.halo + n % g.window
@@ -83,14 +83,14 @@ def _key_at(g, batch, tile, n):
 
 @triton.jit
 def _first_key(g, tile):
-    columns = (g.key_width + g.key_tile_x - 1) // g.key_tile_x
-    return tile // columns * g.key_tile_y, tile % columns * g.key_tile_x
+    columns = (g.key_width + g.kv_tile_x - 1) // g.kv_tile_x
+    return tile // columns * g.kv_tile_y, tile % columns * g.kv_tile_x
 
 
 @triton.jit
-def _own_key_at(g, batch, tile, n):
+def _kv_tile_at(g, batch, tile, n):
     y, x = _first_key(g, tile)
-    return _keys(g, y + n // g.key_tile_x, x + n % g.key_tile_x, n >= 0)
+    return _keys(g, y + n // g.kv_tile_x, x + n % g.kv_tile_x, n >= 0)
 
 
 @triton.jit
@@ -101,20 +101,20 @@ def _blocks(first, tile, blocks, g):
 
 
 @triton.jit
-def _asker_count(g, batch, tile):
+def _q_count(g, batch, tile):
     y, x = _first_key(g, tile)
-    _, rows = _blocks(y, g.key_tile_y, g.blocks_y, g)
-    _, columns = _blocks(x, g.key_tile_x, g.blocks_x, g)
+    _, rows = _blocks(y, g.kv_tile_y, g.blocks_y, g)
+    _, columns = _blocks(x, g.kv_tile_x, g.blocks_x, g)
     return rows * columns * (g.block_tiles * g.tile)
 
 
 @triton.jit
-def _asker_at(g, batch, tile, n):
+def _q_at(g, batch, tile, n):
     y, x = _first_key(g, tile)
-    row, _ = _blocks(y, g.key_tile_y, g.blocks_y, g)
-    column, columns = _blocks(x, g.key_tile_x, g.blocks_x, g)
-    place = n // (g.block_tiles * g.tile)
-    block = (row + place // columns) * g.blocks_x + column + place % columns
+    row, _ = _blocks(y, g.kv_tile_y, g.blocks_y, g)
+    column, columns = _blocks(x, g.kv_tile_x, g.blocks_x, g)
+    n_block = n // (g.block_tiles * g.tile)
+    block = (row + n_block // columns) * g.blocks_x + column + n_block % columns
     return _in_block(g, block, n % (g.block_tiles * g.tile))
 
 
@@ -128,17 +128,17 @@ def _logits(g, logits, batch, head, y, x, key_y, key_x, valid):
 
 @triton.jit
 def _table(g, axis: tl.constexpr, s):
-    rows, dims = tl.arange(0, g.P), tl.arange(0, s.D)
-    mask = (rows < 2 * g.window - 1)[:, None] & (dims < s.dim)[None, :]
-    start = g.tables + axis * ((2 * g.window - 1) * s.dim)
-    return tl.load(start + rows[:, None] * s.dim + dims[None, :], mask=mask, other=0.0)
+    o_p, o_d = tl.arange(0, g.P), tl.arange(0, s.BLOCK_D)
+    mask = (o_p < 2 * g.window - 1)[:, None] & (o_d < s.dim)[None, :]
+    p_table = g.tables + axis * ((2 * g.window - 1) * s.dim)
+    return tl.load(p_table + o_p[:, None] * s.dim + o_d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def _product(g, b_q, position, axis: tl.constexpr, s):
-    b_product = tl.dot(b_q, _table(g, axis, s).T, input_precision=s.precision)  # [M, P]
+    b_product = tl.dot(b_q, _table(g, axis, s).T, input_precision=s.precision)  # [BLOCK_M, P]
     index = tl.arange(0, g.R)[None, :] - (position % g.query_block)[:, None] + (g.window - 1)
-    return tl.gather(b_product, tl.minimum(tl.maximum(index, 0), g.P - 1), 1) * LOG2E  # [M, R]
+    return tl.gather(b_product, tl.minimum(tl.maximum(index, 0), g.P - 1), 1) * LOG2E  # [BLOCK_M, R]
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def _products(g, b_q, queries, s):
 
 @triton.jit
 def _spread(g, position, key_position):
-    """[R, N]: one where a key lies in a row (or column) of the block of these queries, else zero."""
+    """[R, BLOCK_N]: one where a key lies in a row (or column) of the block of these queries, else zero."""
     first = tl.max(position // g.query_block, 0) * g.block - g.halo
     return (tl.arange(0, g.R)[:, None] == (key_position - first)[None, :]).to(tl.float32)
 
@@ -160,52 +160,51 @@ def _relative_logits(g, products, queries, keys, s):
 
 
 @triton.jit
-def _sums(g, b_ds, queries, keys, s):
+def _grad_products(g, b_ds, queries, keys, s):
     along_y, along_x = _spread(g, queries[0], keys[0]).T, _spread(g, queries[1], keys[1]).T
     along_y, along_x = along_y.to(b_ds.dtype), along_x.to(b_ds.dtype)
     return tl.dot(b_ds, along_y, input_precision=s.precision), tl.dot(b_ds, along_x, input_precision=s.precision)
 
 
 @triton.jit
-def _gradient(g, b_sum, b_q, position, axis: tl.constexpr, s):
+def _gradient(g, b_dproduct, b_q, position, axis: tl.constexpr, s):
     index = tl.arange(0, g.P)[None, :] + (position % g.query_block)[:, None] - (g.window - 1)
-    b_sum = tl.gather(b_sum, tl.minimum(tl.maximum(index, 0), g.R - 1), 1)  # [M, P]
-    b_sum = tl.where((index >= 0) & (index < g.window), b_sum, 0.0).to(b_q.dtype)
-    b_dq = tl.dot(b_sum, _table(g, axis, s), input_precision=s.precision)
-    return b_dq, tl.dot(b_sum.T, b_q, input_precision=s.precision)
+    b_dproduct = tl.gather(b_dproduct, tl.minimum(tl.maximum(index, 0), g.R - 1), 1)  # [BLOCK_M, P]
+    b_dproduct = tl.where((index >= 0) & (index < g.window), b_dproduct, 0.0).to(b_q.dtype)
+    b_dq = tl.dot(b_dproduct, _table(g, axis, s), input_precision=s.precision)
+    return b_dq, tl.dot(b_dproduct.T, b_q, input_precision=s.precision)
 
 
 @triton.jit
-def _gradients(g, b_sum_y, b_sum_x, b_q, queries, s):
-    part_y, table_y = _gradient(g, b_sum_y, b_q, queries[0], 0, s)
-    part_x, table_x = _gradient(g, b_sum_x, b_q, queries[1], 1, s)
-    return part_y + part_x, table_y, table_x
+def _gradients(g, b_dproduct_y, b_dproduct_x, b_q, queries, s):
+    b_dq_y, b_dtable_y = _gradient(g, b_dproduct_y, b_q, queries[0], 0, s)
+    b_dq_x, b_dtable_x = _gradient(g, b_dproduct_x, b_q, queries[1], 1, s)
+    return b_dq_y + b_dq_x, b_dtable_y, b_dtable_x
 
 
-def _plan(q, k, tables, table, parameters, own: int, walk: int, inverse: bool) -> Plan:
+def _plan(q, k, tables, table, parameters, block_m: int, block_n: int, by_key: bool) -> Plan:
     block, halo, step = parameters
-    walk = min(walk, 32)  # the relative logits take registers too
     side, window = block // step, block + 2 * halo
     (height, width), keys = q.shape[1:3], k.shape[1:3]
     blocks = triton.cdiv(height, side), triton.cdiv(width, side)
-    tile = tile_size(side**2, walk if inverse else own)
-    block_tiles = triton.cdiv(side**2, tile)
-    padded = triton.next_power_of_2(2 * window - 1), max(MIN_TILE, triton.next_power_of_2(window))
-    constants = map(constant, (block, side, halo, window, block_tiles, tile, *KEY_TILE, *padded))
+    block_m = fit_block(side**2, block_m)
+    block_tiles = triton.cdiv(side**2, block_m)
+    padded = triton.next_power_of_2(2 * window - 1), max(MIN_BLOCK, triton.next_power_of_2(window))
+    constants = map(constant, (block, side, halo, window, block_tiles, block_m, *KV_TILE, *padded))
     tables = None if tables is None else tables.contiguous()
     geometry = Geometry(tables, height, width, *keys, *blocks, *constants)
-    if inverse:
-        tiles = triton.cdiv(keys[0], KEY_TILE[0]) * triton.cdiv(keys[1], KEY_TILE[1])
-        return Plan(geometry, tiles, KEY_TILE[0] * KEY_TILE[1], tile, relative=padded)
-    return Plan(geometry, blocks[0] * blocks[1] * block_tiles, tile, walk, relative=padded)
+    if by_key:
+        tiles = triton.cdiv(keys[0], KV_TILE[0]) * triton.cdiv(keys[1], KV_TILE[1])
+        return Plan(geometry, tiles, block_m, KV_TILE[0] * KV_TILE[1], relative=padded)
+    return Plan(geometry, blocks[0] * blocks[1] * block_tiles, block_m, block_n, relative=padded)
 
 
-def _fold_bias(sums: Tensor, layout: Plan, tables: Tensor) -> Tensor:
+def _fold_bias(sums: Tensor, plan: Plan, tables: Tensor) -> Tensor:
     return sums[:, : tables.shape[1], : tables.shape[2]]
 
 
-_functions = Functions(_query_at, _key_count, _key_at, _own_key_at, _asker_count, _asker_at, _logits)
-_relative = Relative(_products, _relative_logits, _sums, _gradients)
+_functions = Functions(_q_tile_at, _kv_count, _kv_at, _kv_tile_at, _q_count, _q_at, _logits)
+_relative = Relative(_products, _relative_logits, _grad_products, _gradients)
 PATTERNS["halo"] = Pattern(_functions, _plan)
 PATTERNS["halo with tables"] = Pattern(_functions._replace(relative=_relative), _plan, _fold_bias)
 

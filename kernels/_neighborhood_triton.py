@@ -28,7 +28,7 @@ class Axis(NamedTuple):
     kernel: Any
     dilation: Any
     stride: Any
-    tile: Any  # tokens of a tile along this axis
+    tile: Any  # tokens of a q_tile or kv_tile along this axis
     tiles: Any  # along this axis, in one class
 
 
@@ -61,7 +61,7 @@ def _split(g, tile):
 
 
 @triton.jit
-def _own_at(g, batch, tile, n):
+def _tile_at(g, batch, tile, n):
     residue_y, residue_x, first_y, first_x = _split(g, tile)
     y, x = first_y + n // g.x.tile, first_x + n % g.x.tile
     valid = (y < _places(g.y, residue_y)) & (x < _places(g.x, residue_x))
@@ -69,7 +69,7 @@ def _own_at(g, batch, tile, n):
 
 
 @triton.jit
-def _keys_of(axis, residue, first):
+def _kv_range(axis, residue, first):
     """First key, and number of keys, of a tile's queries along an axis."""
     places = _places(axis, residue)
     last = tl.minimum(first + axis.tile, places) - 1
@@ -79,7 +79,7 @@ def _keys_of(axis, residue, first):
 
 
 @triton.jit
-def _askers_of(axis, residue, first):
+def _q_range(axis, residue, first):
     """First query, and number of queries, that may attend to a tile's keys along an axis."""
     places = _places(axis, residue)
     last = tl.minimum(first + axis.tile, places) - 1
@@ -101,39 +101,39 @@ def _box_at(g, residue_y, residue_x, start_y, start_x, height, width, n):
 
 
 @triton.jit
-def _key_count(g, batch, tile):
+def _kv_count(g, batch, tile):
     residue_y, residue_x, first_y, first_x = _split(g, tile)
-    _, height = _keys_of(g.y, residue_y, first_y)
-    _, width = _keys_of(g.x, residue_x, first_x)
+    _, height = _kv_range(g.y, residue_y, first_y)
+    _, width = _kv_range(g.x, residue_x, first_x)
     return height * width
 
 
 @triton.jit
-def _key_at(g, batch, tile, n):
+def _kv_at(g, batch, tile, n):
     residue_y, residue_x, first_y, first_x = _split(g, tile)
-    start_y, height = _keys_of(g.y, residue_y, first_y)
-    start_x, width = _keys_of(g.x, residue_x, first_x)
+    start_y, height = _kv_range(g.y, residue_y, first_y)
+    start_x, width = _kv_range(g.x, residue_x, first_x)
     return _box_at(g, residue_y, residue_x, start_y, start_x, height, width, n)
 
 
 @triton.jit
-def _asker_count(g, batch, tile):
+def _q_count(g, batch, tile):
     residue_y, residue_x, first_y, first_x = _split(g, tile)
-    _, height = _askers_of(g.y, residue_y, first_y)
-    _, width = _askers_of(g.x, residue_x, first_x)
+    _, height = _q_range(g.y, residue_y, first_y)
+    _, width = _q_range(g.x, residue_x, first_x)
     return height * width
 
 
 @triton.jit
-def _asker_at(g, batch, tile, n):
+def _q_at(g, batch, tile, n):
     residue_y, residue_x, first_y, first_x = _split(g, tile)
-    start_y, height = _askers_of(g.y, residue_y, first_y)
-    start_x, width = _askers_of(g.x, residue_x, first_x)
+    start_y, height = _q_range(g.y, residue_y, first_y)
+    start_x, width = _q_range(g.x, residue_x, first_x)
     return _box_at(g, residue_y, residue_x, start_y, start_x, height, width, n)
 
 
 @triton.jit
-def _frame_at(g, batch, tile, n):
+def _bias_kv_at(g, batch, tile, n):
     """All places within kernel - 1 of the tile, row by row."""
     residue_y, residue_x, first_y, first_x = _split(g, tile)
     height, width = g.y.tile + 2 * g.y.kernel - 2, g.x.tile + 2 * g.x.kernel - 2
@@ -164,16 +164,17 @@ def _logits(g, logits, batch, head, y, x, key_y, key_x, valid):
     return tl.where(near, logits, float("-inf"))
 
 
-def _plan(q, k, bias, table, parameters, own: int, walk: int, inverse: bool) -> Plan:
+def _plan(q, k, bias, table, parameters, block_m: int, block_n: int, by_key: bool) -> Plan:
     sizes, kernels, dilations, strides = q.shape[1:3], parameters[:2], parameters[2:4], parameters[4:]
     places = [triton.cdiv(size, dilation) for size, dilation in zip(sizes, dilations, strict=True)]
-    tiles = _tile(own, *map(triton.next_power_of_2, places))
+    tiles = _tile(block_n if by_key else block_m, *map(triton.next_power_of_2, places))
     counts = [triton.cdiv(place, tile) for place, tile in zip(places, tiles, strict=True)]
     constants = zip(kernels, dilations, strides, tiles, strict=True)
     axes = [Axis(size, *map(constant, c), count) for size, c, count in zip(sizes, constants, counts, strict=True)]
     geometry = Geometry(None if bias is None else bias.contiguous(), *axes)
     height, width = (tile + 2 * kernel - 2 for tile, kernel in zip(tiles, kernels, strict=True))
-    return Plan(geometry, math.prod(counts) * math.prod(dilations), math.prod(tiles), walk, height * width)
+    block_m, block_n = (block_m, math.prod(tiles)) if by_key else (math.prod(tiles), block_n)
+    return Plan(geometry, math.prod(counts) * math.prod(dilations), block_m, block_n, height * width)
 
 
 def _tile(tokens: int, height: int, width: int) -> tuple[int, int]:
@@ -183,19 +184,19 @@ def _tile(tokens: int, height: int, width: int) -> tuple[int, int]:
     return min(tokens // columns, max(16 // columns, height)), columns
 
 
-def _fold_bias(sums: Tensor, layout: Plan, bias: Tensor) -> Tensor:
-    """Adds up (heads, queries of a tile, keys of its frame) along equal distances of key and query."""
-    axes = layout.geometry.y, layout.geometry.x
+def _fold_bias(sums: Tensor, plan: Plan, bias: Tensor) -> Tensor:
+    """Adds up (heads, BLOCK_M, bias_keys) along equal distances of key and query."""
+    axes = plan.geometry.y, plan.geometry.x
     rows, columns = (axis.tile.value for axis in axes)
     height, width = (axis.tile.value + 2 * axis.kernel.value - 2 for axis in axes)
     sums = sums.contiguous()
-    frame = height * width
-    step = (sums.stride(0), width, 1, columns * frame + width, frame + 1)
-    return sums.as_strided((*bias.shape, rows, columns), step).sum((3, 4))
+    keys = height * width
+    strides = (sums.stride(0), width, 1, columns * keys + width, keys + 1)
+    return sums.as_strided((*bias.shape, rows, columns), strides).sum((3, 4))
 
 
 PATTERNS["neighborhood"] = Pattern(
-    Functions(_own_at, _key_count, _key_at, _own_at, _asker_count, _asker_at, _logits, _frame_at), _plan, _fold_bias
+    Functions(_tile_at, _kv_count, _kv_at, _tile_at, _q_count, _q_at, _logits, _bias_kv_at), _plan, _fold_bias
 )
 
 

@@ -1,11 +1,11 @@
 """Outlook attention in Triton: every place of the map gathers what the windows over it mix for it.
 
-It does not fit the walk of `_attention_triton.py`: weights are given, not products of queries and keys. A row of logits
+It does not fit the loop of `_attention_triton.py`: logits are given, not products of queries and keys. A row of logits
 (window, place i of it) belongs to one place of the map, so that a tile of places reads and writes its own rows. A tile
 holds places of one residue of the stride: the same i have a window for all of them. No kernel uses atomics.
 
-Letters in comments: M places of a tile, K = kernel_size ** 2 places of a window (J: padded to a power of two), D dims
-of a head, padded to a power of two.
+Names as in `_attention_triton.py`; BLOCK_M places of the map at a time; K = kernel_size ** 2 places of a window,
+BLOCK_K of them padded to a power of two.
 """
 
 from typing import Any, NamedTuple
@@ -15,19 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visionattn.kernels._attention_triton import LOG2E, MIN_TILE, OPTIONS, constant, tensor_map, unsupported_tensors
+from visionattn.kernels._attention_triton import LOG2E, MIN_BLOCK, OPTIONS, constant, tensor_map, unsupported_tensors
 
 
 class Windows(NamedTuple):
-    """A (B, h, w, heads, K, K) tensor and its strides."""
+    """A (B, h, w, heads, K, K) tensor, the last axes i and j, and its strides."""
 
     pointer: Any
-    batch: Any
-    row: Any
-    column: Any
-    head: Any
-    place: Any
-    value: Any
+    stride_b: Any
+    stride_y: Any
+    stride_x: Any
+    stride_h: Any
+    stride_i: Any
+    stride_j: Any
 
 
 class Sizes(NamedTuple):
@@ -43,9 +43,9 @@ class Sizes(NamedTuple):
     stride: Any
     padding: Any
     dim: Any
-    D: Any
-    M: Any
-    J: Any
+    BLOCK_D: Any
+    BLOCK_M: Any
+    BLOCK_K: Any
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _places(s):
     tile = program // s.heads % s.tiles
     residue = program // s.heads // s.tiles % (s.stride * s.stride)
     batch = (program // s.heads // s.tiles // (s.stride * s.stride)).to(tl.int64)
-    n = tile * s.M + tl.arange(0, s.M)
+    n = tile * s.BLOCK_M + tl.arange(0, s.BLOCK_M)
     y = n // s.class_width * s.stride + residue // s.stride
     x = n % s.class_width * s.stride + residue % s.stride
     return batch, head, y, x, (y < s.height) & (x < s.width), residue
@@ -78,104 +78,110 @@ def _windows(s, y, x, valid, i):
 
 
 @triton.jit
-def _of_window(tensor, s, batch, head, row, column, found, j):
-    """What the j-th places of windows hold in a map, zero outside: [M, D]"""
+def _load_of_window(tensor, s, batch, head, row, column, m_window, j):
+    """What the j-th places of windows hold in a map, zero outside: [BLOCK_M, BLOCK_D]"""
     y, x = row * s.stride - s.padding + j // s.kernel, column * s.stride - s.padding + j % s.kernel
-    inside = found & (y >= 0) & (y < s.height) & (x >= 0) & (x < s.width)
-    return _load(tensor, s, batch, head, y, x, inside)
+    mask = m_window & (y >= 0) & (y < s.height) & (x >= 0) & (x < s.width)
+    return _load(tensor, s, batch, head, y, x, mask)
+
+
+@triton.jit
+def _pointers(tensor, batch, head, y, x, o_d):
+    o_tokens = y.to(tl.int64) * tensor.stride_y + x.to(tl.int64) * tensor.stride_x
+    p_head = tensor.pointer + batch * tensor.stride_b + head * tensor.stride_h
+    return p_head + o_tokens[:, None] + o_d * tensor.stride_d
 
 
 @triton.jit
 def _load(tensor, s, batch, head, y, x, valid):
-    dims = tl.arange(0, s.D)
-    offsets = y.to(tl.int64) * tensor.row + x.to(tl.int64) * tensor.column
-    pointers = tensor.pointer + batch * tensor.batch + head * tensor.head + offsets[:, None] + dims * tensor.dim
-    return tl.load(pointers, mask=valid[:, None] & (dims < s.dim), other=0.0).to(tl.float32)
+    o_d = tl.arange(0, s.BLOCK_D)
+    mask = valid[:, None] & (o_d < s.dim)
+    return tl.load(_pointers(tensor, batch, head, y, x, o_d), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _store(tensor, s, values, batch, head, y, x, valid):
-    dims = tl.arange(0, s.D)
-    offsets = y.to(tl.int64) * tensor.row + x.to(tl.int64) * tensor.column
-    pointers = tensor.pointer + batch * tensor.batch + head * tensor.head + offsets[:, None] + dims * tensor.dim
-    tl.store(pointers, values.to(tensor.pointer.dtype.element_ty), mask=valid[:, None] & (dims < s.dim))
+    o_d = tl.arange(0, s.BLOCK_D)
+    mask = valid[:, None] & (o_d < s.dim)
+    tl.store(_pointers(tensor, batch, head, y, x, o_d), values.to(tensor.pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _row(logits, batch, head, row, column, i):
-    """Pointers to rows of logits: [M]"""
-    offsets = row.to(tl.int64) * logits.row + column.to(tl.int64) * logits.column
-    return logits.pointer + batch * logits.batch + head * logits.head + offsets + i * logits.place
+def _logits_pointers(logits, batch, head, row, column, i):
+    """To the rows i of the logits of windows: [BLOCK_M]"""
+    o_windows = row.to(tl.int64) * logits.stride_y + column.to(tl.int64) * logits.stride_x
+    return logits.pointer + batch * logits.stride_b + head * logits.stride_h + o_windows + i * logits.stride_i
 
 
 @triton.jit
-def _statistic(s, batch, head, row, column, i):
-    """Offsets in a contiguous (B, h, w, heads, K) tensor."""
+def _lse_offsets(s, batch, head, row, column, i):
+    """In a contiguous (B, h, w, heads, K) tensor."""
     window = (batch * s.rows + row) * s.columns + column
     return (window * s.heads + head) * (s.kernel * s.kernel) + i
 
 
 @triton.jit
-def _forward(logits, v, output, lse, s):
+def _forward(logits, v, output, p_lse, s):
     """Also stores the log-sum-exp of each row of logits that is used, in base 2."""
     batch, head, y, x, valid, residue = _places(s)
-    values = tl.arange(0, s.J)
-    b_o = tl.zeros([s.M, s.D], tl.float32)
+    o_j = tl.arange(0, s.BLOCK_K)
+    b_o = tl.zeros([s.BLOCK_M, s.BLOCK_D], tl.float32)
     for i in range(s.kernel * s.kernel):
         if _has_windows(s, residue, i):
-            row, column, found = _windows(s, y, x, valid, i)
-            rows = _row(logits, batch, head, row, column, i)
-            mask = found[:, None] & (values < s.kernel * s.kernel)
-            b_l = tl.load(rows[:, None] + values * logits.value, mask=mask, other=float("-inf"))  # [M, J]
-            b_l = tl.where(found[:, None], b_l.to(tl.float32) * (s.scale * LOG2E), 0.0)
-            top = tl.max(b_l, 1)
-            b_lse = top + tl.log2(tl.sum(tl.exp2(b_l - top[:, None]), 1))
-            tl.store(lse + _statistic(s, batch, head, row, column, i), b_lse, mask=found)
+            row, column, m_window = _windows(s, y, x, valid, i)
+            p_rows = _logits_pointers(logits, batch, head, row, column, i)
+            mask = m_window[:, None] & (o_j < s.kernel * s.kernel)
+            b_s = tl.load(p_rows[:, None] + o_j * logits.stride_j, mask=mask, other=float("-inf"))  # [BLOCK_M, BLOCK_K]
+            b_s = tl.where(m_window[:, None], b_s.to(tl.float32) * (s.scale * LOG2E), 0.0)
+            b_m = tl.max(b_s, 1)
+            b_lse = b_m + tl.log2(tl.sum(tl.exp2(b_s - b_m[:, None]), 1))
+            tl.store(p_lse + _lse_offsets(s, batch, head, row, column, i), b_lse, mask=m_window)
             for j in range(s.kernel * s.kernel):
-                b_w = tl.load(rows + j * logits.value, mask=found, other=float("-inf")).to(tl.float32)
-                b_w = tl.exp2(b_w * (s.scale * LOG2E) - b_lse)
-                b_o += b_w[:, None] * _of_window(v, s, batch, head, row, column, found, j)
+                b_p = tl.load(p_rows + j * logits.stride_j, mask=m_window, other=float("-inf")).to(tl.float32)
+                b_p = tl.exp2(b_p * (s.scale * LOG2E) - b_lse)
+                b_o += b_p[:, None] * _load_of_window(v, s, batch, head, row, column, m_window, j)
     _store(output, s, b_o, batch, head, y, x, valid)
 
 
 @triton.jit
-def _backward_logits(logits, v, grad_output, grad_logits, lse, s):
+def _backward_logits(logits, v, grad_output, grad_logits, p_lse, s):
     """Gradients of the rows of logits that belong to places of the map."""
     batch, head, y, x, valid, residue = _places(s)
-    values = tl.arange(0, s.J)
+    o_j = tl.arange(0, s.BLOCK_K)
     b_do = _load(grad_output, s, batch, head, y, x, valid)
     for i in range(s.kernel * s.kernel):
         if _has_windows(s, residue, i):
-            row, column, found = _windows(s, y, x, valid, i)
-            b_dp = tl.zeros([s.M, s.J], tl.float32)
+            row, column, m_window = _windows(s, y, x, valid, i)
+            b_dp = tl.zeros([s.BLOCK_M, s.BLOCK_K], tl.float32)
             for j in range(s.kernel * s.kernel):
-                product = tl.sum(b_do * _of_window(v, s, batch, head, row, column, found, j), 1)
-                b_dp += tl.where(values == j, product[:, None], 0.0)
-            mask = found[:, None] & (values < s.kernel * s.kernel)
-            rows = _row(logits, batch, head, row, column, i)[:, None] + values * logits.value
-            b_l = tl.load(rows, mask=mask, other=float("-inf")).to(tl.float32) * (s.scale * LOG2E)
-            statistic = _statistic(s, batch, head, row, column, i)
-            b_p = tl.exp2(b_l - tl.load(lse + statistic, mask=found, other=0.0)[:, None])
-            b_dl = b_p * (b_dp - tl.sum(b_p * b_dp, 1)[:, None]) * s.scale
-            rows = _row(grad_logits, batch, head, row, column, i)[:, None] + values * grad_logits.value
-            tl.store(rows, b_dl.to(grad_logits.pointer.dtype.element_ty), mask=mask)
+                b_dp_j = tl.sum(b_do * _load_of_window(v, s, batch, head, row, column, m_window, j), 1)
+                b_dp += tl.where(o_j == j, b_dp_j[:, None], 0.0)
+            mask = m_window[:, None] & (o_j < s.kernel * s.kernel)
+            p_rows = _logits_pointers(logits, batch, head, row, column, i)[:, None] + o_j * logits.stride_j
+            b_s = tl.load(p_rows, mask=mask, other=float("-inf")).to(tl.float32) * (s.scale * LOG2E)
+            o_lse = _lse_offsets(s, batch, head, row, column, i)
+            b_p = tl.exp2(b_s - tl.load(p_lse + o_lse, mask=m_window, other=0.0)[:, None])
+            b_ds = b_p * (b_dp - tl.sum(b_p * b_dp, 1)[:, None]) * s.scale
+            p_rows = _logits_pointers(grad_logits, batch, head, row, column, i)[:, None] + o_j * grad_logits.stride_j
+            tl.store(p_rows, b_ds.to(grad_logits.pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _backward_v(logits, grad_output, dv, lse, s):
+def _backward_v(logits, grad_output, dv, p_lse, s):
     batch, head, y, x, valid, residue = _places(s)
-    b_dv = tl.zeros([s.M, s.D], tl.float32)
+    b_dv = tl.zeros([s.BLOCK_M, s.BLOCK_D], tl.float32)
     for j in range(s.kernel * s.kernel):
         if _has_windows(s, residue, j):
-            row, column, found = _windows(s, y, x, valid, j)
+            row, column, m_window = _windows(s, y, x, valid, j)
             for i in range(s.kernel * s.kernel):
-                above, left = row * s.stride - s.padding + i // s.kernel, column * s.stride - s.padding + i % s.kernel
-                used = found & (above >= 0) & (above < s.height) & (left >= 0) & (left < s.width)
-                rows = _row(logits, batch, head, row, column, i)
-                b_w = tl.load(rows + j * logits.value, mask=used, other=float("-inf")).to(tl.float32)
-                statistic = _statistic(s, batch, head, row, column, i)
-                b_w = tl.exp2(b_w * (s.scale * LOG2E) - tl.load(lse + statistic, mask=used, other=0.0))
-                b_dv += b_w[:, None] * _load(grad_output, s, batch, head, above, left, used)
+                query_y = row * s.stride - s.padding + i // s.kernel
+                query_x = column * s.stride - s.padding + i % s.kernel
+                mask = m_window & (query_y >= 0) & (query_y < s.height) & (query_x >= 0) & (query_x < s.width)
+                p_rows = _logits_pointers(logits, batch, head, row, column, i)
+                b_p = tl.load(p_rows + j * logits.stride_j, mask=mask, other=float("-inf")).to(tl.float32)
+                o_lse = _lse_offsets(s, batch, head, row, column, i)
+                b_p = tl.exp2(b_p * (s.scale * LOG2E) - tl.load(p_lse + o_lse, mask=mask, other=0.0))
+                b_dv += b_p[:, None] * _load(grad_output, s, batch, head, query_y, query_x, mask)
     _store(dv, s, b_dv, batch, head, y, x, valid)
 
 
@@ -246,11 +252,11 @@ _operator.register_autograd(_gradients, setup_context=_setup_context)
 def _launch(kernel, tensors, logits: Tensor, v: Tensor, windows: tuple[int, int, int], scale: float) -> None:
     b, height, width, heads, dim = v.shape
     kernel_size, stride, _ = windows
-    padded = max(MIN_TILE, triton.next_power_of_2(dim))
-    places = max(16, 2048 // padded)  # 16 registers of a sum for each of 128 threads
+    padded = max(MIN_BLOCK, triton.next_power_of_2(dim))
+    block_m = max(16, 2048 // padded)  # 16 registers of a sum for each of 128 threads
     class_height, class_width = triton.cdiv(height, stride), triton.cdiv(width, stride)
-    tiles = triton.cdiv(class_height * class_width, places)
-    constants = map(constant, (dim, padded, places, triton.next_power_of_2(kernel_size**2)))
+    tiles = triton.cdiv(class_height * class_width, block_m)
+    constants = map(constant, (dim, padded, block_m, triton.next_power_of_2(kernel_size**2)))
     sizes = Sizes(height, width, *logits.shape[1:3], heads, tiles, class_width, scale, *windows, *constants)
     programs = b * heads * tiles * stride**2
     if programs:

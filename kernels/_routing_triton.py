@@ -13,7 +13,7 @@ from visionattn.kernels._attention_triton import (
     Pattern,
     Plan,
     attend,
-    tile_size,
+    fit_block,
     unsupported_tensors,
 )
 
@@ -40,24 +40,24 @@ def _token(g, region, n, width, tokens):
 
 
 @triton.jit
-def _own(g, tile, n, width, tokens):
-    place = tile % g.region_tiles * g.tile + n
-    y, x = _token(g, tile // g.region_tiles, place, width, tokens)
-    return y, x, place < tokens
+def _tile_at(g, tile, n, width, tokens):
+    n += tile % g.region_tiles * g.tile
+    y, x = _token(g, tile // g.region_tiles, n, width, tokens)
+    return y, x, n < tokens
 
 
 @triton.jit
-def _query_at(g, batch, tile, n):
-    return _own(g, tile, n, g.query_width, g.query_tokens)
+def _q_tile_at(g, batch, tile, n):
+    return _tile_at(g, tile, n, g.query_width, g.query_tokens)
 
 
 @triton.jit
-def _key_count(g, batch, tile):
+def _kv_count(g, batch, tile):
     return g.topk * g.key_tokens
 
 
 @triton.jit
-def _key_at(g, batch, tile, n):
+def _kv_at(g, batch, tile, n):
     valid = n < g.topk * g.key_tokens
     routes = g.routes + (batch * g.regions + tile // g.region_tiles) * g.topk
     region = tl.load(routes + n // g.key_tokens, mask=valid, other=0).to(tl.int32)
@@ -66,8 +66,8 @@ def _key_at(g, batch, tile, n):
 
 
 @triton.jit
-def _own_key_at(g, batch, tile, n):
-    return _own(g, tile, n, g.key_width, g.key_tokens)
+def _kv_tile_at(g, batch, tile, n):
+    return _tile_at(g, tile, n, g.key_width, g.key_tokens)
 
 
 @triton.jit
@@ -77,13 +77,13 @@ def _starts(g, batch, tile):
 
 
 @triton.jit
-def _asker_count(g, batch, tile):
+def _q_count(g, batch, tile):
     start, stop = _starts(g, batch, tile)
     return (stop - start) * g.query_tokens
 
 
 @triton.jit
-def _asker_at(g, batch, tile, n):
+def _q_at(g, batch, tile, n):
     start, stop = _starts(g, batch, tile)
     pair = start + n // g.query_tokens
     valid = pair < stop
@@ -97,29 +97,31 @@ def _logits(g, logits, batch, head, y, x, key_y, key_x, valid):
     return tl.where(valid, logits, float("-inf"))
 
 
-def _plan(q, k, bias, routes, parameters, own: int, walk: int, inverse: bool) -> Plan:
+def _plan(q, k, bias, routes, parameters, block_m: int, block_n: int, by_key: bool) -> Plan:
     rows, columns = parameters
     b, regions, topk = routes.shape
     (query_height, query_width), (key_height, key_width) = ((x.shape[1] // rows, x.shape[2] // columns) for x in (q, k))
     query_tokens, key_tokens = query_height * query_width, key_height * key_width
-    own_tokens, walk_tokens = (key_tokens, query_tokens) if inverse else (query_tokens, topk * key_tokens)
-    own, walk = tile_size(own_tokens, own), tile_size(walk_tokens, walk) if not inverse else walk
-    region_tiles = triton.cdiv(own_tokens, own)
     order = starts = routes
-    if inverse:
+    if by_key:
+        tokens = key_tokens
+        tile = block_n = fit_block(key_tokens, block_n)
         pairs, order = routes.flatten(1).sort(stable=True)
         edges = torch.arange(regions + 1, device=routes.device, dtype=pairs.dtype).expand(b, -1).contiguous()
         order, starts = order.int(), torch.searchsorted(pairs, edges, out_int32=True)
+    else:
+        tokens = query_tokens
+        tile = block_m = fit_block(query_tokens, block_m)
+        block_n = fit_block(topk * key_tokens, block_n)
+    region_tiles = triton.cdiv(tokens, tile)
     geometry = Geometry(
         routes.contiguous(), order, starts, regions, topk, columns,
-        query_width, query_tokens, key_width, key_tokens, region_tiles, own,
+        query_width, query_tokens, key_width, key_tokens, region_tiles, tile,
     )  # fmt: skip
-    return Plan(geometry, regions * region_tiles, own, walk)
+    return Plan(geometry, regions * region_tiles, block_m, block_n)
 
 
-PATTERNS["routing"] = Pattern(
-    Functions(_query_at, _key_count, _key_at, _own_key_at, _asker_count, _asker_at, _logits), _plan
-)
+PATTERNS["routing"] = Pattern(Functions(_q_tile_at, _kv_count, _kv_at, _kv_tile_at, _q_count, _q_at, _logits), _plan)
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Tensor | None, *_: Any) -> str | None:

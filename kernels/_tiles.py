@@ -13,7 +13,7 @@ from torch import Tensor
 
 from visionattn.kernels._check import precise
 
-__all__ = ["Tiles", "as_rows", "chunks", "join", "once", "split"]
+__all__ = ["Tiles", "as_rows", "cached", "chunks", "join", "split"]
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -26,8 +26,8 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if (row, one) == (dim, 1) and step % dim == 0 and step >= heads * dim else rows.contiguous()
 
 
-def once(make: Callable, q: Tensor) -> Callable:
-    """`make`, an lru_cache, or, for a q that is traced or fake, what it wraps: such tensors must not be kept."""
+def cached(make: Callable, q: Tensor) -> Callable:
+    """`make`, an lru_cache, or, for a q that is traced or fake, what it wraps: such tensors must not be cached."""
     return make if type(q) is Tensor and not torch.compiler.is_compiling() else make.__wrapped__
 
 
@@ -38,8 +38,8 @@ def chunks(images: int, tiles: int, fit: int) -> Iterator[tuple[slice, list[slic
         yield slice(None), [slice(0, tiles)]
         return
     blocks = split(tiles, fit)
-    for some in split(images, fit // tiles):
-        yield some, blocks
+    for image_slice in split(images, fit // tiles):
+        yield image_slice, blocks
 
 
 def split(length: int, step: int) -> list[slice]:
@@ -53,7 +53,7 @@ def join(tiles: list[Tensor], dim: int) -> Tensor:
 
 
 class Tiles:
-    """T tiles of Q tokens of a map of N, the same for all images. Its methods keep what they compute from that alone.
+    """T tiles of Q tokens of a map of N, the same for all images. Its methods cache what they compute from that alone.
 
     Args:
         tokens: [T, Q], flat positions in the map.
@@ -63,11 +63,11 @@ class Tiles:
 
     def __init__(self, tokens: Tensor, outside: Tensor, length: int) -> None:
         self.tokens, self.outside, self.length = tokens, outside, length
-        self._kept: dict = {}
+        self._cache: dict = {}
 
     def gather(self, images: slice, block: slice, *maps: Tensor) -> list[Tensor]:
         """Of maps `as_rows` those tiles: [b, t, heads, Q, dim], at least float32."""
-        tiles = self._copies(images, maps, lambda *sizes: self._once(self._heads, *sizes)[block])
+        tiles = self._copies(images, maps, lambda *sizes: self._cached(self._heads, *sizes)[block])
         return [self.clear(tile, block) for tile in tiles]
 
     def select(self, images: slice, tiles: Tensor, *maps: Tensor) -> list[Tensor]:
@@ -96,7 +96,7 @@ class Tiles:
         """Zeros, in place, for what is outside of the map in [b, t, heads, Q, dim]."""
         if torch.compiler.is_compiling():
             return tiles.masked_fill_(self.outside[block, None, :, None], 0)
-        rows = self._once(self._rows_outside, block.start, block.stop, tiles.shape[2])
+        rows = self._cached(self._rows_outside, block.start, block.stop, tiles.shape[2])
         if len(rows):
             per_image = tiles[0].numel() // tiles.shape[4]
             first = torch.arange(0, len(tiles) * per_image, per_image, device=tiles.device)
@@ -108,7 +108,7 @@ class Tiles:
         of which each token is in one tile."""
         tiles = join(tiles, 1)
         first = torch.arange(tiles.shape[0], device=tiles.device) * (tiles[0].numel() // tiles.shape[4])
-        index = (first[:, None, None] + self._once(self._slots, tiles.shape[2])).flatten()
+        index = (first[:, None, None] + self._cached(self._slots, tiles.shape[2])).flatten()
         rows, target = tiles.flatten(0, 3), target.flatten(0, -2)
         if target.dtype == rows.dtype and not torch.compiler.is_compiling():
             torch.index_select(rows, 0, index, out=target)
@@ -125,17 +125,17 @@ class Tiles:
             index = first[:, None, None, None] + self._heads(heads, heads)
             flat.zero_().index_add_(0, index.flatten(), self.clear(tiles, slice(None)).flatten(0, 3).to(flat.dtype))
             return
-        slots, starts = self._once(self._bags, tiles.shape[2])
+        slots, starts = self._cached(self._bags, tiles.shape[2])
         image = torch.arange(len(tiles), device=tiles.device)[:, None]
         slots = (slots + image * (len(rows) // len(tiles))).flatten()
         starts = (starts + image * (len(slots) // len(tiles))).flatten()
         flat.copy_(F.embedding_bag(slots, rows, starts, mode="sum"))
 
-    def _once(self, make: Callable, *arguments: int) -> Any:
+    def _cached(self, make: Callable, *arguments: int) -> Any:
         key = make.__name__, *arguments
-        if key not in self._kept:
-            self._kept[key] = make(*arguments)
-        return self._kept[key]
+        if key not in self._cache:
+            self._cache[key] = make(*arguments)
+        return self._cache[key]
 
     def _heads(self, heads: int, step: int) -> Tensor:
         return _heads(self.tokens, heads, step)

@@ -19,7 +19,7 @@ from visionattn.kernels._attention_triton import (
     Plan,
     attend,
     constant,
-    tile_size,
+    fit_block,
     unsupported_tensors,
 )
 
@@ -38,7 +38,7 @@ class Geometry(NamedTuple):
     masks: Any  # images of the mask
     y: Any
     x: Any
-    parts: Any  # tiles of a window
+    window_tiles: Any  # tiles of a window
     tile: Any  # tokens of a tile
 
 
@@ -76,8 +76,8 @@ def _in_window(g, window, n):
 
 
 @triton.jit
-def _own_at(g, batch, tile, n):
-    return _in_window(g, tile // g.parts, tile % g.parts * g.tile + n)
+def _tile_at(g, batch, tile, n):
+    return _in_window(g, tile // g.window_tiles, tile % g.window_tiles * g.tile + n)
 
 
 @triton.jit
@@ -86,8 +86,8 @@ def _count(g, batch, tile):
 
 
 @triton.jit
-def _other_at(g, batch, tile, n):
-    return _in_window(g, tile // g.parts, n)
+def _window_at(g, batch, tile, n):
+    return _in_window(g, tile // g.window_tiles, n)
 
 
 @triton.jit
@@ -109,27 +109,28 @@ def _logits(g, logits, batch, head, y, x, key_y, key_x, valid):
     return tl.where(valid, logits, float("-inf"))
 
 
-def _plan(q, k, bias, mask, parameters, own: int, walk: int, inverse: bool) -> Plan:
+def _plan(q, k, bias, mask, parameters, block_m: int, block_n: int, by_key: bool) -> Plan:
     (window_y, window_x), shifts, dilated = parameters[:2], parameters[2:4], parameters[4]
     tokens = window_y * window_x
-    own, walk = tile_size(tokens, own), tile_size(tokens, walk)
+    block_m, block_n = fit_block(tokens, block_m), fit_block(tokens, block_n)
+    tile = block_n if by_key else block_m
     windows = triton.cdiv(q.shape[1], window_y), triton.cdiv(q.shape[2], window_x)
     axes = (
         Axis(length, constant(window), count, constant(shift), constant(bool(dilated)))
         for length, window, count, shift in zip(q.shape[1:3], (window_y, window_x), windows, shifts, strict=True)
     )
-    parts = triton.cdiv(tokens, own)
+    window_tiles = triton.cdiv(tokens, tile)
     bias, mask = (None if x is None else x.contiguous() for x in (bias, mask))
-    geometry = Geometry(bias, mask, 0 if mask is None else len(mask), *axes, parts, own)
-    return Plan(geometry, windows[0] * windows[1] * parts, own, walk, tokens, parts)
+    geometry = Geometry(bias, mask, 0 if mask is None else len(mask), *axes, window_tiles, tile)
+    return Plan(geometry, windows[0] * windows[1] * window_tiles, block_m, block_n, tokens, window_tiles)
 
 
-def _fold_bias(sums: Tensor, layout: Plan, bias: Tensor) -> Tensor:
+def _fold_bias(sums: Tensor, plan: Plan, bias: Tensor) -> Tensor:
     return sums[:, : bias.shape[1]]
 
 
 PATTERNS["window"] = Pattern(
-    Functions(_own_at, _count, _other_at, _own_at, _count, _other_at, _logits, _other_at), _plan, _fold_bias
+    Functions(_tile_at, _count, _window_at, _tile_at, _count, _window_at, _logits, _window_at), _plan, _fold_bias
 )
 
 

@@ -137,13 +137,13 @@ class _Cosines(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         q, k, cosines = ctx.saved_tensors
-        grad_products, shares = grad / _norm(q)[..., :, None] / _norm(k)[..., None, :], grad * cosines
+        grad_products, radial = grad / _norm(q)[..., :, None] / _norm(k)[..., None, :], grad * cosines
         grads = _mix_by_image(grad_products, k), _mix_by_image(grad_products.mT, q)
-        for x, total, share in zip((q, k), grads, (shares.sum(-1), shares.sum(-2)), strict=True):
+        for x, grad_x, factor in zip((q, k), grads, (radial.sum(-1), radial.sum(-2)), strict=True):
             norm = _norm(x)
-            share = torch.where(norm > EPSILON, share / norm.square(), 0)  # a norm at its least does not change
-            for image, out, part in zip(x, total, share, strict=True):
-                out.addcmul_(image, part.to(out.dtype), value=-1)
+            factor = torch.where(norm > EPSILON, factor / norm.square(), 0)  # a norm at its least does not change
+            for image, grad_image, by_channel in zip(x, grad_x, factor, strict=True):
+                grad_image.addcmul_(image, by_channel.to(grad_image.dtype), value=-1)
         return grads
 
 

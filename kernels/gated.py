@@ -139,8 +139,8 @@ def gated_positional_attention(
         if q.ndim != 5 or len(position_logits) != 2:
             raise ValueError(f"position_logits in {len(position_logits)} parts: expected two, with q of (B, H, W, ...)")
         logits, columns = position_logits
-        for axis, part in ((1, logits), (2, columns)):
-            check_tensor("position_logits", part, (heads, q.shape[axis], q.shape[axis]), q, part.dtype)
+        for axis, summand in ((1, logits), (2, columns)):
+            check_tensor("position_logits", summand, (heads, q.shape[axis], q.shape[axis]), q, summand.dtype)
     check_tensor("gate", gate, (heads,), q, gate.dtype)
     scale = dim**-0.5 if scale is None else scale
     maps = (x.flatten(1, -3) for x in (q, k, v))

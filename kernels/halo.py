@@ -18,14 +18,14 @@ from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import check_int, check_maps, check_tensor, precise
 from visionattn.kernels._dispatch import dispatch
-from visionattn.kernels._tiles import Tiles, as_rows, chunks, join, once, split
+from visionattn.kernels._tiles import Tiles, as_rows, cached, chunks, join, split
 
 __all__ = ["halo_attention"]
 
 Pair = tuple[int, int]  # along height and width
 
 CHUNK = 16 * 2**20  # bytes that the blocks computed at a time may take: of 4 to 32 MiB about the fastest on a CPU
-KEEP = 32 * 2**20  # bytes of weights up to which backward finds them kept instead of computing them again
+SAVED = 32 * 2**20  # bytes of weights up to which they are saved for backward instead of computed again
 
 
 def _reference(
@@ -114,15 +114,15 @@ def _torch(
     tables = None if tables is None else tables.flatten(0, 1)
     blocks = _blocks(q, k, block_size, halo_size)
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, tables))
-    kept = _room(q, blocks) if trained else None
-    output, lse = _Halo.apply(q, k, v, tables, kept, blocks, scale, return_lse)
+    saved_weights = _new_weights(q, blocks) if trained else None
+    output, lse = _Halo.apply(q, k, v, tables, saved_weights, blocks, scale, return_lse)
     return (output, lse) if return_lse else output
 
 
 def _tables(*tables: Tensor | None) -> Tensor | None:
     """Both in one, [2, R, D], with zeros for one that was not given."""
-    given = [x for x in tables if x is not None]
-    return torch.stack([torch.zeros_like(given[0]) if x is None else x for x in tables]) if given else None
+    like = next((x for x in tables if x is not None), None)
+    return None if like is None else torch.stack([torch.zeros_like(like) if x is None else x for x in tables])
 
 
 class _Blocks(NamedTuple):
@@ -135,7 +135,7 @@ class _Blocks(NamedTuple):
 
 
 def _blocks(q: Tensor, k: Tensor, block_size: int, halo_size: int) -> _Blocks:
-    return once(_make_blocks, q)(q.shape[1:3], k.shape[1:3], block_size, halo_size, q.device)
+    return cached(_make_blocks, q)(q.shape[1:3], k.shape[1:3], block_size, halo_size, q.device)
 
 
 @functools.lru_cache(maxsize=16)
@@ -151,9 +151,9 @@ def _chunks(q: Tensor, blocks: _Blocks) -> Iterator[tuple[slice, list[slice], li
     (count, queries), heads, dim = blocks.queries.tokens.shape, q.shape[3], q.shape[4]
     fit = CHUNK // (8 * heads * (queries * blocks.side**2 + (queries + blocks.side**2) * dim))
     rows = CHUNK // (8 * heads * blocks.width * blocks.side**2)
-    rows = split(blocks.width, blocks.width if torch.compiler.is_compiling() else rows)
-    for images, some in chunks(q.shape[0], count, fit):
-        yield images, some, rows
+    row_slices = split(blocks.width, blocks.width if torch.compiler.is_compiling() else rows)
+    for images, block_slices in chunks(q.shape[0], count, fit):
+        yield images, block_slices, row_slices
 
 
 def _relative(products: Tensor, first: int, blocks: _Blocks) -> list[Tensor]:
@@ -188,13 +188,13 @@ def _grad_products(grad_logits: Tensor, tables: Tensor, first: int, blocks: _Blo
     return products
 
 
-def _room(q: Tensor, blocks: _Blocks) -> Tensor | None:
-    """For the weights of all blocks, if KEEP allows."""
+def _new_weights(q: Tensor, blocks: _Blocks) -> Tensor | None:
+    """Empty, for the weights of all blocks; None where they take more than SAVED."""
     if torch.compiler.is_compiling():
         return None
     count, queries = blocks.queries.tokens.shape
     shape, dtype = (q.shape[0], count, q.shape[3], queries, blocks.side**2), precise(q)
-    return q.new_empty(shape, dtype=dtype) if math.prod(shape) * dtype.itemsize <= KEEP else None
+    return q.new_empty(shape, dtype=dtype) if math.prod(shape) * dtype.itemsize <= SAVED else None
 
 
 class _Halo(torch.autograd.Function):
@@ -206,33 +206,36 @@ class _Halo(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         tables: Tensor | None,
-        kept: Tensor | None,
+        saved_weights: Tensor | None,
         blocks: _Blocks,
         scale: float,
         return_lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Output and lse; writes the weights to `kept`, [B, T, heads, Q, K]."""
+        """Output and lse; writes the weights to `saved_weights`, [B, T, heads, Q, K]."""
         output = v.new_empty(*q.shape[:4], v.shape[4])
         lse = q.new_empty(*q.shape[:4], 1, dtype=precise(q)) if return_lse else None
         maps = [as_rows(x) for x in (q, k, v)]
-        for images, group, parts in _chunks(q, blocks):
-            outputs, sums = [], []
-            for block in group:
-                tiles, totals = [], []
+        for images, block_slices, row_slices in _chunks(q, blocks):
+            outputs, lses = [], []
+            for block in block_slices:
+                tile_outputs, tile_lses = [], []
                 (q_tile,) = blocks.queries.gather(images, block, maps[0])
                 k_tile, v_tile = blocks.keys.gather(images, block, *maps[1:])
-                for rows in parts:
-                    part = slice(rows.start * blocks.width, rows.stop * blocks.width)
-                    logits = _logits(q_tile[..., part, :], k_tile, tables, rows.start, blocks, scale)
-                    weights = torch.softmax(logits, -1, out=None if kept is None else kept[images, block, :, part])
-                    tiles.append(weights @ v_tile)
+                for rows in row_slices:
+                    i = slice(rows.start * blocks.width, rows.stop * blocks.width)
+                    logits = _logits(q_tile[..., i, :], k_tile, tables, rows.start, blocks, scale)
+                    weights = torch.softmax(
+                        logits, -1, out=None if saved_weights is None else saved_weights[images, block, :, i]
+                    )
+                    tile_outputs.append(weights @ v_tile)
                     if return_lse:
-                        totals.append(logits.logsumexp(-1, keepdim=True))
-                outputs.append(join(tiles, 3))
-                sums.append(join(totals, 3) if return_lse else None)
+                        tile_lses.append(logits.logsumexp(-1, keepdim=True))
+                outputs.append(join(tile_outputs, 3))
+                if return_lse:
+                    lses.append(join(tile_lses, 3))
             blocks.queries.restore(output[images], outputs)
             if return_lse:
-                blocks.queries.restore(lse[images], sums)
+                blocks.queries.restore(lse[images], lses)
         return output, lse[..., 0].movedim(-1, 1).contiguous() if return_lse else None
 
     @staticmethod
@@ -243,43 +246,43 @@ class _Halo(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, grad_lse: Tensor | None) -> tuple:
-        (q, k, v, tables, kept), blocks = ctx.saved_tensors, ctx.blocks
+        (q, k, v, tables, saved_weights), blocks = ctx.saved_tensors, ctx.blocks
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
         grad_tables = None if tables is None else torch.zeros_like(tables, dtype=precise(q))
         maps = [as_rows(x) for x in (q, grad, k, v)]
         if grad_lse is not None:
             grad_lse = as_rows(grad_lse.movedim(1, -1)[..., None])
-        for images, group, parts in _chunks(q, blocks):
-            tiles = [], [], []
-            for block in group:
+        for images, block_slices, row_slices in _chunks(q, blocks):
+            grads_q, grads_k, grads_v = [], [], []
+            for block in block_slices:
                 q_tile, grad_tile = blocks.queries.gather(images, block, *maps[:2])
                 k_tile, v_tile = blocks.keys.gather(images, block, *maps[2:])
                 grad_q, grad_k, grad_v = [], [], []
-                for rows in parts:
-                    part = slice(rows.start * blocks.width, rows.stop * blocks.width)
-                    q_part, grad_part = q_tile[..., part, :], grad_tile[..., part, :]
-                    if kept is None:
-                        weights = _logits(q_part, k_tile, tables, rows.start, blocks, ctx.scale).softmax(-1)
+                for rows in row_slices:
+                    i = slice(rows.start * blocks.width, rows.stop * blocks.width)
+                    q_i, grad_i = q_tile[..., i, :], grad_tile[..., i, :]
+                    if saved_weights is None:
+                        weights = _logits(q_i, k_tile, tables, rows.start, blocks, ctx.scale).softmax(-1)
                     else:
-                        weights = kept[images, block, :, part]
-                    grad_v.append(weights.mT @ grad_part)
-                    grad_logits = grad_part @ v_tile.mT
+                        weights = saved_weights[images, block, :, i]
+                    grad_v.append(weights.mT @ grad_i)
+                    grad_logits = grad_i @ v_tile.mT
                     grad_logits = torch._softmax_backward_data(grad_logits, weights, -1, weights.dtype)
                     if grad_lse is not None:
                         (lse_tile,) = blocks.queries.gather(images, block, grad_lse)
-                        grad_logits.addcmul_(weights, lse_tile[..., part, :])
+                        grad_logits.addcmul_(weights, lse_tile[..., i, :])
                     grad_q.append((grad_logits @ k_tile).mul_(ctx.scale))
-                    grad_k.append((grad_logits.mT @ q_part).mul_(ctx.scale))
+                    grad_k.append((grad_logits.mT @ q_i).mul_(ctx.scale))
                     if tables is not None:
                         products = _grad_products(grad_logits, tables, rows.start, blocks)
                         grad_q[-1] += (products @ tables.to(products.dtype)).view(grad_q[-1].shape)
-                        grad_tables += products.flatten(0, 1).T @ q_part.flatten(0, 3)
-                tiles[0].append(join(grad_q, 3))
-                tiles[1].append(functools.reduce(Tensor.add_, grad_k))
-                tiles[2].append(functools.reduce(Tensor.add_, grad_v))
-            blocks.queries.restore(grads[0][images], tiles[0])
-            blocks.keys.add(grads[1][images], tiles[1])
-            blocks.keys.add(grads[2][images], tiles[2])
+                        grad_tables += products.flatten(0, 1).T @ q_i.flatten(0, 3)
+                grads_q.append(join(grad_q, 3))
+                grads_k.append(functools.reduce(Tensor.add_, grad_k))
+                grads_v.append(functools.reduce(Tensor.add_, grad_v))
+            blocks.queries.restore(grads[0][images], grads_q)
+            blocks.keys.add(grads[1][images], grads_k)
+            blocks.keys.add(grads[2][images], grads_v)
         return *grads, None if tables is None else grad_tables.to(tables.dtype), *[None] * 4
 
 

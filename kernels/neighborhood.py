@@ -69,17 +69,17 @@ def _windows(length: int, kernel: int, dilation: int, stride: int, device: torch
     return residue[:, None] + dilation * keys, keys - place[:, None] + kernel - 1
 
 
-def _flat(parts: tuple[Tensor, ...], sizes: Axes) -> Tensor:
+def _flat(coordinates: tuple[Tensor, ...], sizes: Axes) -> Tensor:
     """Coordinates on each axis of a row-major array of `sizes` -> flat positions of all their combinations.
 
     [N, L, ...], [P, M, ...], ... -> [N * P * ..., L * M * ..., ...]
     """
-    flat = parts[0]
-    for part, size in zip(parts[1:], sizes[1:], strict=True):
+    flat = coordinates[0]
+    for along_axis, size in zip(coordinates[1:], sizes[1:], strict=True):
         flat = flat * size
-        for dim in range(part.ndim):
-            flat, part = flat.unsqueeze(2 * dim + 1), part.unsqueeze(2 * dim)
-        flat = flat + part
+        for dim in range(along_axis.ndim):
+            flat, along_axis = flat.unsqueeze(2 * dim + 1), along_axis.unsqueeze(2 * dim)
+        flat = flat + along_axis
         for dim in range(flat.ndim // 2):
             flat = flat.flatten(dim, dim + 1)
     return flat
@@ -186,9 +186,9 @@ def _chunks(q: Tensor, tiles: _Tiles) -> Iterator[_Chunk]:
     step = max(1, fit if torch.compiler.is_compiling() else fit // max(1, q.shape[0]))
     for first in images:
         for start in range(0, len(tiles.kinds), step):
-            part = slice(start, start + step)
-            repeated = None if tiles.repeated is None else tiles.repeated[part, None, :, None]
-            yield _Chunk(first + tiles.queries[part], first + tiles.keys[part], tiles.kinds[part], repeated)
+            t = slice(start, start + step)
+            repeated = None if tiles.repeated is None else tiles.repeated[t, None, :, None]
+            yield _Chunk(first + tiles.queries[t], first + tiles.keys[t], tiles.kinds[t], repeated)
 
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import autocasting, check_maps, check_tensor, precise
 from visionattn.kernels._dispatch import dispatch
-from visionattn.kernels._tiles import Tiles, as_rows, chunks, join, once, split
+from visionattn.kernels._tiles import Tiles, as_rows, cached, chunks, join, split
 
 __all__ = ["routing_attention"]
 
@@ -25,7 +25,7 @@ Grid = tuple[int, int]  # rows, columns of regions
 
 # Bytes of selected keys and values and of logits to compute at a time, which stay in a CPU's cache.
 CHUNK = {"forward": 8 * 2**20, "backward": 4 * 2**20}
-KEEP = 16 * 2**20  # bytes of weights up to which backward finds them kept: less time than computing them again
+SAVED = 16 * 2**20  # bytes of weights up to which they are saved for backward: less time than computing them again
 SMALL_LOGITS = 2**13  # T * S up to which matmuls beat the fused kernel
 MASKED_TOKENS = 512  # N up to which masking all keys may beat selecting some, and its mask is small
 
@@ -81,10 +81,10 @@ def _torch(
         return output.transpose(1, 2).unflatten(1, q.shape[1:3])
     if torch.compiler.is_compiling():
         return _selected(q, k, v, routes, route_weights, grid, scale)
-    regions = [once(_make_regions, q)(x.shape[1:3], grid, x.device) for x in (q, k)]
+    regions = [cached(_make_regions, q)(x.shape[1:3], grid, x.device) for x in (q, k)]
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, route_weights))
-    kept = _room(q, routes, *regions) if trained else None
-    return _Routed.apply(q, k, v, routes, route_weights, kept, *regions, scale)
+    saved_weights = _new_weights(q, routes, *regions) if trained else None
+    return _Routed.apply(q, k, v, routes, route_weights, saved_weights, *regions, scale)
 
 
 def _mask(q: Tensor, k: Tensor, routes: Tensor, grid: Grid) -> Tensor:
@@ -117,11 +117,11 @@ def _make_regions(size: tuple[int, int], grid: Grid, device: torch.device) -> Ti
     return Tiles(tokens, torch.zeros_like(tokens, dtype=torch.bool), size[0] * size[1])
 
 
-def _room(q: Tensor, routes: Tensor, queries: Tiles, keys: Tiles) -> Tensor | None:
-    """For all weights, [B, R, heads, T, S], if KEEP allows."""
+def _new_weights(q: Tensor, routes: Tensor, queries: Tiles, keys: Tiles) -> Tensor | None:
+    """Empty, for all weights, [B, R, heads, T, S]; None where they take more than SAVED."""
     (regions, tokens), selected = queries.tokens.shape, routes.shape[2] * keys.tokens.shape[1]
     shape, dtype = (q.shape[0], regions, q.shape[3], tokens, selected), precise(q)
-    return q.new_empty(shape, dtype=dtype) if math.prod(shape) * dtype.itemsize <= KEEP else None
+    return q.new_empty(shape, dtype=dtype) if math.prod(shape) * dtype.itemsize <= SAVED else None
 
 
 def _fit(k: Tensor, v: Tensor, selected: int, logits: int, size: int) -> int:
@@ -131,7 +131,7 @@ def _fit(k: Tensor, v: Tensor, selected: int, logits: int, size: int) -> int:
 
 class _Routed(torch.autograd.Function):
     """Chunk by chunk of regions: rows of q, and of k and v those of the routed regions, are copied, then matmul,
-    softmax, matmul, and rows copied back. Backward copies again, so that nothing copied is kept."""
+    softmax, matmul, and rows copied back. Backward copies again, so that nothing copied is saved."""
 
     @staticmethod
     def forward(
@@ -141,18 +141,18 @@ class _Routed(torch.autograd.Function):
         v: Tensor,
         routes: Tensor,
         factors: Tensor | None,
-        kept: Tensor | None,
+        saved_weights: Tensor | None,
         queries: Tiles,
         keys: Tiles,
         scale: float,
     ) -> Tensor:
-        """The output; writes the weights to `kept`."""
-        ctx.save_for_backward(q, k, v, routes, factors, kept)
+        """The output; writes the weights to `saved_weights`."""
+        ctx.save_for_backward(q, k, v, routes, factors, saved_weights)
         ctx.queries, ctx.keys, ctx.scale = queries, keys, scale
         maps = [as_rows(x) for x in (q, k, v)]
         output = q.new_empty(*q.shape[:4], v.shape[4])
         tokens, selected = queries.tokens.shape[1], routes.shape[2] * keys.tokens.shape[1]
-        large = kept is None and tokens * selected > SMALL_LOGITS
+        large = saved_weights is None and tokens * selected > SMALL_LOGITS
         fit = _fit(k, v, selected, 0 if large else tokens, CHUNK["forward"])
         for images, blocks in chunks(len(q), routes.shape[1], fit):
             outputs = []
@@ -161,11 +161,11 @@ class _Routed(torch.autograd.Function):
                 tiles = keys.select(images, routes[images, block], *maps[1:])
                 k_tile, v_tile = (_times(x, factors, images, block) for x in tiles)
                 if large:
-                    parts = (x.flatten(0, 1) for x in (q_tile, k_tile, v_tile))
-                    parts = F.scaled_dot_product_attention(*parts, scale=scale)
-                    outputs.append(parts.unflatten(0, q_tile.shape[:2]))
+                    maps_of_block = (x.flatten(0, 1) for x in (q_tile, k_tile, v_tile))
+                    tiles = F.scaled_dot_product_attention(*maps_of_block, scale=scale)
+                    outputs.append(tiles.unflatten(0, q_tile.shape[:2]))
                 else:
-                    weights = None if kept is None else kept[images, block]
+                    weights = None if saved_weights is None else saved_weights[images, block]
                     outputs.append(_weights(q_tile, k_tile, scale, weights) @ v_tile)
             queries.restore(output[images], outputs)
         return output
@@ -173,7 +173,7 @@ class _Routed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
-        (q, k, v, routes, factors, kept), queries, keys = ctx.saved_tensors, ctx.queries, ctx.keys
+        (q, k, v, routes, factors, saved_weights), queries, keys = ctx.saved_tensors, ctx.queries, ctx.keys
         maps = [as_rows(x) for x in (q, k, v, grad)]
         grads = [x.new_empty(x.shape) for x in (q, k, v)]
         grad_factors = None if factors is None else torch.empty_like(factors)
@@ -184,15 +184,15 @@ class _Routed(torch.autograd.Function):
                 q_tile, grad_tile = queries.gather(images, block, maps[0], maps[3])
                 tiles = keys.select(images, routes[images, block], *maps[1:3])
                 scaled = (_times(x, factors, images, block) for x in tiles)
-                weights = None if kept is None else kept[images, block]
+                weights = None if saved_weights is None else saved_weights[images, block]
                 grad_q, *pair = _gradients(q_tile, *scaled, grad_tile, ctx.scale, weights)
                 grads_q.append(grad_q)
                 if factors is not None:
                     products = (x * y for x, y in zip(pair, tiles, strict=True))
                     sums = (x.unflatten(3, (routes.shape[2], -1)).sum((2, 4, 5)) for x in products)
                     grad_factors[images, block] = sum(sums)
-                for total, part in zip(totals, pair, strict=True):
-                    _add(total, routes[images, block], _times(part, factors, images, block))
+                for total, grad_tiles in zip(totals, pair, strict=True):
+                    _add(total, routes[images, block], _times(grad_tiles, factors, images, block))
             queries.restore(grads[0][images], grads_q)
             for target, total in zip(grads[1:], totals, strict=True):
                 keys.restore(target[images], [total])
@@ -207,25 +207,25 @@ def _times(tiles: Tensor, factors: Tensor | None, images: slice, block: slice) -
     return (tiles.unflatten(3, (factors.shape[3], -1)) * factors).flatten(3, 4)
 
 
-def _weights(q: Tensor, k: Tensor, scale: float, room: Tensor | None = None) -> Tensor:
-    """[b, t, heads, q, S], of [b, t, heads, q, dim] and [b, t, heads, S, dim]; written to `room` if there is one."""
+def _weights(q: Tensor, k: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """[b, t, heads, q, S], of [b, t, heads, q, dim] and [b, t, heads, S, dim]; written to `out` if there is one."""
     zero = q.new_zeros(())
     logits = torch.baddbmm(zero, q.flatten(0, 2), k.flatten(0, 2).mT, beta=0, alpha=scale).view(*q.shape[:4], -1)
-    return torch.softmax(logits, -1, out=logits if room is None else room)
+    return torch.softmax(logits, -1, out=logits if out is None else out)
 
 
 def _gradients(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float, kept: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float, saved_weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of q, k and v, tiles [b, t, heads, T or S, dim]."""
     grads_q, grad_k, grad_v = [], 0, 0
-    for part in split(q.shape[3], CHUNK["backward"] // (4 * q.shape[:3].numel() * k.shape[3])):
-        q_part, grad_part = q[:, :, :, part], grad[:, :, :, part]
-        weights = _weights(q_part, k, scale) if kept is None else kept[:, :, :, part]
-        grad_logits = torch._softmax_backward_data(grad_part @ v.mT, weights, -1, weights.dtype).mul_(scale)
+    for i in split(q.shape[3], CHUNK["backward"] // (4 * q.shape[:3].numel() * k.shape[3])):
+        q_i, grad_i = q[:, :, :, i], grad[:, :, :, i]
+        weights = _weights(q_i, k, scale) if saved_weights is None else saved_weights[:, :, :, i]
+        grad_logits = torch._softmax_backward_data(grad_i @ v.mT, weights, -1, weights.dtype).mul_(scale)
         grads_q.append(grad_logits @ k)
-        grad_k += grad_logits.mT @ q_part
-        grad_v += weights.mT @ grad_part
+        grad_k += grad_logits.mT @ q_i
+        grad_v += weights.mT @ grad_i
     return join(grads_q, 3), grad_k, grad_v
 
 
@@ -234,12 +234,12 @@ def _zeros(x: Tensor, regions: Tiles) -> Tensor:
     return x.new_zeros(len(x), len(regions.tokens), x.shape[3], regions.tokens.shape[1], x.shape[4], dtype=precise(x))
 
 
-def _add(total: Tensor, routes: Tensor, parts: Tensor) -> None:
+def _add(total: Tensor, routes: Tensor, tiles: Tensor) -> None:
     """Adds tiles [b, t, heads, S, dim] of the routed regions to those [b, R, heads, T, dim] of all."""
     image, head = (torch.arange(n, device=routes.device) for n in total.shape[:3:2])
     rows = (image[:, None, None] * total.shape[1] + routes)[:, :, None] * total.shape[2] + head[:, None]
     total = total.flatten(0, 2).flatten(1)
-    total.index_add_(0, rows.flatten(), parts.reshape(-1, total.shape[1]))
+    total.index_add_(0, rows.flatten(), tiles.reshape(-1, total.shape[1]))
 
 
 def _top_regions(q: Tensor, k: Tensor, grid: Grid, topk: int) -> Tensor:

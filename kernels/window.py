@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import check_maps, check_tensor, per_axis, precise
 from visionattn.kernels._dispatch import dispatch
-from visionattn.kernels._tiles import Tiles, as_rows, chunks, join, once, split
+from visionattn.kernels._tiles import Tiles, as_rows, cached, chunks, join, split
 
 __all__ = ["window_attention"]
 
@@ -31,7 +31,7 @@ Geometry = tuple[Pair, Pair, bool]  # window, shift, dilated
 
 # Bytes of logits to compute at a time: with all that is computed from the same tokens they stay in a CPU's cache.
 CHUNK = {"forward": 4 * 2**20, "backward": 2 * 2**20}
-KEEP = 16 * 2**20  # bytes of weights up to which backward finds them kept: less time than computing them again
+SAVED = 16 * 2**20  # bytes of weights up to which they are saved for backward: less time than computing them again
 
 
 def _reference(
@@ -109,29 +109,29 @@ def _torch(
         return F.scaled_dot_product_attention(*maps, scale=scale).transpose(1, 2).unflatten(1, window)
     windows = _windows(q, (window, shift, dilated))
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
-    kept = _room(q, windows) if trained else None
-    output, lse = _Window.apply(q, k, v, bias, mask, kept, windows, scale, return_lse)
+    saved_weights = _new_weights(q, windows) if trained else None
+    output, lse = _Window.apply(q, k, v, bias, mask, saved_weights, windows, scale, return_lse)
     return (output, lse) if return_lse else output
 
 
 class _Masks(NamedTuple):
-    """Of t windows of one or b images; without `idle` where those queries are all outside of the map."""
+    """Of t windows of one or b images; without `fully_masked` where those queries are all outside of the map."""
 
     values: Tensor  # [1 or b, t, 1, Q, K]: 0 or -inf, to add to logits
-    idle: Tensor | None  # [1 or b, t, 1, Q, 1]: queries without a key; to have finite logits they are given all
+    fully_masked: Tensor | None  # [1 or b, t, 1, Q, 1]: queries without a key; to have finite logits they are given all
 
 
 class _Windows(NamedTuple):
     """T windows of a map, of Q places; those whose tokens all attend to each other first."""
 
-    plain: int  # how many those are
+    unmasked: int  # how many those are
     masks: _Masks | None  # of the others; None where they are large, and made when they are needed
     tiles: Tiles
     wrapped: Tensor  # [T, Q]: 0 to 3: whether the position wrapped around on either axis
 
 
 def _windows(q: Tensor, geometry: Geometry) -> _Windows:
-    return once(_make_windows, q)(q.shape[1:3], geometry, precise(q), q.device)
+    return cached(_make_windows, q)(q.shape[1:3], geometry, precise(q), q.device)
 
 
 @functools.lru_cache(maxsize=16)
@@ -139,17 +139,17 @@ def _make_windows(size: Pair, geometry: Geometry, dtype: torch.dtype, device: to
     window, shift, dilated = geometry
     axes = list(zip(size, window, shift, strict=True))
     (y, y_outside, y_wrapped), (x, x_outside, x_wrapped) = (_places(*axis, dilated, device) for axis in axes)
-    y, y_outside, y_wrapped = (part[:, None, :, None] for part in (y, y_outside, y_wrapped))
-    x, x_outside, x_wrapped = (part[:, None] for part in (x, x_outside, x_wrapped))
-    parts = y * size[1] + x, y_outside | x_outside, 2 * y_wrapped + x_wrapped
-    rows, columns = (_plain(*axis, dilated) for axis in axes)
+    y, y_outside, y_wrapped = (rows[:, None, :, None] for rows in (y, y_outside, y_wrapped))
+    x, x_outside, x_wrapped = (columns[:, None] for columns in (x, x_outside, x_wrapped))
+    grids = y * size[1] + x, y_outside | x_outside, 2 * y_wrapped + x_wrapped  # [windows y, x, window y, x]
+    rows, columns = (_unmasked(*axis, dilated) for axis in axes)
     counts = [_count(length, w) for length, w, _ in axes]
     grid = torch.arange(counts[0] * counts[1], device=device).view(counts)
     order = torch.cat([grid[:rows, :columns].flatten(), grid[:rows, columns:].flatten(), grid[rows:].flatten()])
-    plain, (tokens, outside, wrapped) = rows * columns, (part.flatten(2).flatten(0, 1)[order] for part in parts)
-    small = (len(tokens) - plain) * tokens.shape[1] ** 2 * dtype.itemsize <= CHUNK["forward"]
-    masks = _masks(outside[plain:], wrapped[plain:], None, dtype) if small else None
-    return _Windows(plain, masks, Tiles(tokens, outside, size[0] * size[1]), wrapped)
+    unmasked, (tokens, outside, wrapped) = rows * columns, (x.flatten(2).flatten(0, 1)[order] for x in grids)
+    small = (len(tokens) - unmasked) * tokens.shape[1] ** 2 * dtype.itemsize <= CHUNK["forward"]
+    masks = _masks(outside[unmasked:], wrapped[unmasked:], None, dtype) if small else None
+    return _Windows(unmasked, masks, Tiles(tokens, outside, size[0] * size[1]), wrapped)
 
 
 def _places(length: int, window: int, shift: int, dilated: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +163,7 @@ def _places(length: int, window: int, shift: int, dilated: bool, device: torch.d
     return torch.where(outside, first, position), outside, position < shift
 
 
-def _plain(length: int, window: int, shift: int, dilated: bool) -> int:
+def _unmasked(length: int, window: int, shift: int, dilated: bool) -> int:
     """How many windows, from the first on, have all their positions in the map and none that wrapped around."""
     if dilated:
         return max(0, length - (window - 1) * _count(length, window))
@@ -175,17 +175,17 @@ def _masks(outside: Tensor, wrapped: Tensor, keys: Tensor | None, dtype: torch.d
     allowed = ((wrapped[:, :, None] == wrapped[:, None]) & ~outside[:, None])[None]
     if keys is not None:
         allowed = allowed & keys[:, :, None]
-    idle = ~allowed.any(-1, keepdim=True)
-    forbidden = ~(allowed | idle)
+    fully_masked = ~allowed.any(-1, keepdim=True)
+    forbidden = ~(allowed | fully_masked)
     values = torch.zeros_like(forbidden, dtype=dtype).masked_fill_(forbidden, -torch.inf)
-    return _Masks(values[:, :, None], None if keys is None else idle[:, :, None])
+    return _Masks(values[:, :, None], None if keys is None else fully_masked[:, :, None])
 
 
 class _Chunk(NamedTuple):
     """Windows to compute together."""
 
     block: slice
-    parts: list[slice]  # of the Q queries, to compute at a time
+    q_slices: list[slice]  # of the Q queries, to compute at a time
     start: int  # the first of the windows that `masks` is for
     masks: _Masks
 
@@ -194,36 +194,36 @@ def _chunks(q: Tensor, mask: Tensor | None, windows: _Windows, size: int) -> Ite
     """Images, and the chunks that their windows are computed in."""
     (count, places), heads = windows.wrapped.shape, q.shape[3]
     fit = max(1, size // (4 * heads * places))  # queries
-    parts = split(places, places if torch.compiler.is_compiling() else fit)
+    q_slices = split(places, places if torch.compiler.is_compiling() else fit)
     for images, blocks in chunks(q.shape[0], count, fit // places):
-        yield images, [_chunk(q, mask, windows, images, block, parts) for block in blocks]
+        yield images, [_chunk(q, mask, windows, images, block, q_slices) for block in blocks]
 
 
 def _chunk(
-    q: Tensor, mask: Tensor | None, windows: _Windows, images: slice, block: slice, parts: list[slice]
+    q: Tensor, mask: Tensor | None, windows: _Windows, images: slice, block: slice, q_slices: list[slice]
 ) -> _Chunk:
-    start = 0 if mask is not None else min(max(0, windows.plain - block.start), block.stop - block.start)
+    start = 0 if mask is not None else min(max(0, windows.unmasked - block.start), block.stop - block.start)
     rest, keys = slice(block.start + start, block.stop), None
     if mask is None and windows.masks is not None:
-        values = windows.masks.values[:, rest.start - windows.plain : rest.stop - windows.plain]
-        return _Chunk(block, parts, start, _Masks(values, None))
+        values = windows.masks.values[:, rest.start - windows.unmasked : rest.stop - windows.unmasked]
+        return _Chunk(block, q_slices, start, _Masks(values, None))
     if mask is not None:
         keys = (mask if mask.shape[0] == 1 else mask[images]).flatten(1)[:, windows.tiles.tokens[rest]]
     masks = _masks(windows.tiles.outside[rest], windows.wrapped[rest], keys, precise(q))
-    return _Chunk(block, parts, start, masks)
+    return _Chunk(block, q_slices, start, masks)
 
 
-def _fill(tile: Tensor, chunk: _Chunk, part: slice, value: float) -> Tensor:
-    """Sets what belongs to idle queries, in place, of [b, t, heads, q, dim]."""
-    return tile if chunk.masks.idle is None else tile.masked_fill_(chunk.masks.idle[..., part, :], value)
+def _fill(tile: Tensor, chunk: _Chunk, i: slice, value: float) -> Tensor:
+    """Sets what belongs to fully masked queries among those of a slice, in place, of [b, t, heads, q, dim]."""
+    return tile if chunk.masks.fully_masked is None else tile.masked_fill_(chunk.masks.fully_masked[..., i, :], value)
 
 
-def _logits(q: Tensor, k: Tensor, bias: Tensor | None, chunk: _Chunk, part: slice, scale: float) -> Tensor:
-    """[b, t, heads, q, K] of the queries of a part, and all keys."""
-    q = q[:, :, :, part]
-    logits = q.new_zeros(()) if bias is None else bias[:, part].to(q.dtype)
+def _logits(q: Tensor, k: Tensor, bias: Tensor | None, chunk: _Chunk, i: slice, scale: float) -> Tensor:
+    """[b, t, heads, q, K] of a slice of the queries, and all keys."""
+    q = q[:, :, :, i]
+    logits = q.new_zeros(()) if bias is None else bias[:, i].to(q.dtype)
     logits = logits.expand(*q.shape[:4], k.shape[3]).clone(memory_format=torch.contiguous_format)
-    logits[:, chunk.start :] += chunk.masks.values[..., part, :]
+    logits[:, chunk.start :] += chunk.masks.values[..., i, :]
     return logits.flatten(0, 2).baddbmm_(q.flatten(0, 2), k.flatten(0, 2).mT, alpha=scale).view(logits.shape)
 
 
@@ -238,33 +238,33 @@ class _Window(torch.autograd.Function):
         v: Tensor,
         bias: Tensor | None,
         mask: Tensor | None,
-        kept: Tensor | None,
+        saved_weights: Tensor | None,
         windows: _Windows,
         scale: float,
         return_lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Output and lse; writes the weights to `kept`, [B, T, heads, Q, K]."""
+        """Output and lse; writes the weights to `saved_weights`, [B, T, heads, Q, K]."""
         maps = [as_rows(x) for x in (q, k, v)]
         output = torch.empty_like(v, memory_format=torch.contiguous_format)
         lse = q.new_empty(*q.shape[:4], 1, dtype=precise(q)) if return_lse else None
-        for images, group in _chunks(q, mask, windows, CHUNK["forward"]):
-            outputs, sums = [], []
-            for chunk in group:
-                parts, totals = [], []
+        for images, image_chunks in _chunks(q, mask, windows, CHUNK["forward"]):
+            outputs, lses = [], []
+            for chunk in image_chunks:
+                tile_outputs, tile_lses = [], []
                 q_tile, k_tile, v_tile = windows.tiles.gather(images, chunk.block, *maps)
-                for part in chunk.parts:
-                    logits = _logits(q_tile, k_tile, bias, chunk, part, scale)
-                    room = None if kept is None else kept[images, chunk.block, :, part]
-                    weights = torch.softmax(logits, -1, out=room)
-                    parts.append(_fill(weights @ v_tile, chunk, part, 0))
+                for i in chunk.q_slices:
+                    logits = _logits(q_tile, k_tile, bias, chunk, i, scale)
+                    out = None if saved_weights is None else saved_weights[images, chunk.block, :, i]
+                    weights = torch.softmax(logits, -1, out=out)
+                    tile_outputs.append(_fill(weights @ v_tile, chunk, i, 0))
                     if return_lse:
-                        total = logits.logsumexp(-1, keepdim=True)
-                        totals.append(_fill(total, chunk, part, -torch.inf))
-                outputs.append(join(parts, 3))
-                sums.append(join(totals, 3) if return_lse else None)
+                        tile_lses.append(_fill(logits.logsumexp(-1, keepdim=True), chunk, i, -torch.inf))
+                outputs.append(join(tile_outputs, 3))
+                if return_lse:
+                    lses.append(join(tile_lses, 3))
             windows.tiles.restore(output[images], outputs)
             if return_lse:
-                windows.tiles.restore(lse[images], sums)
+                windows.tiles.restore(lse[images], lses)
         return output, lse[..., 0].movedim(-1, 1).contiguous() if return_lse else None
 
     @staticmethod
@@ -275,49 +275,49 @@ class _Window(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, grad_lse: Tensor | None) -> tuple:
-        (q, k, v, bias, mask, kept), windows = ctx.saved_tensors, ctx.windows
+        (q, k, v, bias, mask, saved_weights), windows = ctx.saved_tensors, ctx.windows
         maps = [as_rows(x) for x in (q, k, v, grad)]
         grads = [x.new_empty(x.shape) for x in (q, k, v)]
         grad_bias = torch.zeros_like(bias, dtype=precise(q)) if ctx.needs_input_grad[3] else None
         if grad_lse is not None:
             grad_lse = as_rows(grad_lse.movedim(1, -1)[..., None])
-        for images, group in _chunks(q, mask, windows, CHUNK["backward"]):
-            tiles = [], [], []
-            for chunk in group:
+        for images, image_chunks in _chunks(q, mask, windows, CHUNK["backward"]):
+            grads_q, grads_k, grads_v = [], [], []
+            for chunk in image_chunks:
                 q_tile, k_tile, v_tile, grad_tile = windows.tiles.gather(images, chunk.block, *maps)
                 _fill(grad_tile, chunk, slice(None), 0)
                 grad_q, grad_k, grad_v = [], [], []
-                for part in chunk.parts:
-                    if kept is None:
-                        weights = _logits(q_tile, k_tile, bias, chunk, part, ctx.scale).softmax(-1)
+                for i in chunk.q_slices:
+                    if saved_weights is None:
+                        weights = _logits(q_tile, k_tile, bias, chunk, i, ctx.scale).softmax(-1)
                     else:
-                        weights = kept[images, chunk.block, :, part]
-                    grad_part = grad_tile[:, :, :, part]
-                    grad_logits = grad_part @ v_tile.mT
+                        weights = saved_weights[images, chunk.block, :, i]
+                    grad_i = grad_tile[:, :, :, i]
+                    grad_logits = grad_i @ v_tile.mT
                     grad_logits = torch._softmax_backward_data(grad_logits, weights, -1, weights.dtype)
                     if grad_lse is not None:
-                        lse_part = windows.tiles.gather(images, chunk.block, grad_lse)[0][:, :, :, part]
-                        grad_logits.addcmul_(weights, _fill(lse_part, chunk, part, 0))
+                        grad_lse_i = windows.tiles.gather(images, chunk.block, grad_lse)[0][:, :, :, i]
+                        grad_logits.addcmul_(weights, _fill(grad_lse_i, chunk, i, 0))
                     if grad_bias is not None:
-                        grad_bias[:, part] += grad_logits.sum((0, 1))
+                        grad_bias[:, i] += grad_logits.sum((0, 1))
                     grad_q.append((grad_logits @ k_tile).mul_(ctx.scale))
-                    grad_k.append(grad_logits.mT @ q_tile[:, :, :, part])
-                    grad_v.append(weights.mT @ grad_part)
-                tiles[0].append(join(grad_q, 3))
-                tiles[1].append(functools.reduce(Tensor.add_, grad_k).mul_(ctx.scale))
-                tiles[2].append(functools.reduce(Tensor.add_, grad_v))
-            for total, parts in zip(grads, tiles, strict=True):
-                windows.tiles.restore(total[images], parts)
+                    grad_k.append(grad_logits.mT @ q_tile[:, :, :, i])
+                    grad_v.append(weights.mT @ grad_i)
+                grads_q.append(join(grad_q, 3))
+                grads_k.append(functools.reduce(Tensor.add_, grad_k).mul_(ctx.scale))
+                grads_v.append(functools.reduce(Tensor.add_, grad_v))
+            for total, tiles in zip(grads, (grads_q, grads_k, grads_v), strict=True):
+                windows.tiles.restore(total[images], tiles)
         return *grads, None if grad_bias is None else grad_bias.to(bias.dtype), *[None] * 5
 
 
-def _room(q: Tensor, windows: _Windows) -> Tensor | None:
-    """For the weights of all windows, if KEEP allows."""
+def _new_weights(q: Tensor, windows: _Windows) -> Tensor | None:
+    """Empty, for the weights of all windows; None where they take more than SAVED."""
     if torch.compiler.is_compiling():
         return None
     count, places = windows.wrapped.shape
     shape, dtype = (q.shape[0], count, q.shape[3], places, places), precise(q)
-    return q.new_empty(shape, dtype=dtype) if math.prod(shape) * dtype.itemsize <= KEEP else None
+    return q.new_empty(shape, dtype=dtype) if math.prod(shape) * dtype.itemsize <= SAVED else None
 
 
 def window_attention(

@@ -9,7 +9,7 @@ from torch import Tensor
 from visionattn.kernels import channel_attention, cross_covariance_attention
 
 
-def made(batch, size, heads, dim, dtype=torch.float64) -> list[Tensor]:
+def make_inputs(batch, size, heads, dim, dtype=torch.float64) -> list[Tensor]:
     """q, k, v as a model makes them, slices of one projection, and a temperature."""
     generator = torch.Generator().manual_seed(sum(size) * 10 + heads)
     qkv = torch.randn(batch, *size, 3 * heads * dim, generator=generator, dtype=torch.float64).to(dtype)
@@ -30,7 +30,7 @@ def loops(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("size", [(7,), (1,), (3, 5)])
 def test_channel_attention_follows_the_definition(size, backend):
-    q, k, v, _ = made(2, size, 2, 4)
+    q, k, v, _ = make_inputs(2, size, 2, 4)
     output = channel_attention(q, k, v, 2, scale=0.3, backend=backend)
     expected = loops(*(x.flatten(1, -3) for x in (q, k, v)), torch.full((2,), 0.3, dtype=q.dtype)).view(q.shape)
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
@@ -39,7 +39,7 @@ def test_channel_attention_follows_the_definition(size, backend):
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("size", [(7,), (1,), (3, 5)])
 def test_cross_covariance_attention_follows_the_definition(size, backend):
-    q, k, v, temperature = made(2, size, 2, 4)
+    q, k, v, temperature = make_inputs(2, size, 2, 4)
     output = cross_covariance_attention(q, k, v, temperature, backend=backend)
     q, k, v = (x.flatten(1, -3) for x in (q, k, v))
     q, k = (x / x.square().sum(1, keepdim=True).sqrt() for x in (q, k))
@@ -48,7 +48,7 @@ def test_cross_covariance_attention_follows_the_definition(size, backend):
 
 
 def test_groups_cut_the_channels_whatever_the_axes_of_q():
-    q, k, v, _ = made(2, (3, 5), 4, 6)
+    q, k, v, _ = make_inputs(2, (3, 5), 4, 6)
     flat = [x.flatten(3).unsqueeze(3) for x in (q, k, v)]
     regrouped = [x.flatten(3).unflatten(3, (2, 12)) for x in (q, k, v)]
     for groups, same in ((4, (q, k, v)), (2, regrouped)):
@@ -58,7 +58,7 @@ def test_groups_cut_the_channels_whatever_the_axes_of_q():
 
 
 def test_equal_channels_give_their_mean():
-    q, k, v, temperature = made(2, (5, 7), 2, 16)
+    q, k, v, temperature = make_inputs(2, (5, 7), 2, 16)
     k = k[..., :1].expand_as(k)
     for output in (channel_attention(q, k, v, 2), cross_covariance_attention(q, k, v, temperature)):
         torch.testing.assert_close(output, v.mean(-1, keepdim=True).expand_as(v))
@@ -66,7 +66,7 @@ def test_equal_channels_give_their_mean():
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_channels_without_length_have_a_cosine_of_zero(backend):
-    q, k, v, temperature = (x.detach() for x in made(2, (5, 7), 2, 16))
+    q, k, v, temperature = (x.detach() for x in make_inputs(2, (5, 7), 2, 16))
     q = torch.zeros_like(q).requires_grad_()
     output = cross_covariance_attention(q, k, v, temperature, backend=backend)
     torch.testing.assert_close(output, v.mean(-1, keepdim=True).expand_as(v))
@@ -86,12 +86,12 @@ MISUSE = [
 
 @pytest.mark.parametrize(("change", "message"), MISUSE)
 def test_misuse_is_refused_with_a_reason(change, message):
-    q, k, v, _ = made(2, (6, 6), 2, 8, torch.float32)
+    q, k, v, _ = make_inputs(2, (6, 6), 2, 8, torch.float32)
     with pytest.raises(ValueError, match=message):
         channel_attention(**({"q": q, "k": k, "v": v, "groups": 2} | change))
 
 
 def test_a_temperature_of_another_shape_is_refused():
-    q, k, v, _ = made(2, (6, 6), 2, 8, torch.float32)
+    q, k, v, _ = make_inputs(2, (6, 6), 2, 8, torch.float32)
     with pytest.raises(ValueError, match=r"temperature is .*\(2,\): expected the shape \(2, 1, 1\)"):
         cross_covariance_attention(q, k, v, torch.ones(2))

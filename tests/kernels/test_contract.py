@@ -216,7 +216,7 @@ PATTERNS = {
             {"size": (8, 8), "block": 8, "halo": 3},
             {"size": (19, 23), "block": 8, "halo": 2},
         ],
-        budgets={"CHUNK": 2**18, "KEEP": 2**18},
+        budgets={"CHUNK": 2**18, "SAVED": 2**18},
         tolerance=2e-4,
     ),
     "neighborhood": Pattern(
@@ -271,7 +271,7 @@ PATTERNS = {
             {"size": (64, 64), "grid": (2, 2), "topk": 1},
             {"size": (7, 7), "grid": (1, 1), "topk": 1},
         ],
-        budgets={"CHUNK": 2**17, "KEEP": 2**17},
+        budgets={"CHUNK": 2**17, "SAVED": 2**17},
         tolerance=2e-5,
     ),
     "window": Pattern(
@@ -292,7 +292,7 @@ PATTERNS = {
             {"size": (23, 19), "window": (7, 7), "shift": (3, 3), "heads": 3},
             {"size": (20, 20), "window": (7, 7), "dilated": True, "heads": 3},
         ],
-        budgets={"CHUNK": 2**16, "KEEP": 2**16},
+        budgets={"CHUNK": 2**16, "SAVED": 2**16},
         tolerance=5e-5,
     ),
 }
@@ -316,7 +316,7 @@ each_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 each_half = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)])
 
 
-def made(pattern: str, sizes: dict, dtype: torch.dtype = torch.float64, **more: Any) -> dict[str, Any]:
+def make_arguments(pattern: str, sizes: dict, dtype: torch.dtype = torch.float64, **more: Any) -> dict[str, Any]:
     """Arguments of a call, floating tensors as leaves with a gradient (and their strides)."""
     return leaves(PATTERNS[pattern].call(dtype, **sizes, **more))
 
@@ -351,11 +351,11 @@ def gradients(outputs: tuple[Tensor, ...], inputs: dict[str, Tensor]) -> dict[st
 
 def agree(pattern: str, sizes: dict, dtype: torch.dtype) -> None:
     """Torch form and reference: the same output, log-sum-exp, and gradient of every input."""
-    arguments = made(pattern, sizes, dtype)
-    found, expected = (attend(pattern, arguments, True, backend) for backend in ("torch", "reference"))
+    arguments = make_arguments(pattern, sizes, dtype)
+    actual, expected = (attend(pattern, arguments, True, backend) for backend in ("torch", "reference"))
     tolerance = PATTERNS[pattern].tolerance if dtype == torch.float32 else 1e-12
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    ours, theirs = (gradients(x, floating(arguments)) for x in (found, expected))
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    ours, theirs = (gradients(x, floating(arguments)) for x in (actual, expected))
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * 10)
 
 
@@ -398,7 +398,7 @@ def test_stages_of_models_agree_with_the_reference(pattern, sizes):
 def test_gradients_in_float64(pattern, sizes, chunked, monkeypatch):
     for name, most in PATTERNS[pattern].budgets.items() if chunked else ():
         limit(monkeypatch, pattern, name, most // 16)
-    arguments = made(pattern, sizes | {"batch": 1, "dim": 2})
+    arguments = make_arguments(pattern, sizes | {"batch": 1, "dim": 2})
     inputs = floating(arguments)
 
     def call(*tensors):
@@ -409,7 +409,7 @@ def test_gradients_in_float64(pattern, sizes, chunked, monkeypatch):
 
 @each("forms")
 def test_gradient_of_one_input_only(pattern, sizes):
-    arguments = made(pattern, sizes)
+    arguments = make_arguments(pattern, sizes)
     for name, x in floating(arguments).items():
         alone = {key: y.detach() if key in floating(arguments) else y for key, y in arguments.items()} | {name: x}
         ours, theirs = (gradients(attend(pattern, alone, backend=b), {name: x}) for b in ("torch", "reference"))
@@ -418,7 +418,7 @@ def test_gradient_of_one_input_only(pattern, sizes):
 
 @each("forms")
 def test_trains_after_inference_of_the_same_sizes(pattern, sizes):
-    arguments = made(pattern, sizes | {"batch": 3})
+    arguments = make_arguments(pattern, sizes | {"batch": 3})
     with torch.inference_mode():
         first = attend(pattern, arguments)
     again = attend(pattern, arguments)
@@ -428,7 +428,7 @@ def test_trains_after_inference_of_the_same_sizes(pattern, sizes):
 
 @each("forms")
 def test_without_the_log_sum_exp_the_output_is_the_same(pattern, sizes):
-    arguments = made(pattern, sizes)
+    arguments = make_arguments(pattern, sizes)
     outputs = [attend(pattern, arguments, lse)[:1] for lse in (False, True)]
     torch.testing.assert_close(*outputs)
     torch.testing.assert_close(*(gradients(x, floating(arguments)) for x in outputs))
@@ -436,7 +436,7 @@ def test_without_the_log_sum_exp_the_output_is_the_same(pattern, sizes):
 
 @each("forms")
 def test_strides_do_not_matter(pattern, sizes):
-    arguments = made(pattern, sizes)
+    arguments = make_arguments(pattern, sizes)
     copies = leaves({name: x.contiguous() if isinstance(x, Tensor) else x for name, x in arguments.items()})
     assert not arguments["v"].is_contiguous()
     assert copies["v"].is_contiguous()
@@ -448,7 +448,7 @@ def test_strides_do_not_matter(pattern, sizes):
 @each("forms")
 @pytest.mark.parametrize("batch", [1, 2])
 def test_one_value_for_all_tokens_may_be_expanded(pattern, sizes, batch):
-    arguments = made(pattern, sizes | {"batch": batch})
+    arguments = make_arguments(pattern, sizes | {"batch": batch})
     maps = {name: x for name, x in arguments.items() if name in ("q", "k", "v")}
     for name, x in maps.items():
         value = x.detach()[(slice(1),) * (x.ndim - 2)].expand(x.shape)
@@ -458,7 +458,7 @@ def test_one_value_for_all_tokens_may_be_expanded(pattern, sizes, batch):
 
 @each("forms", "more")
 def test_no_images(pattern, sizes):
-    arguments = made(pattern, sizes, batch=0)
+    arguments = make_arguments(pattern, sizes, batch=0)
     outputs = attend(pattern, arguments, lse=True)
     assert outputs[0].shape == arguments["q" if "q" in arguments else "v"].shape
     assert not any(x.any() for x in gradients(outputs, floating(arguments)).values())
@@ -466,7 +466,7 @@ def test_no_images(pattern, sizes):
 
 @each("forms")
 def test_images_of_a_batch_do_not_mix(pattern, sizes):
-    arguments = made(pattern, sizes, batch=3)
+    arguments = make_arguments(pattern, sizes, batch=3)
     alone = [
         attend(pattern, arguments | {name: x[i : i + 1] for name, x in floating(arguments).items() if name in BATCHED})[
             0
@@ -482,7 +482,7 @@ def test_images_of_a_batch_do_not_mix(pattern, sizes):
 def test_half_precision_is_close_to_the_reference_in_float64(pattern, sizes, dtype, tolerance, chunked, monkeypatch):
     for name, most in PATTERNS[pattern].budgets.items() if chunked else ():
         limit(monkeypatch, pattern, name, most // 8)
-    arguments = made(pattern, ({} if chunked else {"size": (13, 17), "dim": 32}) | sizes, dtype)
+    arguments = make_arguments(pattern, ({} if chunked else {"size": (13, 17), "dim": 32}) | sizes, dtype)
     exact = leaves(arguments, torch.float64)
     (output, *lse), expected = attend(pattern, arguments, True), attend(pattern, exact, True, "reference")
     assert output.dtype == dtype
@@ -500,7 +500,7 @@ def test_half_precision_is_close_to_the_reference_in_float64(pattern, sizes, dty
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_autocast_computes_in_its_dtype(pattern, sizes, backend):
     """Of inputs in any dtype; each has its gradient in its own."""
-    arguments = made(pattern, sizes, torch.float32)
+    arguments = make_arguments(pattern, sizes, torch.float32)
     first = next(iter(arguments))
     half = arguments | leaves({first: arguments[first].bfloat16()})
     expected = attend(pattern, arguments | {first: half[first].float()}, backend="reference")[0]
@@ -516,7 +516,7 @@ def test_autocast_computes_in_its_dtype(pattern, sizes, backend):
 
 @each("forms", "stages")
 def test_extreme_logits_stay_finite(pattern, sizes):
-    arguments = made(pattern, sizes, torch.float32)
+    arguments = make_arguments(pattern, sizes, torch.float32)
     extreme = {name: x * 1e4 for name, x in floating(arguments).items() if name not in ("v", "gate")}
     if "scale" in inspect.signature(PATTERNS[pattern].function).parameters:
         extreme["scale"] = 1.0
@@ -529,7 +529,7 @@ def test_extreme_logits_stay_finite(pattern, sizes):
 
 @each("forms", "stages", without=("halo", "outlook"))  # whose keys outside of the map take a share
 def test_equal_values_come_out_as_they_are(pattern, sizes):
-    arguments = made(pattern, sizes, torch.float32)
+    arguments = make_arguments(pattern, sizes, torch.float32)
     arguments["v"] = torch.full_like(arguments["v"], 3)
     (output,) = attend(pattern, arguments)
     torch.testing.assert_close(output, torch.full_like(output, 3))
@@ -551,23 +551,23 @@ def test_nan_propagates_within_its_image_and_head(pattern, sizes):
     for name, x in floating(arguments).items():
         spoilt = x.clone()
         spoilt[some_place(name, x)] = math.nan
-        found, expected = (
+        actual, expected = (
             attend(pattern, arguments | {name: spoilt}, backend=backend)[0].isnan()
             for backend in ("torch", "reference")
         )
         assert expected.any()
-        assert found[expected].all()
+        assert actual[expected].all()
         if pattern in ("channel", "cross_covariance", "outlook"):
-            assert torch.equal(found, expected)
+            assert torch.equal(actual, expected)
         if name in BATCHED:
-            assert not found[1:].any()
+            assert not actual[1:].any()
         if name not in ("rel_height", "rel_width", "route_weights"):  # which are of all heads
-            assert not found[..., 1:, :].any()
+            assert not actual[..., 1:, :].any()
 
 
 @each_pattern
 def test_deterministic_mode_repeats_the_gradients(pattern):
-    arguments = made(pattern, PATTERNS[pattern].stages[0], torch.float32)
+    arguments = make_arguments(pattern, PATTERNS[pattern].stages[0], torch.float32)
     torch.use_deterministic_algorithms(True)
     try:
         first, second = (gradients(attend(pattern, arguments), floating(arguments)) for _ in range(2))
@@ -581,8 +581,8 @@ def test_compiles_to_one_graph_for_each_size(pattern, sizes):
     torch.compiler.reset()  # else what other tests compiled makes every size a symbol
     compiled = torch.compile(PATTERNS[pattern].function, fullgraph=True, backend="aot_eager")
     for factor in (1, 2) if pattern in ("halo", "neighborhood", "window") else (1,):  # their tiles depend on the size
-        *rest, width = made(pattern, sizes)["v"].shape[1:-2]
-        arguments = made(pattern, sizes | {"size": (*rest, width * factor)}, torch.float32)
+        *rest, width = make_arguments(pattern, sizes)["v"].shape[1:-2]
+        arguments = make_arguments(pattern, sizes | {"size": (*rest, width * factor)}, torch.float32)
         output, expected = compiled(**arguments), *attend(pattern, arguments)
         torch.testing.assert_close(output, expected)
         ours, theirs = (gradients((x,), floating(arguments)) for x in (output, expected))
@@ -615,7 +615,7 @@ def test_exports_with_any_batch(pattern, sizes):
 
 @each("forms")
 def test_recorded_weights_give_the_output(pattern, sizes):
-    arguments = made(pattern, sizes)
+    arguments = make_arguments(pattern, sizes)
     layer = Layer(pattern, arguments)
     maps = {name: x for name, x in arguments.items() if name in BATCHED}
     with record_attention(layer) as record:
@@ -630,7 +630,7 @@ def test_recorded_weights_give_the_output(pattern, sizes):
 
 @each_pattern
 def test_vmap_is_refused_with_a_way_out(pattern):
-    arguments = made(pattern, PATTERNS[pattern].forms[0])
+    arguments = make_arguments(pattern, PATTERNS[pattern].forms[0])
     inputs = floating(arguments)
 
     def call(*tensors):
@@ -643,7 +643,7 @@ def test_vmap_is_refused_with_a_way_out(pattern):
 
 @each_pattern
 def test_backends_that_cannot_run_are_refused_with_a_reason(pattern):
-    arguments = made(pattern, PATTERNS[pattern].forms[0])
+    arguments = make_arguments(pattern, PATTERNS[pattern].forms[0])
     with pytest.raises(ValueError, match=r"backend='cuda': expected one of auto, reference, torch, triton"):
         attend(pattern, arguments, backend="cuda")
     message = rf"backend='triton' cannot run this {pattern} call: .* on cpu; use backend='auto' or 'torch'"

@@ -44,7 +44,7 @@ def gradients(model: nn.Module, images: Tensor) -> list[Tensor]:
     return [p.grad for p in model.parameters()]
 
 
-def made() -> tuple[nn.Module, Tensor]:
+def make_inputs() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     return Layers().double(), torch.randn(4, SIDE, SIDE, HEADS * DIM, dtype=torch.float64)
 
@@ -52,9 +52,9 @@ def made() -> tuple[nn.Module, Tensor]:
 def work(rank: int, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model, images = made()
-    found = gradients(DistributedDataParallel(model), images[2 * rank : 2 * rank + 2])
-    torch.save(found, f"{folder}/{rank}.pt")
+    model, images = make_inputs()
+    actual = gradients(DistributedDataParallel(model), images[2 * rank : 2 * rank + 2])
+    torch.save(actual, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -62,7 +62,7 @@ def work(rank: int, folder: str) -> None:
 def test_two_processes_give_the_gradients_of_one(tmp_path):
     workers = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in range(2)]
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    expected = gradients(*made())
+    expected = gradients(*make_inputs())
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected)
 

@@ -14,7 +14,7 @@ from visionattn.kernels import gated_positional_attention
 SETTINGS = settings(max_examples=20, deadline=None)
 
 
-def made(batch, size, heads, dim, dtype=torch.float64) -> list[Tensor]:
+def make_inputs(batch, size, heads, dim, dtype=torch.float64) -> list[Tensor]:
     """q, k, v as a model makes them, slices of one projection, position logits and gates."""
     generator = torch.Generator().manual_seed(sum(size) * 10 + heads)
     tokens = math.prod(size)
@@ -31,7 +31,7 @@ def gradients(output: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("size", [(6,), (1,), (3, 4)])
 def test_follows_the_definition(size, backend):
-    q, k, v, logits, gate = made(2, size, 2, 3)
+    q, k, v, logits, gate = make_inputs(2, size, 2, 3)
     output = gated_positional_attention(q, k, v, logits, gate, 0.3, backend=backend)
     q, k, v = (x.flatten(1, -3) for x in (q, k, v))
     expected = torch.zeros_like(q)
@@ -46,7 +46,7 @@ def test_follows_the_definition(size, backend):
 @SETTINGS
 @given(st.integers(0, 3), st.integers(1, 7), st.integers(1, 7), st.integers(1, 3))
 def test_logits_by_axis_are_their_sum(batch, height, width, heads):
-    *maps, _, gate = made(batch, (height, width), heads, 16)
+    *maps, _, gate = make_inputs(batch, (height, width), heads, 16)
     rows, columns = torch.randn(heads, height, height).double(), torch.randn(heads, width, width).double()
     inputs = [x.detach().requires_grad_() for x in (*maps, rows, columns, gate)]
     q, k, v, rows, columns, gate = inputs
@@ -54,14 +54,14 @@ def test_logits_by_axis_are_their_sum(batch, height, width, heads):
     expected = gated_positional_attention(q, k, v, summed, gate, backend="reference")
     expected_gradients = gradients(expected, inputs)
     for backend in ("torch", "reference"):
-        found = gated_positional_attention(q, k, v, (rows, columns), gate, backend=backend)
-        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
-        torch.testing.assert_close(gradients(found, inputs), expected_gradients, rtol=1e-10, atol=1e-10)
+        actual = gated_positional_attention(q, k, v, (rows, columns), gate, backend=backend)
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(gradients(actual, inputs), expected_gradients, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_the_gate_chooses_and_infinite_logits_forbid_keys(backend):
-    q, k, v, _, _ = made(2, (5, 7), 2, 16)
+    q, k, v, _, _ = make_inputs(2, (5, 7), 2, 16)
     itself = torch.full((35, 35), -math.inf).fill_diagonal_(0).expand(1, 2, -1, -1).double()
     closed, opened = (
         gated_positional_attention(q, k, v, itself, torch.full((2,), gate).double(), backend=backend)
@@ -89,6 +89,6 @@ MISUSE = [
 @pytest.mark.parametrize(("change", "message"), MISUSE)
 def test_misuse_is_refused_with_a_reason(change, message):
     names = ("q", "k", "v", "position_logits", "gate")
-    inputs = dict(zip(names, made(2, (6, 6), 2, 8, torch.float32), strict=True))
+    inputs = dict(zip(names, make_inputs(2, (6, 6), 2, 8, torch.float32), strict=True))
     with pytest.raises(ValueError, match=message):
         gated_positional_attention(**(inputs | change))

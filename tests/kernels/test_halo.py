@@ -10,7 +10,7 @@ from torch import Tensor
 from visionattn.kernels import halo_attention
 
 
-def made(batch, size, heads, dim, block, halo, dtype=torch.float64, step=1) -> list[Tensor]:
+def make_inputs(batch, size, heads, dim, block, halo, dtype=torch.float64, step=1) -> list[Tensor]:
     """q, of a map `step` times coarser, k and v, slices of one projection, and the tables of both axes."""
     generator = torch.Generator().manual_seed(sum(size) * 10 + heads)
 
@@ -66,10 +66,10 @@ CALLS = [
 @pytest.mark.parametrize("tables", [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize(("size", "block", "halo", "step"), CALLS)
 def test_follows_the_definition(size, block, halo, step, tables, backend):
-    q, k, v, *rel = made(1, size, 2, 3, block, halo, step=step)
-    rel = [table if given else None for table, given in zip(rel, tables, strict=True)]
-    found = attend([q, k, v, *rel], block, halo, backend, scale=0.3)
-    torch.testing.assert_close(found, loops(q, k, v, *rel, block, halo, 0.3), rtol=1e-12, atol=1e-12)
+    q, k, v, *rel = make_inputs(1, size, 2, 3, block, halo, step=step)
+    rel = [table if wanted else None for table, wanted in zip(rel, tables, strict=True)]
+    actual = attend([q, k, v, *rel], block, halo, backend, scale=0.3)
+    torch.testing.assert_close(actual, loops(q, k, v, *rel, block, halo, 0.3), rtol=1e-12, atol=1e-12)
 
 
 def test_keys_outside_of_the_map_are_zeros_that_take_part():
@@ -93,6 +93,6 @@ MISUSE = [
 
 @pytest.mark.parametrize(("change", "message"), MISUSE)
 def test_misuse_is_refused_with_a_reason(change, message):
-    q, k, v, *_ = made(2, (12, 9), 2, 8, 4, 1, torch.float32)
+    q, k, v, *_ = make_inputs(2, (12, 9), 2, 8, 4, 1, torch.float32)
     with pytest.raises(ValueError, match=message):
         halo_attention(**({"q": q, "k": k, "v": v, "block_size": 4, "halo_size": 1} | change))

@@ -11,7 +11,7 @@ from torch import Tensor
 from visionattn.kernels import neighborhood_attention
 
 
-def made(batch, size, heads, dim, kernel=None, dtype=torch.float64) -> tuple[Tensor, ...]:
+def make_inputs(batch, size, heads, dim, kernel=None, dtype=torch.float64) -> tuple[Tensor, ...]:
     """q, k, v as a model makes them, slices of one projection, and a bias for the kernel (one int per axis)."""
     generator = torch.Generator().manual_seed(sum(size) * 10 + heads)
     qkv = torch.randn(batch, *size, 3 * heads * dim, generator=generator, dtype=torch.float64).to(dtype)
@@ -64,7 +64,7 @@ CALLS = [
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(("size", "kernel", "dilation", "stride"), CALLS)
 def test_follows_the_definition(size, kernel, dilation, stride, biased, backend):
-    q, k, v, bias = made(1, size, 2, 3, kernel)
+    q, k, v, bias = make_inputs(1, size, 2, 3, kernel)
     bias = bias if biased else None
     options = {"bias": bias, "scale": 0.3, "return_lse": True, "backend": backend}
     output = neighborhood_attention(q, k, v, kernel, dilation, stride, **options)
@@ -72,7 +72,7 @@ def test_follows_the_definition(size, kernel, dilation, stride, biased, backend)
 
 
 def test_two_key_sets_merge_by_their_log_sum_exp():
-    q, k, v, bias = made(2, (7, 7), 2, 16, (7, 7))
+    q, k, v, bias = make_inputs(2, (7, 7), 2, 16, (7, 7))
     left, right = bias.clone(), bias.clone()
     left[..., 6:] = -math.inf  # keys to the left of the query only: the first column has none
     right[..., :6] = -math.inf
@@ -89,7 +89,7 @@ def test_two_key_sets_merge_by_their_log_sum_exp():
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_infinite_bias_forbids_keys(backend):
-    q, k, v, bias = made(1, (6, 7), 2, 8, (3, 3))
+    q, k, v, bias = make_inputs(1, (6, 7), 2, 8, (3, 3))
     bias = torch.full_like(bias, -math.inf)
     bias[:, 2, 2] = 0  # each query sees itself only
     bias.requires_grad_()
@@ -99,7 +99,7 @@ def test_infinite_bias_forbids_keys(backend):
 
 
 def test_stride_of_the_kernel_gives_separate_windows():
-    q, k, v = made(2, (6, 9), 2, 8)
+    q, k, v = make_inputs(2, (6, 9), 2, 8)
     output = neighborhood_attention(q, k, v, 3, stride=3, backend="torch")
     q, k, v = (
         x.unflatten(2, (3, 3)).unflatten(1, (2, 3)).permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5) for x in (q, k, v)
@@ -130,6 +130,6 @@ MISUSE = [
 
 @pytest.mark.parametrize(("change", "message"), MISUSE)
 def test_misuse_is_refused_with_a_reason(change, message):
-    q, k, v = made(2, (12, 9), 2, 8, dtype=torch.float32)
+    q, k, v = make_inputs(2, (12, 9), 2, 8, dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         neighborhood_attention(**({"q": q, "k": k, "v": v, "kernel_size": 3} | change))

@@ -11,7 +11,7 @@ from torch import Tensor
 from visionattn.kernels import outlook_attention
 
 
-def made(batch, size, heads, dim, kernel, stride, padding=None, dtype=torch.float64) -> tuple[Tensor, Tensor]:
+def make_inputs(batch, size, heads, dim, kernel, stride, padding=None, dtype=torch.float64) -> tuple[Tensor, Tensor]:
     """logits, and v as a slice of a wider projection."""
     generator = torch.Generator().manual_seed(sum(size) * 10 + heads)
     padding = kernel // 2 if padding is None else padding
@@ -42,14 +42,14 @@ def loops(logits: Tensor, v: Tensor, kernel: int, stride: int, padding: int, sca
     [((5, 4), 3, 2, 1), ((4, 3), 3, 1, 1), ((1, 1), 3, 2, 1), ((4, 5), 2, 1, 0), ((5, 6), 2, 3, 1), ((7, 5), 5, 4, 2)],
 )
 def test_follows_the_definition(size, kernel, stride, padding, backend):
-    logits, v = made(2, size, 2, 3, kernel, stride, padding)
+    logits, v = make_inputs(2, size, 2, 3, kernel, stride, padding)
     output = outlook_attention(logits, v, kernel, stride, padding, 0.3, backend=backend)
     torch.testing.assert_close(output, loops(logits, v, kernel, stride, padding, 0.3), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_equals_unfold_and_fold(backend):
-    logits, v = made(2, (9, 7), 2, 16, 3, 2)
+    logits, v = make_inputs(2, (9, 7), 2, 16, 3, 2)
     columns = F.unfold(v.flatten(3).permute(0, 3, 1, 2), 3, padding=1, stride=2).unflatten(1, (2, 16, 9))
     mixed = torch.einsum("bpnij,bndjp->bndip", (logits * 16**-0.5).softmax(-1).flatten(1, 2), columns).flatten(1, 3)
     expected = F.fold(mixed, (9, 7), 3, padding=1, stride=2).permute(0, 2, 3, 1).unflatten(3, (2, 16))
@@ -57,7 +57,7 @@ def test_equals_unfold_and_fold(backend):
 
 
 def test_extreme_logits_choose_one_neighbour():
-    logits, v = made(2, (7, 6), 2, 16, 3, 2, dtype=torch.float32)
+    logits, v = make_inputs(2, (7, 6), 2, 16, 3, 2, dtype=torch.float32)
     logits[..., 4] = 1e4  # the middle of the window
     alone = torch.full_like(logits, -math.inf)
     alone[..., 4] = 0
@@ -86,6 +86,6 @@ MISUSE = [
 
 @pytest.mark.parametrize(("change", "message"), MISUSE)
 def test_misuse_is_refused_with_a_reason(change, message):
-    logits, v = made(2, (6, 6), 2, 16, 3, 2, dtype=torch.float32)
+    logits, v = make_inputs(2, (6, 6), 2, 16, 3, 2, dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         outlook_attention(**({"logits": logits, "v": v, "kernel_size": 3, "stride": 2} | change))

@@ -47,7 +47,8 @@ def routing(b=1, size=(8, 8), heads=1, dim=16, grid=(2, 2), topk=2, pool=1, valu
     if value_dim is not None:
         v = torch.randn(*v.shape[:4], value_dim, device=DEVICE)
     regions = grid[0] * grid[1]
-    scores = torch.rand(b, regions, regions, device=DEVICE) + torch.eye(regions, device=DEVICE)  # so each has an asker
+    scores = torch.rand(b, regions, regions, device=DEVICE)
+    scores = scores + torch.eye(regions, device=DEVICE)  # so that each region is attended to
     return [q, k, v, scores.topk(topk).indices, None, grid, dim**-0.5]
 
 
@@ -67,7 +68,7 @@ def window(b=1, size=(6, 6), heads=1, dim=16, window=(3, 3), shift=(0, 0), dilat
 
 def halo(b=1, size=(8, 8), heads=1, dim=16, block=4, halo=1, step=1, tables=(True, True)) -> list:
     rows = 2 * (block + 2 * halo) - 1
-    tables = [torch.randn(rows, dim, device=DEVICE) / 4 if given else None for given in tables]
+    tables = [torch.randn(rows, dim, device=DEVICE) / 4 if wanted else None for wanted in tables]
     q, k, v = packed((b, *size), heads, dim)
     return [q[:, ::step, ::step], k, v, *tables, block, halo, dim**-0.5, True]
 
@@ -396,7 +397,7 @@ def compiled(pattern: str, capability: int, dims: list[int]) -> list[dict]:
     from triton.compiler import ASTSource, compile, make_backend
     from triton.runtime.jit import JITFunction, create_function_from_signature
 
-    found, target = [], GPUTarget("cuda", capability, 32)
+    launches, target = [], GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
     knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
 
@@ -410,14 +411,14 @@ def compiled(pattern: str, capability: int, dims: list[int]) -> list[dict]:
         spills = [int(x) for pair in re.findall(r"(\d+) bytes spill stores, (\d+)", log.getvalue()) for x in pair]
         registers = int(re.search(r"Used (\d+) registers", log.getvalue())[1])
         sizes = {"dtype": str(dtype), "dim": dim, "kernel": self.__name__}
-        found.append({**sizes, "registers": registers, "spills": sum(spills)})
+        launches.append({**sizes, "registers": registers, "spills": sum(spills)})
 
     JITFunction.run = instead
     for dtype in (torch.bfloat16, torch.float32):
         for dim in dims:
             arguments = cast(globals()[pattern](dim=dim, **COMPILED[pattern]), dtype)
             outputs(kernels(pattern).attention(*arguments))[0].sum().backward()
-    return found
+    return launches
 
 
 def compile_apart(pattern: str, capability: int, dims: list[int]) -> list[dict]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from visionattn.kernels import window_attention
 
 
-def made(batch, size, heads, dim, window=None, dtype=torch.float64) -> tuple[Tensor, ...]:
+def make_inputs(batch, size, heads, dim, window=None, dtype=torch.float64) -> tuple[Tensor, ...]:
     """q, k, v as a model makes them, slices of one projection, and a bias for the window."""
     generator = torch.Generator().manual_seed(sum(size) * 10 + heads)
     qkv = torch.randn(batch, *size, 3 * heads * dim, generator=generator, dtype=torch.float64).to(dtype)
@@ -33,9 +33,9 @@ def keys_of(i: int, length: int, window: int, shift: int, dilated: bool) -> tupl
     else:
         windows = [[(start + place + shift) % (count * window) for place in range(window)]
                    for start in range(0, count * window, window)]  # fmt: skip
-    own = next(members for members in windows if i in members)
-    seen = [(key, place) for place, key in enumerate(own) if key < length and (key < shift) == (i < shift)]
-    return own.index(i), seen
+    members = next(members for members in windows if i in members)
+    seen = [(key, place) for place, key in enumerate(members) if key < length and (key < shift) == (i < shift)]
+    return members.index(i), seen
 
 
 def loops(q, k, v, bias, mask, window, shift, dilated, scale) -> tuple[Tensor, Tensor]:
@@ -79,18 +79,18 @@ CALLS = [
 @pytest.mark.parametrize("extras", ["bias", "mask", "both", "none"])
 @pytest.mark.parametrize(("size", "window", "shift", "dilated"), CALLS)
 def test_follows_the_definition(size, window, shift, dilated, extras, backend):
-    q, k, v, bias = made(2, size, 2, 3, window)
+    q, k, v, bias = make_inputs(2, size, 2, 3, window)
     bias = bias if extras in ("bias", "both") else None
     mask = some_keys(2, size) if extras in ("mask", "both") else None
     options = {"bias": bias, "mask": mask, "scale": 0.3, "backend": backend}
-    found = window_attention(q, k, v, window, shift, dilated, return_lse=True, **options)
+    actual = window_attention(q, k, v, window, shift, dilated, return_lse=True, **options)
     expected = loops(q, k, v, bias, mask, window, shift, dilated, 0.3)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(window_attention(q, k, v, window, shift, dilated, **options), expected[0])
 
 
 def test_two_key_sets_merge_by_their_log_sum_exp():
-    q, k, v, bias = made(2, (8, 8), 2, 16, (4, 4))
+    q, k, v, bias = make_inputs(2, (8, 8), 2, 16, (4, 4))
     left = torch.arange(8).expand(1, 8, 8) % 4 < 2
     whole, *parts = (
         window_attention(q, k, v, 4, bias=bias, mask=mask, return_lse=True, backend="torch")
@@ -104,7 +104,7 @@ def test_two_key_sets_merge_by_their_log_sum_exp():
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_infinite_bias_forbids_keys(backend):
-    q, k, v, bias = made(1, (6, 7), 2, 8, (3, 3))
+    q, k, v, bias = make_inputs(1, (6, 7), 2, 8, (3, 3))
     bias = torch.full_like(bias, -math.inf)
     bias.diagonal(dim1=1, dim2=2).zero_()  # each query sees itself only
     bias.requires_grad_()
@@ -115,7 +115,7 @@ def test_infinite_bias_forbids_keys(backend):
 
 def test_one_window_over_a_large_map_takes_bounded_memory():
     """64 x 64 tokens have 16 Mi logits a head, 64 MiB; chunks of queries take 3."""
-    q, k, v, bias = (x.detach().requires_grad_() for x in made(1, (20, 20), 1, 16, (20, 20), torch.float32))
+    q, k, v, bias = (x.detach().requires_grad_() for x in make_inputs(1, (20, 20), 1, 16, (20, 20), torch.float32))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("visionattn.kernels.window.CHUNK", {"forward": 2**14, "backward": 2**14})
         output = window_attention(q, k, v, 20, bias=bias)
@@ -146,6 +146,6 @@ MISUSE = [
 
 @pytest.mark.parametrize(("change", "message"), MISUSE)
 def test_misuse_is_refused_with_a_reason(change, message):
-    q, k, v = made(2, (12, 9), 2, 8, dtype=torch.float32)
+    q, k, v = make_inputs(2, (12, 9), 2, 8, dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         window_attention(**({"q": q, "k": k, "v": v, "window_size": 3} | change))
