@@ -2,21 +2,33 @@
 
     from visionattn.kernels import routing_attention, set_backend, record_attention
 
-A pattern's file is found by being in this folder; `_dispatch` tells what to write in it.
+`_dispatch` tells what to write in a pattern's file; its public functions are imported here, by name, which is what
+editors and type checkers read.
 """
-
-import importlib
-import pkgutil
 
 if __name__ != "visionattn.kernels":
     raise ImportError("import visionattn.kernels, not kernels: the folder is a room of the package visionattn")
 
 from visionattn.kernels._dispatch import describe_backends, set_backend
 from visionattn.kernels._record import record_attention
+from visionattn.kernels.channel import channel_attention, cross_covariance_attention
+from visionattn.kernels.gated import gated_positional_attention
+from visionattn.kernels.halo import halo_attention
+from visionattn.kernels.neighborhood import neighborhood_attention
+from visionattn.kernels.outlook import outlook_attention
+from visionattn.kernels.routing import routing_attention
+from visionattn.kernels.window import window_attention
 
-__all__ = ["describe_backends", "record_attention", "set_backend"]
-for _info in pkgutil.iter_modules(__path__):
-    if not _info.name.startswith("_"):
-        _pattern = importlib.import_module(f"{__name__}.{_info.name}")
-        globals().update({name: getattr(_pattern, name) for name in _pattern.__all__})
-        __all__ += _pattern.__all__
+__all__ = [
+    "channel_attention",
+    "cross_covariance_attention",
+    "describe_backends",
+    "gated_positional_attention",
+    "halo_attention",
+    "neighborhood_attention",
+    "outlook_attention",
+    "record_attention",
+    "routing_attention",
+    "set_backend",
+    "window_attention",
+]

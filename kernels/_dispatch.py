@@ -4,8 +4,9 @@ To add a pattern, write `kernels/<pattern>.py`, shaped like `routing.py`, with
 - `_reference(*arguments) -> (output, weights, indices)`: the definition, any dtype. `weights` is the very tensor that
   multiplies v, (B, heads, Nq, Nk); for a sparse pattern `indices` (B, Nq, Nk) holds the flat key positions, else None;
 - `_torch(*arguments) -> output`: the fast path, traceable by torch.compile, torch.export and ONNX;
-- the public function, last, named in `__all__`: it checks the user's arguments, makes them canonical (defaults filled
-  in, ints to pairs) and ends with `return dispatch("<pattern>", backend, _reference, _torch, *arguments)`.
+- the public function, last, named in `__all__` and imported in `__init__.py`: it checks the user's arguments, makes
+  them canonical (defaults filled in, ints to pairs) and ends with
+  `return dispatch("<pattern>", backend, _reference, _torch, *arguments)`.
 Triton code goes to `kernels/_<pattern>_triton.py`, imported when a CUDA tensor first needs it, with
 - `attention(*arguments) -> output`, behind a torch.library operator;
 - `unsupported(*arguments) -> str | None`: None, or the reason why this call cannot run, as a clause ("head_dim is 200,

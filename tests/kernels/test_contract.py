@@ -4,8 +4,10 @@ A new pattern is tested by one entry in PATTERNS, with a function that makes the
 computes is tested, against loops written from the definition, in the pattern's own file.
 """
 
+import importlib
 import inspect
 import math
+import pkgutil
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -365,9 +367,16 @@ def limit(patch: pytest.MonkeyPatch, pattern: str, name: str, budget: int) -> No
     patch.setattr(module, name, dict.fromkeys(value, budget) if isinstance(value, dict) else budget)
 
 
-def test_every_pattern_is_here():
-    public = {name for name in kernels.__all__ if name.endswith("_attention")} - {"record_attention"}
-    assert {entry.function.__name__ for entry in PATTERNS.values()} == public
+def test_every_public_function_of_a_pattern_file_is_exported_and_tested_here():
+    public = {}
+    for info in pkgutil.iter_modules(kernels.__path__, "visionattn.kernels."):
+        if not info.name.startswith("visionattn.kernels._"):
+            module = importlib.import_module(info.name)
+            functions = [f for _, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == info.name]
+            public |= {f.__name__: f for f in functions if not f.__name__.startswith("_")}
+    assert public.items() <= vars(kernels).items()
+    assert public.keys() <= set(kernels.__all__)
+    assert {entry.function for entry in PATTERNS.values()} == set(public.values())
 
 
 @each_pattern
