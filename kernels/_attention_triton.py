@@ -443,9 +443,12 @@ def _operator_backward(
     tensors = (*maps_dq, lse, grad_lse, delta, partial, total_tiles, tiles_per_program)
     _launch(_backward_dq, programs, tensors, plan, functions, sizes, options)
     dbias = q.new_zeros(0)
-    if needs_bias:
+    if needs_bias and bias is not None and fold_bias is not None:
         tensors = (*maps, grad, lse, delta)
-        sums = partial.sum(0) if relative else _bias_sums(tensors, plan, functions, sizes, total_tiles, options)
+        if partial is None:
+            sums = _bias_sums(tensors, plan, functions, sizes, total_tiles, options)
+        else:
+            sums = partial.sum(0)
         dbias = fold_bias(sums, plan, bias).to(bias.dtype)
     block_m, block_n, options = _blocks(q, v, "dkv", functions)
     plan = make_plan(q, k, bias, table, parameters, block_m, block_n, True)

@@ -1,6 +1,7 @@
 """What several patterns ask of their arguments; a check raises ValueError naming argument, value and expectation."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def check_int(name: str, value: int, least: int) -> None:
 
 def per_axis(name: str, value: int | Sequence[int], axes: int, least: int = 1) -> tuple[int, ...]:
     """An int, or one for each axis of the map, as one for each axis."""
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
+    values: tuple[Any, ...] = tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
     if torch.jit.is_tracing():  # where sizes of maps are tensors
         values = tuple(int(x) if isinstance(x, Tensor) else x for x in values)
     if len(values) != axes or not all(isinstance(x, int) and x >= least for x in values):

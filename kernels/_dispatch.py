@@ -56,7 +56,7 @@ def set_backend(name: str) -> Iterator[None]:
         _default = before
 
 
-def dispatch(pattern: str, backend: str, reference: Callable, torch_form: Callable, *arguments: Any) -> Tensor:
+def dispatch(pattern: str, backend: str, reference: Callable, torch_form: Callable, *arguments: Any) -> Any:
     """Run the pattern on `arguments` (the first a tensor) with the backend asked for, or the best one for "auto"."""
     _check_name(backend)
     _refuse_vmap(pattern, arguments)

@@ -185,18 +185,18 @@ def _gradients(g, b_dproduct_y, b_dproduct_x, b_q, queries, s):
 def _plan(q, k, tables, table, parameters, block_m: int, block_n: int, by_key: bool) -> Plan:
     block, halo, step = parameters
     side, window = block // step, block + 2 * halo
-    (height, width), keys = q.shape[1:3], k.shape[1:3]
-    blocks = triton.cdiv(height, side), triton.cdiv(width, side)
+    (height, width), (key_height, key_width) = q.shape[1:3], k.shape[1:3]
+    blocks_y, blocks_x = triton.cdiv(height, side), triton.cdiv(width, side)
     block_m = fit_block(side**2, block_m)
     block_tiles = triton.cdiv(side**2, block_m)
     padded = triton.next_power_of_2(2 * window - 1), max(MIN_BLOCK, triton.next_power_of_2(window))
     constants = map(constant, (block, side, halo, window, block_tiles, block_m, *KV_TILE, *padded))
     tables = None if tables is None else tables.contiguous()
-    geometry = Geometry(tables, height, width, *keys, *blocks, *constants)
+    geometry = Geometry(tables, height, width, key_height, key_width, blocks_y, blocks_x, *constants)
     if by_key:
-        tiles = triton.cdiv(keys[0], KV_TILE[0]) * triton.cdiv(keys[1], KV_TILE[1])
+        tiles = triton.cdiv(key_height, KV_TILE[0]) * triton.cdiv(key_width, KV_TILE[1])
         return Plan(geometry, tiles, block_m, KV_TILE[0] * KV_TILE[1], relative=padded)
-    return Plan(geometry, blocks[0] * blocks[1] * block_tiles, block_m, block_n, relative=padded)
+    return Plan(geometry, blocks_y * blocks_x * block_tiles, block_m, block_n, relative=padded)
 
 
 def _fold_bias(sums: Tensor, plan: Plan, tables: Tensor) -> Tensor:

@@ -169,9 +169,13 @@ def _plan(q, k, bias, table, parameters, block_m: int, block_n: int, by_key: boo
     places = [triton.cdiv(size, dilation) for size, dilation in zip(sizes, dilations, strict=True)]
     tiles = _tile(block_n if by_key else block_m, *map(triton.next_power_of_2, places))
     counts = [triton.cdiv(place, tile) for place, tile in zip(places, tiles, strict=True)]
-    constants = zip(kernels, dilations, strides, tiles, strict=True)
-    axes = [Axis(size, *map(constant, c), count) for size, c, count in zip(sizes, constants, counts, strict=True)]
-    geometry = Geometry(None if bias is None else bias.contiguous(), *axes)
+    y, x = (
+        Axis(size, constant(kernel), constant(dilation), constant(stride), constant(tile), count)
+        for size, kernel, dilation, stride, tile, count in zip(
+            sizes, kernels, dilations, strides, tiles, counts, strict=True
+        )
+    )
+    geometry = Geometry(None if bias is None else bias.contiguous(), y, x)
     height, width = (tile + 2 * kernel - 2 for tile, kernel in zip(tiles, kernels, strict=True))
     block_m, block_n = (block_m, math.prod(tiles)) if by_key else (math.prod(tiles), block_n)
     return Plan(geometry, math.prod(counts) * math.prod(dilations), block_m, block_n, height * width)

@@ -251,13 +251,16 @@ _operator.register_autograd(_gradients, setup_context=_setup_context)
 
 def _launch(kernel, tensors, logits: Tensor, v: Tensor, windows: tuple[int, int, int], scale: float) -> None:
     b, height, width, heads, dim = v.shape
-    kernel_size, stride, _ = windows
+    _, rows, columns, *_ = logits.shape
+    kernel_size, stride, padding = windows
     padded = max(MIN_BLOCK, triton.next_power_of_2(dim))
     block_m = max(16, 2048 // padded)  # 16 registers of a sum for each of 128 threads
     class_height, class_width = triton.cdiv(height, stride), triton.cdiv(width, stride)
     tiles = triton.cdiv(class_height * class_width, block_m)
     constants = map(constant, (dim, padded, block_m, triton.next_power_of_2(kernel_size**2)))
-    sizes = Sizes(height, width, *logits.shape[1:3], heads, tiles, class_width, scale, *windows, *constants)
+    sizes = Sizes(
+        height, width, rows, columns, heads, tiles, class_width, scale, kernel_size, stride, padding, *constants
+    )
     programs = b * heads * tiles * stride**2
     if programs:
         with torch.cuda.device_of(v):

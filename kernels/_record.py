@@ -71,7 +71,7 @@ def active() -> bool:
 
 def keep(weights: Tensor, indices: Tensor | None) -> None:
     """Record the weights of the kernel being called, unless backward is only repeating a checkpointed forward."""
-    if torch._C._current_graph_task_id() != -1:
+    if _recorder is None or torch._C._current_graph_task_id() != -1:
         return
     if weights.requires_grad:
         weights.retain_grad()

@@ -4,8 +4,9 @@ A tile holds some tokens of an image as matmuls want them: [heads, tokens, dim].
 of its own: one pass over memory, where copying whole tokens and transposing the copy were two.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from torch import Tensor
 from visionattn.kernels._check import precise
 
 __all__ = ["Tiles", "as_rows", "cached", "chunks", "join", "split"]
+
+T = TypeVar("T")
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -26,7 +29,7 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if (row, one) == (dim, 1) and step % dim == 0 and step >= heads * dim else rows.contiguous()
 
 
-def cached(make: Callable, q: Tensor) -> Callable:
+def cached(make: "functools._lru_cache_wrapper[T]", q: Tensor) -> Callable[..., T]:
     """`make`, an lru_cache, or, for a q that is traced or fake, what it wraps: such tensors must not be cached."""
     return make if type(q) is Tensor and not torch.compiler.is_compiling() else make.__wrapped__
 
@@ -106,10 +109,10 @@ class Tiles:
     def restore(self, target: Tensor, tiles: list[Tensor]) -> None:
         """Writes all tiles of some images, each [b, t, heads, Q, dim], to their contiguous map (b, *sizes, heads, dim),
         of which each token is in one tile."""
-        tiles = join(tiles, 1)
-        first = torch.arange(tiles.shape[0], device=tiles.device) * (tiles[0].numel() // tiles.shape[4])
-        index = (first[:, None, None] + self._cached(self._slots, tiles.shape[2])).flatten()
-        rows, target = tiles.flatten(0, 3), target.flatten(0, -2)
+        joined = join(tiles, 1)
+        first = torch.arange(joined.shape[0], device=joined.device) * (joined[0].numel() // joined.shape[4])
+        index = (first[:, None, None] + self._cached(self._slots, joined.shape[2])).flatten()
+        rows, target = joined.flatten(0, 3), target.flatten(0, -2)
         if target.dtype == rows.dtype and not torch.compiler.is_compiling():
             torch.index_select(rows, 0, index, out=target)
         else:
@@ -117,18 +120,18 @@ class Tiles:
 
     def add(self, target: Tensor, tiles: list[Tensor]) -> None:
         """As `restore`, where tokens are in any number of tiles: writes their sums."""
-        tiles = join(tiles, 1)
-        rows, flat = tiles.flatten(0, 3), target.flatten(0, -2)
+        joined = join(tiles, 1)
+        rows, flat = joined.flatten(0, 3), target.flatten(0, -2)
         if torch.compiler.is_compiling():
-            heads = tiles.shape[2]
-            first = torch.arange(0, flat.shape[0], self.length * heads, device=tiles.device)
+            heads = joined.shape[2]
+            first = torch.arange(0, flat.shape[0], self.length * heads, device=joined.device)
             index = first[:, None, None, None] + self._heads(heads, heads)
-            flat.zero_().index_add_(0, index.flatten(), self.clear(tiles, slice(None)).flatten(0, 3).to(flat.dtype))
+            flat.zero_().index_add_(0, index.flatten(), self.clear(joined, slice(None)).flatten(0, 3).to(flat.dtype))
             return
-        slots, starts = self._cached(self._bags, tiles.shape[2])
-        image = torch.arange(len(tiles), device=tiles.device)[:, None]
-        slots = (slots + image * (len(rows) // len(tiles))).flatten()
-        starts = (starts + image * (len(slots) // len(tiles))).flatten()
+        slots, starts = self._cached(self._bags, joined.shape[2])
+        image = torch.arange(len(joined), device=joined.device)[:, None]
+        slots = (slots + image * (len(rows) // len(joined))).flatten()
+        starts = (starts + image * (len(slots) // len(joined))).flatten()
         flat.copy_(F.embedding_bag(slots, rows, starts, mode="sum"))
 
     def _cached(self, make: Callable, *arguments: int) -> Any:

@@ -115,13 +115,13 @@ def _plan(q, k, bias, mask, parameters, block_m: int, block_n: int, by_key: bool
     block_m, block_n = fit_block(tokens, block_m), fit_block(tokens, block_n)
     tile = block_n if by_key else block_m
     windows = triton.cdiv(q.shape[1], window_y), triton.cdiv(q.shape[2], window_x)
-    axes = (
+    y, x = (
         Axis(length, constant(window), count, constant(shift), constant(bool(dilated)))
         for length, window, count, shift in zip(q.shape[1:3], (window_y, window_x), windows, shifts, strict=True)
     )
     window_tiles = triton.cdiv(tokens, tile)
     bias, mask = (None if x is None else x.contiguous() for x in (bias, mask))
-    geometry = Geometry(bias, mask, 0 if mask is None else len(mask), *axes, window_tiles, tile)
+    geometry = Geometry(bias, mask, 0 if mask is None else len(mask), y, x, window_tiles, tile)
     return Plan(geometry, windows[0] * windows[1] * window_tiles, block_m, block_n, tokens, window_tiles)
 
 

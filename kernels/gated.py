@@ -40,7 +40,8 @@ def _reference(
 def _torch(
     q: Tensor, k: Tensor, v: Tensor, logits: Tensor, columns: Tensor | None, gate: Tensor, scale: float
 ) -> Tensor:
-    content = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)
+    maps = [x.transpose(1, 2) for x in (q, k, v)]
+    content = F.scaled_dot_product_attention(maps[0], maps[1], maps[2], scale=scale).transpose(1, 2)
     position = _attend_by_position(logits, v) if columns is None else _attend_by_axis(logits, columns, v)
     return torch.lerp(content, position, gate.sigmoid().to(v.dtype)[:, None])
 

@@ -10,7 +10,7 @@ side ** 2 keys of a block, R = 2 * side - 1 rows of a table, b images and t bloc
 import functools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ from visionattn.kernels._dispatch import dispatch
 from visionattn.kernels._tiles import Tiles, as_rows, cached, chunks, join, split
 
 __all__ = ["halo_attention"]
-
-Pair = tuple[int, int]  # along height and width
 
 CHUNK = 16 * 2**20  # bytes that the blocks computed at a time may take: of 4 to 32 MiB about the fastest on a CPU
 SAVED = 32 * 2**20  # bytes of weights up to which they are saved for backward instead of computed again
@@ -42,9 +40,9 @@ def _reference(
     axes = _axes(q.shape[1:3], k.shape[1:3], block_size, halo_size, q.device)
     positions = [torch.arange(length, device=q.device) for length in q.shape[1:3]]
     per_block = [axis.queries.shape[1] for axis in axes]
-    keys = [axis.keys[x // n] for axis, x, n in zip(axes, positions, per_block, strict=True)]  # [H or W, side]
+    key_rows, key_columns = (axis.keys[x // n] for axis, x, n in zip(axes, positions, per_block, strict=True))
     rows, columns = (axis.rows[x % n] for axis, x, n in zip(axes, positions, per_block, strict=True))
-    indices, outside = _combine(*keys, k.shape[1:3])
+    indices, outside = _combine(key_rows, key_columns, k.shape[1:3])  # [H * W, side ** 2]
     logits = torch.einsum("bnhd,bnkhd->bhnk", q.flatten(1, 2) * scale, _zero(k.flatten(1, 2)[:, indices], outside))
     side = rows.shape[1]
     logits = logits.view(*logits.shape[:2], *q.shape[1:3], side, side)  # [B, heads, H, W, side, side]
@@ -73,7 +71,9 @@ class _Axis(NamedTuple):
     rows: Tensor  # [queries of a block, side]: rows of the table for a query and its keys
 
 
-def _axes(size: Pair, size_of_keys: Pair, block_size: int, halo_size: int, device: torch.device) -> list[_Axis]:
+def _axes(
+    size: torch.Size, size_of_keys: torch.Size, block_size: int, halo_size: int, device: torch.device
+) -> list[_Axis]:
     step, side = _step(size, size_of_keys, block_size), block_size + 2 * halo_size
     query, key = torch.arange(block_size // step, device=device), torch.arange(side, device=device)
     rows = side - 1 + key - query[:, None]
@@ -81,22 +81,22 @@ def _axes(size: Pair, size_of_keys: Pair, block_size: int, halo_size: int, devic
     return [_Axis(start // step + query, start - halo_size + key, rows) for start in starts]
 
 
-def _step(size: Pair, size_of_keys: Pair, block_size: int) -> int | None:
-    """The least divisor of block_size by which the map of q is coarser than that of k; None if there is none."""
+def _step(size: torch.Size, size_of_keys: torch.Size, block_size: int) -> int:
+    """The least divisor of block_size by which the map of q is coarser than that of k; 0 if there is none."""
     for step in range(1, block_size + 1):
         sizes = tuple((length + step - 1) // step for length in size_of_keys)
         if block_size % step == 0 and sizes == size:
             return step
-    return None
+    return 0
 
 
-def _combine(rows: Tensor, columns: Tensor, size: Pair) -> tuple[Tensor, Tensor]:
+def _combine(rows: Tensor, columns: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
     """Positions [n, p] and [m, q] on each axis -> flat positions in a map of `size`, with the nearest in place of those
     outside, and which were outside: both [n * m, p * q]."""
     rows, columns = rows[:, None, :, None], columns[:, None, :]
     outside = (rows < 0) | (rows >= size[0]) | (columns < 0) | (columns >= size[1])
     flat = rows.clamp(0, size[0] - 1) * size[1] + columns.clamp(0, size[1] - 1)
-    return tuple(x.flatten(2).flatten(0, 1) for x in (flat, outside))
+    return flat.flatten(2).flatten(0, 1), outside.flatten(2).flatten(0, 1)
 
 
 def _torch(
@@ -139,11 +139,13 @@ def _blocks(q: Tensor, k: Tensor, block_size: int, halo_size: int) -> _Blocks:
 
 
 @functools.lru_cache(maxsize=16)
-def _make_blocks(size: Pair, size_of_keys: Pair, block_size: int, halo_size: int, device: torch.device) -> _Blocks:
-    axes = _axes(size, size_of_keys, block_size, halo_size, device)
-    queries = Tiles(*_combine(*(axis.queries for axis in axes), size), size[0] * size[1])
-    keys = Tiles(*_combine(*(axis.keys for axis in axes), size_of_keys), size_of_keys[0] * size_of_keys[1])
-    return _Blocks(queries, keys, axes[0].queries.shape[1], axes[0].keys.shape[1])
+def _make_blocks(
+    size: torch.Size, size_of_keys: torch.Size, block_size: int, halo_size: int, device: torch.device
+) -> _Blocks:
+    y, x = _axes(size, size_of_keys, block_size, halo_size, device)
+    queries = Tiles(*_combine(y.queries, x.queries, size), size.numel())
+    keys = Tiles(*_combine(y.keys, x.keys, size_of_keys), size_of_keys.numel())
+    return _Blocks(queries, keys, y.queries.shape[1], y.keys.shape[1])
 
 
 def _chunks(q: Tensor, blocks: _Blocks) -> Iterator[tuple[slice, list[slice], list[slice]]]:
@@ -234,9 +236,9 @@ class _Halo(torch.autograd.Function):
                 if return_lse:
                     lses.append(join(tile_lses, 3))
             blocks.queries.restore(output[images], outputs)
-            if return_lse:
+            if lse is not None:
                 blocks.queries.restore(lse[images], lses)
-        return output, lse[..., 0].movedim(-1, 1).contiguous() if return_lse else None
+        return output, None if lse is None else lse[..., 0].movedim(-1, 1).contiguous()
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, outputs: tuple) -> None:
@@ -273,7 +275,7 @@ class _Halo(torch.autograd.Function):
                         grad_logits.addcmul_(weights, lse_tile[..., i, :])
                     grad_q.append((grad_logits @ k_tile).mul_(ctx.scale))
                     grad_k.append((grad_logits.mT @ q_i).mul_(ctx.scale))
-                    if tables is not None:
+                    if grad_tables is not None:
                         products = _grad_products(grad_logits, tables, rows.start, blocks)
                         grad_q[-1] += (products @ tables.to(products.dtype)).view(grad_q[-1].shape)
                         grad_tables += products.flatten(0, 1).T @ q_i.flatten(0, 3)
@@ -283,7 +285,39 @@ class _Halo(torch.autograd.Function):
             blocks.queries.restore(grads[0][images], grads_q)
             blocks.keys.add(grads[1][images], grads_k)
             blocks.keys.add(grads[2][images], grads_v)
-        return *grads, None if tables is None else grad_tables.to(tables.dtype), *[None] * 4
+        return *grads, None if grad_tables is None else grad_tables.to(tables.dtype), *[None] * 4
+
+
+@overload
+def halo_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    halo_size: int,
+    rel_height: Tensor | None = None,
+    rel_width: Tensor | None = None,
+    scale: float | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def halo_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    halo_size: int,
+    rel_height: Tensor | None = None,
+    rel_width: Tensor | None = None,
+    scale: float | None = None,
+    *,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def halo_attention(
@@ -334,7 +368,7 @@ def halo_attention(
     check_int("block_size", block_size, 1)
     check_int("halo_size", halo_size, 0)
     check_maps(q, k, v)
-    if _step(q.shape[1:3], k.shape[1:3], block_size) is None:
+    if _step(q.shape[1:3], k.shape[1:3], block_size) == 0:
         raise ValueError(
             f"q is a map of {q.shape[1]} x {q.shape[2]} and k of {k.shape[1]} x {k.shape[2]}: expected the same size, "
             f"or for q that of k divided by a divisor of block_size={block_size}, rounded up"

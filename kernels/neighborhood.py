@@ -14,7 +14,7 @@ import itertools
 import math
 import operator
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -244,9 +244,9 @@ class _Neighborhood(torch.autograd.Function):
             rows = chunk.queries.flatten()
             out = _rows(logits.softmax(-1) @ _gather(v, chunk.keys))
             output.flatten(0, -3).index_copy_(0, rows, out.to(q.dtype))
-            if return_lse:
+            if lse is not None:
                 lse.flatten(0, -2).index_copy_(0, rows, _rows(logits.logsumexp(-1, keepdim=True))[..., 0])
-        return (output, lse.movedim(-1, 1)) if return_lse else output
+        return output if lse is None else (output, lse.movedim(-1, 1))
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor | tuple[Tensor, Tensor]) -> None:
@@ -257,9 +257,9 @@ class _Neighborhood(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor, grad_lse: Tensor | None = None) -> tuple:
         q, k, v, bias = ctx.saved_tensors
-        *window, scale = ctx.parameters
-        tiles = _tiles(q.shape[1:-2], *window, q.device)
-        table = _table(bias, tiles, q, window[0])
+        kernel_size, dilation, stride, scale = ctx.parameters
+        tiles = _tiles(q.shape[1:-2], kernel_size, dilation, stride, q.device)
+        table = _table(bias, tiles, q, kernel_size)
         grad_table = torch.zeros_like(table)
         grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=table.dtype, device=x.device) for x in (q, k, v))
         if grad_lse is not None:
@@ -305,6 +305,38 @@ def _check_windows(size: Axes, kernel_size: Axes, dilation: Axes, stride: Axes) 
                 f"stride={group} on axis {axis}: expected at most kernel_size={kernel}, as groups of "
                 "queries that share a window lie inside it"
             )
+
+
+@overload
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: int | Axes,
+    dilation: int | Axes = 1,
+    stride: int | Axes = 1,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: int | Axes,
+    dilation: int | Axes = 1,
+    stride: int | Axes = 1,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    *,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def neighborhood_attention(

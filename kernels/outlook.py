@@ -115,7 +115,7 @@ def _fold(x: Tensor, out: Tensor, cut: Cut, windows: tuple[int, int, int]) -> No
     """Adds [b, rows, w, N, K, D] of a band where its neighbours lie in out: [B, H, W, N, D]"""
     images, rows = cut
     out = out[images]
-    for place, band, target in _slices(*out.shape[1:3], rows, x.shape[2], windows):
+    for place, band, target in _slices(out.shape[1], out.shape[2], rows, x.shape[2], windows):
         out[:, target[0], target[1]] += x[:, band[0], band[1], :, place]
 
 

@@ -58,7 +58,7 @@ def _by_region(x: Tensor, grid: Grid) -> Tensor:
     return _split(x, grid).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def _positions(size: tuple[int, int], grid: Grid, device: torch.device) -> Tensor:
+def _positions(size: torch.Size, grid: Grid, device: torch.device) -> Tensor:
     """Flat positions, in a map of this size, of the tokens of each region: [R, T]"""
     return _by_region(torch.arange(size[0] * size[1], device=device).view(1, *size), grid)[0]
 
@@ -72,12 +72,12 @@ def _torch(
         21 x 21 map, 7 x 7 regions of 9 tokens (batch 4):   topk 13: 55 selected, 35 masked
         16 x 16 map, 4 x 4 regions of 16 tokens:   topk 4: 21 selected, 23 masked
     """
-    queries, keys = (x.shape[1] * x.shape[2] for x in (q, k))
-    masked = 64 * routes.shape[2] >= keys and max(queries, keys) <= MASKED_TOKENS
+    q_tokens, k_tokens = (x.shape[1] * x.shape[2] for x in (q, k))
+    masked = 64 * routes.shape[2] >= k_tokens and max(q_tokens, k_tokens) <= MASKED_TOKENS
     if route_weights is None and (grid == (1, 1) or masked):
         mask = None if grid == (1, 1) else _mask(q, k, routes, grid)
-        maps = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
-        output = F.scaled_dot_product_attention(*maps, mask, scale=scale)
+        queries, keys, values = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+        output = F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale)
         return output.transpose(1, 2).unflatten(1, q.shape[1:3])
     if torch.compiler.is_compiling():
         return _selected(q, k, v, routes, route_weights, grid, scale)
@@ -112,7 +112,7 @@ def _selected(
 
 
 @functools.lru_cache(maxsize=16)
-def _make_regions(size: tuple[int, int], grid: Grid, device: torch.device) -> Tiles:
+def _make_regions(size: torch.Size, grid: Grid, device: torch.device) -> Tiles:
     tokens = _positions(size, grid, device)
     return Tiles(tokens, torch.zeros_like(tokens, dtype=torch.bool), size[0] * size[1])
 
@@ -161,9 +161,10 @@ class _Routed(torch.autograd.Function):
                 tiles = keys.select(images, routes[images, block], *maps[1:])
                 k_tile, v_tile = (_times(x, factors, images, block) for x in tiles)
                 if large:
-                    maps_of_block = (x.flatten(0, 1) for x in (q_tile, k_tile, v_tile))
-                    tiles = F.scaled_dot_product_attention(*maps_of_block, scale=scale)
-                    outputs.append(tiles.unflatten(0, q_tile.shape[:2]))
+                    output_tile = F.scaled_dot_product_attention(
+                        q_tile.flatten(0, 1), k_tile.flatten(0, 1), v_tile.flatten(0, 1), scale=scale
+                    )
+                    outputs.append(output_tile.unflatten(0, q_tile.shape[:2]))
                 else:
                     weights = None if saved_weights is None else saved_weights[images, block]
                     outputs.append(_weights(q_tile, k_tile, scale, weights) @ v_tile)
@@ -183,14 +184,14 @@ class _Routed(torch.autograd.Function):
             for block in blocks:
                 q_tile, grad_tile = queries.gather(images, block, maps[0], maps[3])
                 tiles = keys.select(images, routes[images, block], *maps[1:3])
-                scaled = (_times(x, factors, images, block) for x in tiles)
+                k_tile, v_tile = (_times(x, factors, images, block) for x in tiles)
                 weights = None if saved_weights is None else saved_weights[images, block]
-                grad_q, *pair = _gradients(q_tile, *scaled, grad_tile, ctx.scale, weights)
+                grad_q, *pair = _gradients(q_tile, k_tile, v_tile, grad_tile, ctx.scale, weights)
                 grads_q.append(grad_q)
-                if factors is not None:
+                if grad_factors is not None:
                     products = (x * y for x, y in zip(pair, tiles, strict=True))
-                    sums = (x.unflatten(3, (routes.shape[2], -1)).sum((2, 4, 5)) for x in products)
-                    grad_factors[images, block] = sum(sums)
+                    of_k, of_v = (x.unflatten(3, (routes.shape[2], -1)).sum((2, 4, 5)) for x in products)
+                    grad_factors[images, block] = of_k + of_v
                 for total, grad_tiles in zip(totals, pair, strict=True):
                     _add(total, routes[images, block], _times(grad_tiles, factors, images, block))
             queries.restore(grads[0][images], grads_q)
@@ -218,7 +219,7 @@ def _gradients(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float, saved_weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of q, k and v, tiles [b, t, heads, T or S, dim]."""
-    grads_q, grad_k, grad_v = [], 0, 0
+    grads_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
     for i in split(q.shape[3], CHUNK["backward"] // (4 * q.shape[:3].numel() * k.shape[3])):
         q_i, grad_i = q[:, :, :, i], grad[:, :, :, i]
         weights = _weights(q_i, k, scale) if saved_weights is None else saved_weights[:, :, :, i]

@@ -13,7 +13,7 @@ Sizes in comments: B images, N tokens of a map, T windows, Q = K tokens of a win
 import functools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -105,8 +105,8 @@ def _torch(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     if window == q.shape[1:3] and shift == (0, 0) and bias is None and mask is None and not return_lse:
-        maps = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*maps, scale=scale).transpose(1, 2).unflatten(1, window)
+        q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).unflatten(1, window)
     windows = _windows(q, (window, shift, dilated))
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
     saved_weights = _new_weights(q, windows) if trained else None
@@ -263,9 +263,9 @@ class _Window(torch.autograd.Function):
                 if return_lse:
                     lses.append(join(tile_lses, 3))
             windows.tiles.restore(output[images], outputs)
-            if return_lse:
+            if lse is not None:
                 windows.tiles.restore(lse[images], lses)
-        return output, lse[..., 0].movedim(-1, 1).contiguous() if return_lse else None
+        return output, None if lse is None else lse[..., 0].movedim(-1, 1).contiguous()
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, outputs: tuple) -> None:
@@ -318,6 +318,40 @@ def _new_weights(q: Tensor, windows: _Windows) -> Tensor | None:
     count, places = windows.wrapped.shape
     shape, dtype = (q.shape[0], count, q.shape[3], places, places), precise(q)
     return q.new_empty(shape, dtype=dtype) if math.prod(shape) * dtype.itemsize <= SAVED else None
+
+
+@overload
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: int | tuple[int, int],
+    shift: int | tuple[int, int] = 0,
+    dilated: bool = False,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: int | tuple[int, int],
+    shift: int | tuple[int, int] = 0,
+    dilated: bool = False,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    *,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def window_attention(
@@ -386,12 +420,13 @@ def _check(
     dilated: bool,
 ) -> tuple[Pair, Pair]:
     """Raises ValueError for arguments that do not fit together; returns window and shift as pairs."""
-    window, shifts = per_axis("window_size", window_size, 2), per_axis("shift", shift, 2, least=0)
-    if any(s >= w for s, w in zip(shifts, window, strict=True)):
+    height, width = per_axis("window_size", window_size, 2)
+    down, right = per_axis("shift", shift, 2, least=0)
+    if down >= height or right >= width:
         raise ValueError(f"shift={shift}: expected less than window_size={window_size}")
-    if dilated and shifts != (0, 0):
+    if dilated and (down or right):
         raise ValueError(f"shift={shift} with dilated=True: expected one of them; dilated windows cannot be shifted")
     check_maps(q, k, v)
     if k.shape != q.shape:
         raise ValueError(f"k is of {tuple(k.shape)}: expected the shape of q, {tuple(q.shape)}")
-    return window, shifts
+    return (height, width), (down, right)
