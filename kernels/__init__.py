@@ -4,6 +4,9 @@
 
 `_dispatch` tells what to write in a pattern's file; its public functions are imported here, by name, which is what
 editors and type checkers read.
+
+Under the transforms of torch.func (vmap, grad, jvp, jacrev ...) "auto" takes the reference form, which takes more
+memory and can be transformed in all ways; under a single grad backend="torch" works as well.
 """
 
 if __name__ != "visionattn.kernels":

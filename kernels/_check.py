@@ -6,7 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["autocasting", "check_alike", "check_int", "check_map", "check_maps", "check_tensor", "per_axis", "precise"]
+__all__ = [
+    "autocasting",
+    "check_alike",
+    "check_int",
+    "check_map",
+    "check_maps",
+    "check_tensor",
+    "per_axis",
+    "precise",
+    "transforms",
+]
 
 MAPS = {1: "(B, L, heads, head_dim)", 2: "(B, H, W, heads, head_dim)", 3: "(B, D, H, W, heads, head_dim)"}
 
@@ -20,6 +30,12 @@ def autocasting(tensor: Tensor) -> bool:
 def precise(x: Tensor) -> torch.dtype:
     """The dtype of statistics and sums: float32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+@torch.compiler.assume_constant_result
+def transforms() -> list[str]:
+    """The transforms of torch.func at work, outermost first, such as ["Vmap", "Grad"]."""
+    return [interpreter.key().name for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
 
 
 def check_int(name: str, value: int, least: int) -> None:

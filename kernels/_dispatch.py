@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from visionattn.kernels import _record
-from visionattn.kernels._check import autocasting
+from visionattn.kernels._check import autocasting, transforms
 
 __all__ = ["describe_backends", "dispatch", "set_backend"]
 
@@ -59,7 +59,6 @@ def set_backend(name: str) -> Iterator[None]:
 def dispatch(pattern: str, backend: str, reference: Callable, torch_form: Callable, *arguments: Any) -> Any:
     """Run the pattern on `arguments` (the first a tensor) with the backend asked for, or the best one for "auto"."""
     _check_name(backend)
-    _refuse_vmap(pattern, arguments)
     if autocasting(arguments[0]):
         device = arguments[0].device.type
         arguments = _autocast(device, arguments)
@@ -96,20 +95,16 @@ def _check_name(backend: str) -> None:
         raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
 
 
-def _refuse_vmap(pattern: str, arguments: tuple) -> None:
-    if torch.compiler.is_compiling():
-        return
-    if any(isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x) for x in arguments):
-        raise RuntimeError(
-            f"torch.func.vmap over {pattern} attention is not supported: fold the mapped axis into the batch axis"
-        )
-
-
 def _choose(pattern: str, backend: str, arguments: tuple) -> str:
     """The backend to run: `backend` itself, or for "auto" triton where it can run, else torch."""
     device = arguments[0].device.type
-    if backend == "auto" and (device == "meta" or torch.jit.is_tracing()):
-        return "reference"  # the one that reads no values of tensors, and that TorchScript can save
+    if backend == "auto" and (device == "meta" or torch.jit.is_tracing() or transforms()):
+        return "reference"  # the one that reads no values, that TorchScript can save, and torch.func transform
+    if backend in ("torch", "triton") and transforms() not in ([], ["Grad"]):
+        raise ValueError(
+            f"backend={backend!r} cannot run this {pattern} call under torch.func's {' of '.join(transforms())}: use "
+            "backend='auto' or 'reference'"
+        )
     if backend in ("reference", "torch") or (backend == "auto" and device != "cuda"):
         return "torch" if backend == "auto" else backend
     reason = _no_triton(pattern, device)

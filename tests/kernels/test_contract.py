@@ -637,17 +637,56 @@ def test_recorded_weights_give_the_output(pattern, sizes):
     torch.testing.assert_close(mixed.reshape(output.shape), output)
 
 
+@each("forms", "more")
+def test_per_sample_gradients_equal_a_loop_over_samples(pattern, sizes):
+    arguments = PATTERNS[pattern].call(torch.float64, **sizes, batch=3)
+    batched = {name: x for name, x in arguments.items() if name in BATCHED and x is not None}
+    maps = floating(batched)
+    others = {name: x for name, x in batched.items() if name not in maps}
+    parameters = {name: x for name, x in floating(arguments).items() if name not in batched}
+
+    def loss(parameters: dict, maps: dict, others: dict) -> Tensor:
+        sample = {name: x[None] for name, x in (maps | others).items()}
+        return PATTERNS[pattern].function(**arguments | parameters | sample).square().sum()
+
+    gradient = torch.func.grad(loss, argnums=(0, 1))
+    together = torch.func.vmap(gradient, in_dims=(None, 0, 0))(parameters, maps, others)
+    for i in range(3):
+        maps_i, others_i = ({name: x[i] for name, x in tensors.items()} for tensors in (maps, others))
+        leaf_parameters, leaf_maps = leaves(parameters), leaves(maps_i)
+        inputs = [*leaf_parameters.values(), *leaf_maps.values()]
+        expected = torch.autograd.grad(loss(leaf_parameters, leaf_maps, others_i), inputs)
+        actual = [x[i] for gradients in together for x in gradients.values()]
+        torch.testing.assert_close(actual, list(expected))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:")  # by which torch itself defines some derivatives
 @each_pattern
-def test_vmap_is_refused_with_a_way_out(pattern):
-    arguments = make_arguments(pattern, PATTERNS[pattern].forms[0])
-    inputs = floating(arguments)
+def test_forward_derivatives_and_second_ones_equal_differences(pattern):
+    arguments = PATTERNS[pattern].call(torch.float64, **PATTERNS[pattern].forms[0])
+    v = arguments["v"].contiguous()
+    tangent, step = torch.randn_like(v), 1e-5
 
-    def call(*tensors):
-        return attend(pattern, arguments | dict(zip(inputs, tensors, strict=True)))
+    def loss(v: Tensor) -> Tensor:
+        return PATTERNS[pattern].function(**arguments | {"v": v}).pow(4).sum()
 
-    message = f"vmap over {pattern} attention is not supported: fold the mapped axis into the batch axis"
-    with pytest.raises(RuntimeError, match=message):
-        torch.func.vmap(call)(*(torch.stack([x] * 3) for x in inputs.values()))
+    gradient = torch.func.grad(loss)
+    for function in (loss, gradient):
+        _, actual = torch.func.jvp(function, (v,), (tangent,))
+        expected = (function(v + step * tangent) - function(v - step * tangent)) / (2 * step)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@each_pattern
+def test_the_torch_form_is_refused_under_vmap_with_a_way_out(pattern):
+    arguments = PATTERNS[pattern].call(torch.float64, **PATTERNS[pattern].forms[0])
+
+    def call(v: Tensor) -> Tensor:
+        return PATTERNS[pattern].function(**arguments | {"v": v}, backend="torch")
+
+    message = f"backend='torch' cannot run this {pattern} call under torch.func's Vmap: use backend='auto' or 'ref"
+    with pytest.raises(ValueError, match=message):
+        torch.func.vmap(call)(torch.stack([arguments["v"]] * 2))
 
 
 @each_pattern

@@ -34,6 +34,13 @@ def test_auto_on_a_cpu_is_the_torch_form(qkv, calls):
     assert calls == ["_torch"]
 
 
+def test_auto_under_torch_func_is_the_reference_form(qkv, calls):
+    q, k, v = qkv
+    torch.func.grad(lambda v: routing_attention(q, k, v, 3, 2).sum())(v)
+    torch.func.grad(lambda v: routing_attention(q, k, v, 3, 2, backend="torch").sum())(v)
+    assert calls == ["_reference", "_torch"]
+
+
 def test_set_backend_is_the_meaning_of_auto_and_ends_with_its_block(qkv, calls):
     with set_backend("reference"):
         routing_attention(*qkv, 3, 2)
