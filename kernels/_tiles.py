@@ -5,6 +5,7 @@ of its own: one pass over memory, where copying whole tokens and transposing the
 """
 
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from visionattn.kernels._check import precise
 
-__all__ = ["Tiles", "as_rows", "cached", "chunks", "join", "split"]
+__all__ = ["Tiles", "as_rows", "cached", "chunks", "join", "map_size", "split"]
 
 T = TypeVar("T")
 
@@ -27,6 +28,12 @@ def as_rows(x: Tensor) -> Tensor:
         return rows.contiguous()
     (_, heads, dim), (step, row, one) = rows.shape, rows.stride()
     return rows if (row, one) == (dim, 1) and step % dim == 0 and step >= heads * dim else rows.contiguous()
+
+
+def map_size(x: Tensor) -> tuple[int, ...]:
+    """Of (B, *map, heads, dim). Where torch.compile has symbols, their values: it compiles for each size, as the tiles
+    depend on it, and takes several times as long over symbols."""
+    return tuple(operator.index(length) for length in x.shape[1:-2])
 
 
 def cached(make: "functools._lru_cache_wrapper[T]", q: Tensor) -> Callable[..., T]:

@@ -18,9 +18,11 @@ from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import check_int, check_maps, check_tensor, precise
 from visionattn.kernels._dispatch import dispatch
-from visionattn.kernels._tiles import Tiles, as_rows, cached, chunks, join, split
+from visionattn.kernels._tiles import Tiles, as_rows, cached, chunks, join, map_size, split
 
 __all__ = ["halo_attention"]
+
+Size = tuple[int, ...]  # of a map: height and width
 
 CHUNK = 16 * 2**20  # bytes that the blocks computed at a time may take: of 4 to 32 MiB about the fastest on a CPU
 SAVED = 32 * 2**20  # bytes of weights up to which they are saved for backward instead of computed again
@@ -71,9 +73,7 @@ class _Axis(NamedTuple):
     rows: Tensor  # [queries of a block, side]: rows of the table for a query and its keys
 
 
-def _axes(
-    size: torch.Size, size_of_keys: torch.Size, block_size: int, halo_size: int, device: torch.device
-) -> list[_Axis]:
+def _axes(size: Size, size_of_keys: Size, block_size: int, halo_size: int, device: torch.device) -> list[_Axis]:
     step, side = _step(size, size_of_keys, block_size), block_size + 2 * halo_size
     query, key = torch.arange(block_size // step, device=device), torch.arange(side, device=device)
     rows = side - 1 + key - query[:, None]
@@ -81,7 +81,7 @@ def _axes(
     return [_Axis(start // step + query, start - halo_size + key, rows) for start in starts]
 
 
-def _step(size: torch.Size, size_of_keys: torch.Size, block_size: int) -> int:
+def _step(size: Size, size_of_keys: Size, block_size: int) -> int:
     """The least divisor of block_size by which the map of q is coarser than that of k; 0 if there is none."""
     for step in range(1, block_size + 1):
         sizes = tuple((length + step - 1) // step for length in size_of_keys)
@@ -90,7 +90,7 @@ def _step(size: torch.Size, size_of_keys: torch.Size, block_size: int) -> int:
     return 0
 
 
-def _combine(rows: Tensor, columns: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
+def _combine(rows: Tensor, columns: Tensor, size: Size) -> tuple[Tensor, Tensor]:
     """Positions [n, p] and [m, q] on each axis -> flat positions in a map of `size`, with the nearest in place of those
     outside, and which were outside: both [n * m, p * q]."""
     rows, columns = rows[:, None, :, None], columns[:, None, :]
@@ -135,16 +135,14 @@ class _Blocks(NamedTuple):
 
 
 def _blocks(q: Tensor, k: Tensor, block_size: int, halo_size: int) -> _Blocks:
-    return cached(_make_blocks, q)(q.shape[1:3], k.shape[1:3], block_size, halo_size, q.device)
+    return cached(_make_blocks, q)(map_size(q), map_size(k), block_size, halo_size, q.device)
 
 
 @functools.lru_cache(maxsize=16)
-def _make_blocks(
-    size: torch.Size, size_of_keys: torch.Size, block_size: int, halo_size: int, device: torch.device
-) -> _Blocks:
+def _make_blocks(size: Size, size_of_keys: Size, block_size: int, halo_size: int, device: torch.device) -> _Blocks:
     y, x = _axes(size, size_of_keys, block_size, halo_size, device)
-    queries = Tiles(*_combine(y.queries, x.queries, size), size.numel())
-    keys = Tiles(*_combine(y.keys, x.keys, size_of_keys), size_of_keys.numel())
+    queries = Tiles(*_combine(y.queries, x.queries, size), math.prod(size))
+    keys = Tiles(*_combine(y.keys, x.keys, size_of_keys), math.prod(size_of_keys))
     return _Blocks(queries, keys, y.queries.shape[1], y.keys.shape[1])
 
 

@@ -12,7 +12,6 @@ leader = min(c // s * s + s // 2, n - 1): always k keys, the window shifted inwa
 import functools
 import itertools
 import math
-import operator
 from collections.abc import Iterator
 from typing import Literal, NamedTuple, overload
 
@@ -22,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import check_alike, check_tensor, per_axis, precise
 from visionattn.kernels._dispatch import dispatch
+from visionattn.kernels._tiles import map_size
 
 __all__ = ["neighborhood_attention"]
 
@@ -150,7 +150,6 @@ def _tiles_of_axes(size: Axes, kernel_size: Axes, dilation: Axes, stride: Axes) 
 
 
 def _tiles(size: Axes, kernel_size: Axes, dilation: Axes, stride: Axes, device: torch.device) -> _Tiles:
-    size = tuple(operator.index(length) for length in size)  # where torch.compile has symbols, their values
     axes = _tiles_of_axes(size, kernel_size, dilation, stride)
 
     def flat(name: str, sizes: Axes) -> Tensor:
@@ -235,7 +234,7 @@ class _Neighborhood(torch.autograd.Function):
         scale: float,
         return_lse: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        tiles = _tiles(q.shape[1:-2], kernel_size, dilation, stride, q.device)
+        tiles = _tiles(map_size(q), kernel_size, dilation, stride, q.device)
         table = _table(bias, tiles, q, kernel_size)
         output = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_empty(q.shape[:-1], dtype=table.dtype) if return_lse else None
@@ -258,7 +257,7 @@ class _Neighborhood(torch.autograd.Function):
     def backward(ctx, grad: Tensor, grad_lse: Tensor | None = None) -> tuple:
         q, k, v, bias = ctx.saved_tensors
         kernel_size, dilation, stride, scale = ctx.parameters
-        tiles = _tiles(q.shape[1:-2], kernel_size, dilation, stride, q.device)
+        tiles = _tiles(map_size(q), kernel_size, dilation, stride, q.device)
         table = _table(bias, tiles, q, kernel_size)
         grad_table = torch.zeros_like(table)
         grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=table.dtype, device=x.device) for x in (q, k, v))

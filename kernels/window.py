@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import check_maps, check_tensor, per_axis, precise
 from visionattn.kernels._dispatch import dispatch
-from visionattn.kernels._tiles import Tiles, as_rows, cached, chunks, join, split
+from visionattn.kernels._tiles import Tiles, as_rows, cached, chunks, join, map_size, split
 
 __all__ = ["window_attention"]
 
@@ -131,11 +131,11 @@ class _Windows(NamedTuple):
 
 
 def _windows(q: Tensor, geometry: Geometry) -> _Windows:
-    return cached(_make_windows, q)(q.shape[1:3], geometry, precise(q), q.device)
+    return cached(_make_windows, q)(map_size(q), geometry, precise(q), q.device)
 
 
 @functools.lru_cache(maxsize=16)
-def _make_windows(size: Pair, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> _Windows:
+def _make_windows(size: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, device: torch.device) -> _Windows:
     window, shift, dilated = geometry
     axes = list(zip(size, window, shift, strict=True))
     (y, y_outside, y_wrapped), (x, x_outside, x_wrapped) = (_places(*axis, dilated, device) for axis in axes)

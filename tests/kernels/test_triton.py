@@ -6,14 +6,13 @@ compiles instead what the pattern would launch, and prints what the compiler say
 """
 
 import importlib
-import io
 import json
 import os
 import re
 import subprocess
 import sys
 import warnings
-from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-pytest.importorskip("triton")  # has no packages for Windows and macOS
+triton = pytest.importorskip("triton")  # has no packages for Windows and macOS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATTERNS = ["routing", "neighborhood", "window", "halo", "outlook"]
@@ -117,61 +116,65 @@ def check(pattern: str, arguments: list, dtype: torch.dtype = torch.float32) -> 
 
 @pytest.fixture(autouse=True)
 def poison():
-    """Memory that no kernel writes holds NaN; operations that are not deterministic raise."""
-    torch.manual_seed(torch.seed() % 2**32)
+    """Numbers repeat; memory that no kernel writes holds NaN; operations that are not deterministic raise."""
+    torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 SMALL = [
-    ("routing", routing(2, (6, 4), heads=2, grid=(3, 2))),  # 4 tokens in a region
-    ("routing", routing(size=(4, 4), dim=24, grid=(4, 2), topk=3)),  # 2 tokens
-    ("routing", routing(size=(10, 6), grid=(1, 1), topk=1, value_dim=40)),
-    ("routing", routing(size=(4, 4), pool=2, topk=4)),
-    ("neighborhood", neighborhood(2, (3, 4), heads=2)),
-    ("neighborhood", neighborhood(size=(9, 7), dim=48, kernel=(3, 5))),
-    ("neighborhood", neighborhood(size=(9, 5), kernel=(3, 5), dilation=(2, 1), bias=False)),
-    ("neighborhood", neighborhood(size=(11, 4), kernel=(4, 3), stride=(3, 2))),
-    ("neighborhood", neighborhood(size=(37,), kernel=(7,), dilation=(2,), stride=(1,))),
-    ("window", window(2, heads=2, bias=False)),
-    ("window", window(size=(7, 5), dim=24, window=(4, 3), shift=(2, 1))),
-    ("window", window(size=(9, 5), window=(4, 3), dilated=True, masks=1)),
-    ("window", window(2, size=(6, 7), window=(6, 7), shift=(4, 3), masks=2)),
-    ("halo", halo(2, (4, 3), heads=2, tables=(False, False))),
-    ("halo", halo(size=(7, 5), dim=24)),
-    ("halo", halo(size=(6, 4), block=5, halo=0)),
-    ("halo", halo(size=(7, 6), step=2)),
-    ("halo", halo(size=(4, 4), halo=2, tables=(False, True))),
-    ("outlook", outlook(2, (3, 2), heads=2)),
-    ("outlook", outlook(size=(2, 3), dim=24, stride=1)),
-    ("outlook", outlook(size=(5, 4), kernel=2, padding=0)),
+    ("routing", {"b": 2, "size": (6, 4), "heads": 2, "grid": (3, 2)}),  # 4 tokens in a region
+    ("routing", {"size": (4, 4), "dim": 24, "grid": (4, 2), "topk": 3}),  # 2 tokens
+    ("routing", {"size": (10, 6), "grid": (1, 1), "topk": 1, "value_dim": 40}),
+    ("routing", {"size": (4, 4), "pool": 2, "topk": 4}),
+    ("neighborhood", {"b": 2, "size": (3, 4), "heads": 2}),
+    ("neighborhood", {"size": (9, 7), "dim": 48, "kernel": (3, 5)}),
+    ("neighborhood", {"size": (9, 5), "kernel": (3, 5), "dilation": (2, 1), "bias": False}),
+    ("neighborhood", {"size": (11, 4), "kernel": (4, 3), "stride": (3, 2)}),
+    ("neighborhood", {"size": (37,), "kernel": (7,), "dilation": (2,), "stride": (1,)}),
+    ("window", {"b": 2, "heads": 2, "bias": False}),
+    ("window", {"size": (7, 5), "dim": 24, "window": (4, 3), "shift": (2, 1)}),
+    ("window", {"size": (9, 5), "window": (4, 3), "dilated": True, "masks": 1}),
+    ("window", {"b": 2, "size": (6, 7), "window": (6, 7), "shift": (4, 3), "masks": 2}),
+    ("halo", {"b": 2, "size": (4, 3), "heads": 2, "tables": (False, False)}),
+    ("halo", {"size": (7, 5), "dim": 24}),
+    ("halo", {"size": (6, 4), "block": 5, "halo": 0}),
+    ("halo", {"size": (7, 6), "step": 2}),
+    ("halo", {"size": (4, 4), "halo": 2, "tables": (False, True)}),
+    ("outlook", {"size": (3, 2)}),
+    ("outlook", {"size": (2, 3), "dim": 24, "stride": 1}),
+    ("outlook", {"b": 2, "size": (5, 4), "heads": 2, "kernel": 2, "padding": 0}),
 ]
 
 
-@pytest.mark.parametrize(("pattern", "arguments"), SMALL)
-def test_matches_reference(pattern, arguments):
-    check(pattern, arguments)
+@pytest.mark.parametrize(("pattern", "call"), SMALL)
+def test_matches_reference(pattern, call):
+    check(pattern, globals()[pattern](**call))
 
 
 TINY = {
-    "routing": routing(size=(4, 4)),
-    "neighborhood": neighborhood(size=(4, 3)),
-    "window": window(size=(3, 3), shift=(1, 1)),
-    "halo": halo(size=(4, 4)),
-    "outlook": outlook(size=(3, 2), kernel=2, stride=1, padding=1),
+    "routing": {"size": (4, 4)},
+    "neighborhood": {"size": (4, 3)},
+    "window": {"size": (3, 3), "shift": (1, 1)},
+    "halo": {"size": (4, 4)},
+    "outlook": {"size": (3, 2), "kernel": 2, "stride": 1, "padding": 1},
 }
+
+
+def tiny(pattern: str) -> list:
+    return globals()[pattern](**TINY[pattern])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=gpu)])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_half_precision_matches_reference(pattern, dtype):
-    check(pattern, TINY[pattern], dtype)
+    check(pattern, tiny(pattern), dtype)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_zero_images(pattern):
-    arguments = cast([x[:0] if isinstance(x, Tensor) and x.ndim > 4 else x for x in TINY[pattern]], torch.float32)
+    arguments = cast([x[:0] if isinstance(x, Tensor) and x.ndim > 4 else x for x in tiny(pattern)], torch.float32)
     if pattern == "routing":
         arguments[3] = arguments[3][:0]
     results = outputs(kernels(pattern).attention(*arguments))
@@ -182,7 +185,7 @@ def test_zero_images(pattern):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_gradients_of_the_output_alone(pattern):
     """As a caller has them that does not ask for the log-sum-exp; without the bias needing one."""
-    arguments = cast(TINY[pattern], torch.float32)
+    arguments = cast(tiny(pattern), torch.float32)
     exact = cast(arguments, torch.float64)
     inputs, right = leaves(arguments)[:2], leaves(exact)[:2]
     for bias in leaves(arguments)[3:]:
@@ -207,7 +210,7 @@ def test_operators_obey_torch_library(pattern):
             return function(*args, **(kwargs or {}))
 
     with Watch():
-        kernels(pattern).attention(*(TINY[pattern]))
+        kernels(pattern).attention(*tiny(pattern))
     arguments = [x.detach().requires_grad_() if x in leaves([x]) else x for x in calls[0]]
     torch.use_deterministic_algorithms(False)  # opcheck compares memory that no one has to write
     torch.library.opcheck(getattr(torch.ops.visionattn, name).default, tuple(arguments))
@@ -215,7 +218,7 @@ def test_operators_obey_torch_library(pattern):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_compiles_as_one_graph(pattern):
-    arguments = cast(TINY[pattern], torch.float32)
+    arguments = cast(tiny(pattern), torch.float32)
     expected = outputs(kernels(pattern).attention(*arguments))[0]
     compiled = torch.compile(kernels(pattern).attention, fullgraph=True, backend="aot_eager")
     result = outputs(compiled(*arguments))[0]
@@ -226,7 +229,7 @@ def test_compiles_as_one_graph(pattern):
 
 @pytest.mark.parametrize("pattern", ["routing", "neighborhood", "window", "halo"])
 def test_huge_and_equal_logits(pattern):
-    arguments = cast(TINY[pattern], torch.float32)
+    arguments = cast(tiny(pattern), torch.float32)
     for q, tolerance in ((1e4 * arguments[0].sign(), 1e-2), (torch.zeros_like(arguments[0]), 1e-5)):
         exact = cast([q, *arguments[1:]], torch.float64)
         result = outputs(kernels(pattern).attention(q, *arguments[1:]))
@@ -254,7 +257,7 @@ def test_query_without_keys_yields_zero():
 @pytest.mark.parametrize("pattern", ["routing", "neighborhood", "window", "halo"])
 def test_nan_reaches_whom_it_concerns(pattern):
     """A NaN in a key reaches all its queries; one in a query reaches that query alone."""
-    arguments = [x.clone() if isinstance(x, Tensor) else x for x in TINY[pattern]]
+    arguments = [x.clone() if isinstance(x, Tensor) else x for x in tiny(pattern)]
     arguments[1][0, 1, 1, 0, 0] = torch.nan
     expected = outputs(reference(pattern)(*arguments)[0])[0].isnan()
     result = outputs(kernels(pattern).attention(*arguments))[0].isnan()
@@ -390,30 +393,44 @@ COMPILED = {
 }
 
 
+class Target:
+    """Stands for Triton's driver of a device that is not here."""
+
+    def __init__(self, capability: int):
+        self.target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def registers_and_spills(ptx: str, capability: int) -> tuple[int, int]:
+    """Registers of a thread, and bytes spilled, by the assembler that Triton brings."""
+    name, suffix = ("ptxas-blackwell" if capability >= 100 else "ptxas"), ("a" if capability >= 90 else "")
+    assembler = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    command = [assembler, "-v", f"--gpu-name=sm_{capability}{suffix}", "-o", os.devnull, "/dev/stdin"]
+    log = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
+    spills = [int(x) for pair in re.findall(r"(\d+) bytes spill stores, (\d+)", log) for x in pair]
+    return int(re.search(r"Used (\d+) registers", log)[1]), sum(spills)
+
+
 def compiled(pattern: str, capability: int, dims: list[int]) -> list[dict]:
     """Compile, without a device, each kernel that forward and backward of the pattern would launch."""
-    from triton import knobs
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile, make_backend
-    from triton.runtime.jit import JITFunction, create_function_from_signature
+    launches, run = [], triton.JITFunction.run
+    triton.runtime.driver.set_active(Target(capability))
 
-    launches, target = [], GPUTarget("cuda", capability, 32)
-    backend = make_backend(target)
-    knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
+    def warm_up(self, *arguments, **options):
+        kernel = run(self, *arguments, **options | {"warmup": True})
+        registers, spills = registers_and_spills(kernel.asm["ptx"], capability)
+        call = {"dtype": str(dtype), "dim": dim, "kernel": self.__name__}
+        launches.append({**call, "registers": registers, "spills": spills})
 
-    def instead(self, *arguments, grid, warmup, **options):
-        bound, special, parsed = create_function_from_signature(self.signature, self.params, backend)(
-            *arguments, **options
-        )
-        parsed, signature, constants, attributes = self._pack_args(backend, options, bound, special, parsed)
-        with redirect_stdout(io.StringIO()) as log:
-            compile(ASTSource(self, signature, constants, attributes), target=target, options=parsed.__dict__)
-        spills = [int(x) for pair in re.findall(r"(\d+) bytes spill stores, (\d+)", log.getvalue()) for x in pair]
-        registers = int(re.search(r"Used (\d+) registers", log.getvalue())[1])
-        sizes = {"dtype": str(dtype), "dim": dim, "kernel": self.__name__}
-        launches.append({**sizes, "registers": registers, "spills": sum(spills)})
-
-    JITFunction.run = instead
+    triton.JITFunction.run = warm_up
     for dtype in (torch.bfloat16, torch.float32):
         for dim in dims:
             arguments = cast(globals()[pattern](dim=dim, **COMPILED[pattern]), dtype)
@@ -430,16 +447,15 @@ def compile_apart(pattern: str, capability: int, dims: list[int]) -> list[dict]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_compiles_for_hopper_without_spills():
-    kernels = compile_apart("window", 90, [32])
-    assert len(kernels) == 8  # forward, queries, bias, keys; two dtypes
-    assert not [x for x in kernels if x["spills"]]
+def test_compiles_for_hopper():
+    assert len(compile_apart("window", 90, [32])) == 8  # forward, dq, dbias, dkv; two dtypes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_compiles_everywhere_without_spills(pattern, capability):
+    """Spills are those of the assembler of this version of Triton."""
     dims = [16, 32, 64] if pattern == "halo" else [16, 32, 64, 128]  # with tables, its backward spills at 128
     kernels = compile_apart(pattern, capability, dims)
     assert len(kernels) >= 6 * len(dims)

@@ -115,7 +115,7 @@ def test_infinite_bias_forbids_keys(backend):
 
 def test_one_window_over_a_large_map_takes_bounded_memory():
     """64 x 64 tokens have 16 Mi logits a head, 64 MiB; chunks of queries take 3."""
-    q, k, v, bias = (x.detach().requires_grad_() for x in make_inputs(1, (20, 20), 1, 16, (20, 20), torch.float32))
+    q, k, v, bias = (x.detach().requires_grad_() for x in make_inputs(1, (20, 20), 1, 16, (20, 20)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("visionattn.kernels.window.CHUNK", {"forward": 2**14, "backward": 2**14})
         output = window_attention(q, k, v, 20, bias=bias)
