@@ -576,13 +576,15 @@ def test_nan_propagates_within_its_image_and_head(pattern, sizes):
 
 
 @each_pattern
-def test_deterministic_mode_repeats_the_gradients(pattern):
+def test_deterministic_mode_repeats_the_gradients_on_two_threads(pattern):
     arguments = make_arguments(pattern, PATTERNS[pattern].stages[0], torch.float32)
     torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(2)
     try:
         first, second = (gradients(attend(pattern, arguments), floating(arguments)) for _ in range(2))
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(1)
     assert all(torch.equal(x, second[name]) for name, x in first.items())
 
 
