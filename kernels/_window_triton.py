@@ -92,13 +92,13 @@ def _window_at(g, batch, tile, n):
 
 @triton.jit
 def _logits(g, logits, batch, head, y, x, key_y, key_x, valid):
+    if g.mask is not None:
+        place = (tl.where(g.masks > 1, batch, 0) * g.y.length + key_y) * g.x.length + key_x
+        valid = valid & (tl.load(g.mask + place, mask=valid, other=0) != 0)
     if g.y.shift > 0:
         valid = valid & ((y < g.y.shift) == (key_y < g.y.shift))
     if g.x.shift > 0:
         valid = valid & ((x < g.x.shift) == (key_x < g.x.shift))
-    if g.mask is not None:
-        place = (tl.where(g.masks > 1, batch, 0) * g.y.length + key_y) * g.x.length + key_x
-        valid = valid & (tl.load(g.mask + place, mask=valid, other=0) != 0)
     if g.bias is not None:
         tokens: tl.constexpr = g.y.window * g.x.window
         place = _place(g.y, y) * g.x.window + _place(g.x, x)
