@@ -37,6 +37,7 @@ from visionattn.backbones.layers import (
     check_in_chans,
     check_pool,
     init_linear,
+    is_plain,
     linear,
     position_embedding,
 )
@@ -82,10 +83,20 @@ class GatedPositionalAttention(nn.Module):
 
     def position_logits(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """(heads, H, H) and (heads, W, W), queries first, to be added: linear in the step and in its square."""
-        weight = self.pos_proj.weight[:, :, None, None]
-        down, right = (_steps(length, weight) for length in (height, width))
-        rows = weight[:, 1] * down + weight[:, 2] * down**2 + self.pos_proj.bias[:, None, None]
-        return rows, weight[:, 0] * right + weight[:, 2] * right**2
+        of_right, of_down, of_square, bias = (x[:, None, None] for x in self._position_weights())
+        down, right = (_steps(length, bias) for length in (height, width))
+        return of_down * down + of_square * down**2 + bias, of_right * right + of_square * right**2
+
+    def _position_weights(self) -> list[Tensor]:
+        """For each input of `pos_proj` its weights (heads,), and the bias.
+
+        Whatever stands in the layer's place, or watches it, is called, on unit vectors.
+        """
+        if is_plain(self.pos_proj, nn.Linear):
+            return [*self.pos_proj.weight.T, self.pos_proj.bias]
+        units = torch.eye(4, 3, device=self.gating_param.device, dtype=self.gating_param.dtype)
+        *sums, bias = self.pos_proj(units)
+        return [*(x - bias for x in sums), bias]
 
     def forward(self, x: Tensor) -> Tensor:
         q, k = linear(self.qk, x).unflatten(-1, (2, self.num_heads, -1)).unbind(3)

@@ -176,7 +176,7 @@ class GroupAttention(nn.Module):
         q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
         if interval == 1:
             groups = tuple(min(group, length) for length in x.shape[1:3])
-            return window_attention(q, k, v, groups, bias=self.bias(groups), mask=mask).flatten(3)
+            return window_attention(q, k, v, groups, bias=self.bias(groups, q), mask=mask).flatten(3)
         rows, columns = (_cut(length, group * interval) for length in x.shape[1:3])
         parts = [[self._far(*(y[:, r, c] for y in (q, k, v)), group, interval, mask) for c in columns] for r in rows]
         return torch.cat([torch.cat(row, 2) for row in parts], 1)
@@ -197,15 +197,17 @@ class GroupAttention(nn.Module):
         elif mask is not None:
             mask = _split(mask, regions).repeat(batch, 1, 1)
         groups = q.shape[1] // interval, q.shape[2] // interval
-        x = window_attention(q, k, v, groups, dilated=True, bias=self.bias(groups), mask=mask)
+        x = window_attention(q, k, v, groups, dilated=True, bias=self.bias(groups, q), mask=mask)
         x = x[:, :height, :width].flatten(3).unflatten(0, (-1, *regions))
         return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
-    def bias(self, group: tuple[int, int]) -> Tensor | None:
-        """Position bias (heads, tokens of a group, the same) of queries and keys in row-major order."""
+    def bias(self, group: tuple[int, int], like: Tensor) -> Tensor | None:
+        """Position bias (heads, tokens of a group, the same) of queries and keys in row-major order.
+
+        like: a tensor of the device and dtype that offsets shall have.
+        """
         if self.pos is None:
             return None
-        like = self.qkv.weight
         steps = (torch.arange(1 - size, size, dtype=like.dtype, device=like.device) for size in group)
         offsets = torch.stack(torch.meshgrid(*steps, indexing="ij"), -1)
         table = self.pos(offsets.flatten(0, 1)).T.unflatten(1, offsets.shape[:2])

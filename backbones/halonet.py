@@ -68,6 +68,9 @@ class RelativeTables(nn.Module):
         self.height_rel = nn.Parameter(torch.empty(2 * side - 1, head_dim))
         self.width_rel = nn.Parameter(torch.empty(2 * side - 1, head_dim))
 
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.height_rel, self.width_rel
+
 
 @register_notrace_module
 class HaloAttention(nn.Module):
@@ -96,8 +99,8 @@ class HaloAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, kv = (y.permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1)) for y in (self.q(x), self.kv(x)))
         k, v = kv.split([self.dim_head_qk, self.dim_head_v], -1)
-        tables = self.pos_embed.height_rel, self.pos_embed.width_rel
-        return halo_attention(q, k, v, self.block_size, self.halo_size, *tables).flatten(3).permute(0, 3, 1, 2)
+        x = halo_attention(q, k, v, self.block_size, self.halo_size, *self.pos_embed())
+        return x.flatten(3).permute(0, 3, 1, 2)
 
 
 class Block(nn.Module):

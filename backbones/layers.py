@@ -1,13 +1,12 @@
 """Layers and checks that several families share, and that timm.layers does not have."""
 
-from typing import Any
-
 import timm.layers
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
+from torch._C._functorch import peek_interpreter_stack
+from torch.nn.modules.module import _has_any_global_hook
 
 __all__ = [
     "Mlp",
@@ -16,6 +15,7 @@ __all__ = [
     "check_pool",
     "conv_norm",
     "init_linear",
+    "is_plain",
     "linear",
     "pad_to_multiple",
     "position_embedding",
@@ -61,15 +61,39 @@ def pad_to_multiple(x: Tensor, size: int) -> Tensor:
     return F.pad(x, (0, right, 0, below)) if below or right else x
 
 
+_FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.GELU, nn.Dropout, nn.Identity)}
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the module runs kind's own forward on its own parameters and nothing else.
+
+    Only then may its parameters be read in place of a call. Not plain: a subclass or wrapper (LoRA, quantised layers,
+    parametrizations), parameters of another class, a `forward` of the instance (accelerate), a compiled module, and
+    hooks of any kind, of the module or of all modules (profilers).
+    """
+    return (
+        type(module) is kind
+        and kind.forward is _FORWARDS[kind]
+        and "forward" not in module.__dict__
+        and module._compiled_call_impl is None
+        and all(type(parameter) is nn.Parameter for parameter in module._parameters.values() if parameter is not None)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not _has_any_global_hook()
+    )
+
+
 def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     """norm(conv(x)). In evaluation one convolution, the norm folded into its weights: a third faster on a CPU."""
-    if norm.training:
+    if norm.training or not (is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d)):
+        return norm(conv(x))
+    if norm.weight is None or norm.running_var is None:
         return norm(conv(x))
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
     if conv.bias is not None:
         bias = bias + conv.bias * scale
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return conv._conv_forward(x, weight, bias)
 
 
 @register_notrace_function
@@ -98,11 +122,6 @@ def position_embedding(table: Tensor, height: int, width: int, stride: int = 16)
 # oneDNN's linear layer, also with GELU, which torch.compile takes; PyTorch itself multiplies by a slower library, then
 # goes over the result again.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-if _ONEDNN is not None:
-
-    @register_flop_formula(_ONEDNN)
-    def _flops(x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
-        return 2 * out_shape.numel() * weight[1]
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -120,42 +139,39 @@ def _can_be_fast(x: Tensor, *layers: nn.Module) -> bool:
         and torch.backends.mkldnn.enabled
         and not torch.is_grad_enabled()
         and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing())
-        and all(_is_plain(layer, nn.Linear) for layer in layers)
+        and torch.autograd.forward_ad._current_level < 0
+        and peek_interpreter_stack() is None  # of torch.func
         and type(x) is Tensor
         and x.numel() > 0
-        and all(type(layer.weight) is nn.Parameter for layer in layers)
+        and all(is_plain(layer, nn.Linear) for layer in layers)
         and all((y.device.type, y.dtype) == ("cpu", torch.float32) for y in (x, *(layer.weight for layer in layers)))
     )
 
 
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether it is of that very kind, and nobody looks on."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
-
-
 @register_notrace_module
 class Mlp(timm.layers.Mlp):
-    """timm's two layers with GELU between. On a CPU without gradients, if its hidden layer is large, in parts, and in
-    float32 with GELU as a part of the first layer.
+    """timm's two layers with GELU between. On a CPU without gradients, if its hidden layer is large, in chunks, and in
+    float32 with GELU as a part of the first layer; so only where all its layers are plain.
 
-    With parts of PART bytes, images of DaViT's first stages take half of the time, and far less memory.
+    With chunks of CHUNK bytes, images of DaViT's first stages take half of the time, and far less memory.
     """
 
-    PART = 8 * 2**20
+    CHUNK = 8 * 2**20
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu" or not self._is_plain():
             return super().forward(x)
-        forward = self._forward_fast if self._can_be_fast(x) else super().forward
-        count = x.shape[:-1].numel() * self.fc1.out_features * x.element_size() // self.PART
+        fast = not self.training and self.act.approximate == "none" and _can_be_fast(x, self.fc1, self.fc2)
+        forward = self._forward_fast if fast else super().forward
+        count = x.shape[:-1].numel() * self.fc1.out_features * x.element_size() // self.CHUNK
         if count < 2:
             return forward(x)
-        return torch.cat([forward(part) for part in x.flatten(0, -2).chunk(count)]).view(*x.shape[:-1], -1)
+        return torch.cat([forward(chunk) for chunk in x.flatten(0, -2).chunk(count)]).view(*x.shape[:-1], -1)
 
-    def _can_be_fast(self, x: Tensor) -> bool:
-        between = (self.act, nn.GELU), (self.drop1, nn.Dropout), (self.norm, nn.Identity), (self.drop2, nn.Dropout)
-        usual = not self.training and all(_is_plain(*pair) for pair in between) and self.act.approximate == "none"
-        return usual and _can_be_fast(x, self.fc1, self.fc2)
+    def _is_plain(self) -> bool:
+        linears, dropouts = (self.fc1, self.fc2), (self.drop1, self.drop2)
+        kinds = {nn.Linear: linears, nn.GELU: [self.act], nn.Dropout: dropouts, nn.Identity: [self.norm]}
+        return all(is_plain(layer, kind) for kind, layers in kinds.items() for layer in layers)
 
     def _forward_fast(self, x: Tensor) -> Tensor:
         return _fast(self.fc2, _fast(self.fc1, x, "gelu"))

@@ -8,9 +8,9 @@ https://github.com/Abdullah-88/NiNformer (BSD 3-clause licence). Special:
 - one norm for both halves of a block, none at the end.
 
 Any size of image: the weights that mix places are a map for each hidden unit. For images that make another map than
-`img_size` does they are resized to it (bicubic), and those that sum over places divided by how many more these are. At
-`img_size` itself nothing is resized. `set_input_size` resizes them for good, and checkpoints of another size are
-resized as they are loaded.
+`img_size` does they act as if resized to it (bicubic), and those that sum over places divided by how many more these
+are. At `img_size` itself nothing is resized. `set_input_size` resizes them for good, and checkpoints of another size
+are resized as they are loaded.
 
 Maps are (B, H, W, C) inside the network, and (B, C, H, W) where it returns them.
 """
@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import (
@@ -53,6 +54,12 @@ def resize_mixing(read: Tensor, write: Tensor, bias: Tensor, grid: Size, size: S
     return resize(read) / more, resize(write.T).T, resize(bias[None])[0]
 
 
+def _bicubic(source: int, target: int, like: Tensor) -> Tensor:
+    """(target, source): the matrix that resizes `source` values to `target`."""
+    units = torch.eye(source, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+    return F.interpolate(units[None, None], (target, source), mode="bicubic", antialias=True)[0, 0].to(like.dtype)
+
+
 @register_notrace_module
 class TokenMlp(nn.Module):
     """MLP over the places of a map (B, H, W, dim), the same for every channel. grid: the map it has weights for."""
@@ -66,18 +73,19 @@ class TokenMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         size = tuple(x.shape[1:3])
-        read, write, bias = self.resized(size)
-        y = self.drop(F.gelu(F.linear(x.flatten(1, 2).mT, read, self.fc1.bias)))
-        return self.drop(F.linear(y, write, bias)).mT.unflatten(1, size)
-
-    def resized(self, size: Size) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights for a map of this size: (hidden, places), (places, hidden) and the bias (places,)"""
-        weights = self.fc1.weight, self.fc2.weight, self.fc2.bias
-        return weights if size == self.grid else resize_mixing(*weights, self.grid, size)
+        if size != self.grid:  # the map is resized in place of the weights, with the same result
+            rows, columns = (_bicubic(*lengths, like=x) for lengths in zip(self.grid, size, strict=True))
+            x = torch.einsum("bhwc,hi,wj->bijc", x, rows, columns) * (math.prod(self.grid) / math.prod(size))
+        y = self.drop(F.gelu(self.fc1(x.flatten(1, 2).mT)))
+        y = self.fc2(y).unflatten(2, self.grid)
+        if size != self.grid:
+            y = torch.einsum("bcij,hi,wj->bchw", y, rows, columns)
+        return self.drop(y).permute(0, 2, 3, 1)
 
     def set_grid(self, size: Size) -> None:
         old = self.fc1.weight, self.fc2.weight, self.fc2.bias
-        new = (nn.Parameter(x.detach().clone(), y.requires_grad) for x, y in zip(self.resized(size), old, strict=True))
+        resized = resize_mixing(*(x.detach() for x in old), self.grid, size)
+        new = (nn.Parameter(x.clone(), y.requires_grad) for x, y in zip(resized, old, strict=True))
         self.fc1.weight, self.fc2.weight, self.fc2.bias = new
         self.grid = size
         self.fc1.in_features = self.fc2.out_features = math.prod(size)

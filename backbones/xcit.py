@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, register_notrace_module, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -42,19 +41,30 @@ class PositionEncoding(nn.Module):
         self.token_projection = nn.Conv2d(2 * WAVES, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.token_projection.weight.flatten(1), self.token_projection.bias
-        rows, columns = (self._waves(length).to(weight.dtype) for length in x.shape[1:3])
-        of_rows, of_columns = weight.split(WAVES, 1)
-        return x + (F.linear(rows, of_rows)[:, None] + F.linear(columns, of_columns, bias))
+        height, width = x.shape[1:3]
+        rows, columns = (_waves(length, x.device) for length in (height, width))
+        waves = torch.cat([rows[:, :, None].expand(-1, -1, width), columns[:, None].expand(-1, height, -1)])
+        return x + self.token_projection(waves[None].to(x.dtype)).permute(0, 2, 3, 1)
 
-    def _waves(self, length: int) -> Tensor:
-        """(length, WAVES) in float32, which the published numbers come from."""
-        device = self.token_projection.weight.device
-        place = torch.arange(1, length + 1, device=device, dtype=torch.float32)
-        place = place / (place[-1:] + 1e-6) * (2 * math.pi)
-        pair = torch.arange(WAVES, device=device, dtype=torch.float32).div(2, rounding_mode="floor")
-        angles = place[:, None] / 10000 ** (2 * pair / WAVES)
-        return torch.stack([angles[:, 0::2].sin(), angles[:, 1::2].cos()], 2).flatten(1)
+
+def _waves(length: int, device: torch.device) -> Tensor:
+    """(WAVES, length) in float32, which the published numbers come from."""
+    place = torch.arange(1, length + 1, device=device, dtype=torch.float32)
+    place = place / (place[-1:] + 1e-6) * (2 * math.pi)
+    pair = torch.arange(WAVES, device=device, dtype=torch.float32).div(2, rounding_mode="floor")
+    angles = place / 10000 ** (2 * pair / WAVES)[:, None]
+    return torch.stack([angles[0::2].sin(), angles[1::2].cos()], 1).flatten(0, 1)
+
+
+@register_notrace_module
+class ConvNorm(nn.Sequential):
+    """3 x 3 convolution and batch norm of a map (B, source, H, W) -> (B, target, H / 2, W / 2), rounded up."""
+
+    def __init__(self, source: int, target: int) -> None:
+        super().__init__(nn.Conv2d(source, target, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(target))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv_norm(x, *self)
 
 
 @register_notrace_module
@@ -70,15 +80,11 @@ class PatchEmbed(nn.Module):
         for target in (dim // 8, dim // 4, dim // 2, dim) if patch_size == 16 else (dim // 4, dim // 2, dim):
             if len(self.proj):
                 self.proj.append(nn.GELU())
-            conv = nn.Conv2d(source, target, 3, stride=2, padding=1, bias=False)
-            self.proj.append(nn.Sequential(conv, nn.BatchNorm2d(target)))
+            self.proj.append(ConvNorm(source, target))
             source = target
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        for layer in self.proj:
-            x = conv_norm(x, *layer) if isinstance(layer, nn.Sequential) else layer(x)
-        return x.permute(0, 2, 3, 1)
+        return self.proj(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
 
 
 class LocalPatchInteraction(nn.Module):

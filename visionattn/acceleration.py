@@ -29,6 +29,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     Families: `davit_*`, `xcit_*`, `convit_*`, `volo_*`, and what has halo attention (`halonet*`, `sehalonet33ts`,
     `haloregnetz_b` and others). The function of the model does not change, nor do its parameters (an optimizer made
     before stays valid), its hooks and the keys of its state dict; halo attention takes maps of any size from then on.
+    What is inside of such a layer and does nothing, a dropout of rate 0, is no longer called.
 
     Returns `model`. Warns once, naming them, of attention layers that it leaves as they were: those of a kind not
     supported, and those with dropout, which the kernels do not have.
@@ -80,6 +81,7 @@ class TokenAttention(convit.MHSA):
 
 class GatedPositionalAttention(convit.GPSA):
     position_logits = our_convit.GatedPositionalAttention.position_logits
+    _position_weights = our_convit.GatedPositionalAttention._position_weights
 
     def forward(self, x: Tensor) -> Tensor:
         side = math.isqrt(x.shape[1])

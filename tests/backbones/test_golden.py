@@ -293,7 +293,7 @@ def cross_groups(attn: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
     groups, real = cut(x), cut(torch.ones_like(x[..., :1]))
     q, k, v = attn.qkv(groups).unflatten(-1, (3, attn.num_heads, -1)).unbind(3)
-    out = window_attention(q, k, v, size, bias=attn.bias((size, size)), mask=real[..., 0].bool())
+    out = window_attention(q, k, v, size, bias=attn.bias((size, size), q), mask=real[..., 0].bool())
     out = attn.proj(out.flatten(3))
     torch.testing.assert_close(cut(attn(x)), out * real, rtol=1e-9, atol=1e-9)
     return {"groups_in": groups.flatten(1, 2), "groups_out": out.flatten(1, 2)}

@@ -4,9 +4,12 @@ A model is tested by being registered from a module of `visionattn.backbones`. B
 family (file) is tested, and by `-m slow` all others; tests that need no weights run on all models at once.
 """
 
+import copy
 import functools
 import math
 import sys
+from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -454,6 +457,113 @@ def test_pretrained_stem_adapts_to_channels(name, channels, tmp_path):
     for first in first_convs(name):
         assert_close(model.state_dict()[first], adapt_input_conv(channels, source.state_dict()[first]))
     assert model(torch.randn(1, channels, SMALL, SMALL)).shape == (1, 4)
+
+
+# Changed and watched layers
+
+
+class LowRank(nn.Module):
+    """What peft puts in the place of a linear layer."""
+
+    def __init__(self, layer: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.down = nn.Linear(layer.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, layer.out_features, bias=False)
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+@models
+def test_low_rank_adapters_act_like_merged_weights(name):
+    adapted, merged = (copy.deepcopy(ready(name)).double() for _ in range(2))
+    for key, layer in list(adapted.named_modules()):
+        if isinstance(layer, nn.Linear):
+            adapter = LowRank(layer).double()
+            adapted.set_submodule(key, adapter)
+            with torch.no_grad():
+                merged.get_submodule(key).weight += adapter.up.weight @ adapter.down.weight
+    x = images(name, SMALL, 48).double()
+    expected = merged(x).detach()
+    logits = adapted(x)
+    assert_close(logits, expected)
+    logits.square().sum().backward()
+    gradients = {key: layer.up.weight.grad for key, layer in adapted.named_modules() if isinstance(layer, LowRank)}
+    assert not [key for key, gradient in gradients.items() if gradient is None or not gradient.any()]
+    with torch.no_grad():
+        assert_close(adapted(x), expected)
+
+
+@models
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch.ao itself
+@torch.no_grad()
+def test_dynamic_quantization(name):
+    x = images(name)
+    quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(ready(name)), {nn.Linear}, dtype=torch.qint8)
+    assert not [key for key, layer in quantized.named_modules() if type(layer) is nn.Linear]
+    assert relative_error(quantized(x), ready(name)(x)) < 0.1
+
+
+@models
+@torch.no_grad()
+def test_weights_of_8_bits(name):
+    torchao = pytest.importorskip("torchao.quantization")
+    x, quantized = images(name), copy.deepcopy(ready(name))
+    torchao.quantize_(quantized, torchao.Int8WeightOnlyConfig())
+    assert relative_error(quantized(x), ready(name)(x)) < 0.1
+
+
+def forward_hook(layer: nn.Module, called: Callable) -> None:
+    layer.register_forward_hook(lambda layer, *_: called(layer))
+
+
+def forward_pre_hook(layer: nn.Module, called: Callable) -> None:
+    layer.register_forward_pre_hook(lambda layer, *_: called(layer))
+
+
+def own_forward(layer: nn.Module, called: Callable) -> None:
+    """As accelerate has it."""
+    original = layer.forward
+
+    def forward(*args, **kwargs):
+        called(layer)
+        return original(*args, **kwargs)
+
+    layer.forward = forward
+
+
+@models
+@pytest.mark.parametrize("watch", [forward_hook, forward_pre_hook, own_forward])
+def test_whatever_watches_a_layer_is_called_without_gradients_too(name, watch):
+    model, x, called = copy.deepcopy(ready(name)), images(name), []
+    leaves = {layer: key for key, layer in model.named_modules() if not list(layer.children())}
+    for layer in leaves:
+        watch(layer, lambda layer: called.append(leaves[layer]))
+    model(x)
+    expected = Counter(called)
+    assert set(expected) == set(leaves.values())
+    called.clear()
+    with torch.no_grad():
+        model(x)
+    assert Counter(called) == expected
+
+
+@models
+def test_hooks_of_all_modules_are_called_without_gradients_too(name):
+    model, x, called = ready(name), images(name), []
+    handle = nn.modules.module.register_module_forward_hook(lambda layer, *_: called.append(layer))
+    try:
+        model(x)
+        expected = Counter(called)
+        called.clear()
+        with torch.no_grad():
+            model(x)
+    finally:
+        handle.remove()
+    assert {layer for layer in model.modules() if not list(layer.children())} <= set(expected)
+    assert Counter(called) == expected
 
 
 # Execution
