@@ -1,9 +1,11 @@
 """What classifiers here share: how they are made, and timm's methods, around one loop over the stages of a family."""
 
+import difflib
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import islice
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from timm.layers import create_classifier, get_device_dtype
@@ -203,7 +205,8 @@ def create(
         default_indices: `out_indices` of `features_only=True`, unless the arguments have others.
         unpublished: why weights cannot be fetched, where no address of them is known.
 
-    Raises RuntimeError for `pretrained` weights that cannot be fetched, ValueError for a dtype that is none of weights.
+    Raises RuntimeError for `pretrained` weights that cannot be fetched, ValueError for an argument that `network` does
+    not have and for a dtype that is none of weights.
     """
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if pretrained and not (cfg.has_weights or cfg.state_dict):
@@ -212,7 +215,7 @@ def create(
             " own, or use pretrained=False"
         )
     return build_model_with_cfg(
-        placed(network),
+        placed(network, variant),
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
@@ -221,13 +224,30 @@ def create(
     )
 
 
-def placed(network: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """`network`, which then takes a device and a dtype too, and is made there."""
+def placed(network: Callable[..., nn.Module], variant: str) -> Callable[..., nn.Module]:
+    """`network`, which then takes a device and a dtype too, and is made there; others than its arguments are refused.
+
+    timm calls it without the arguments that are for timm itself. variant: what refusals call it.
+    """
 
     def make(device: torch.device | str | None = None, dtype: torch.dtype | None = None, **kwargs: Any) -> nn.Module:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype={dtype!r}: expected a floating torch.dtype, such as torch.float16")
+        names = _arguments(network)
+        for name in sorted(kwargs.keys() - names):
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(names))}"
+            raise ValueError(f"{variant} has no argument {name}={kwargs[name]!r}; {hint}")
         with nullcontext() if device is None else torch.device(device):
             return network(**kwargs).to(dtype=dtype)
 
     return make
+
+
+def _arguments(network: Callable[..., nn.Module]) -> set[str]:
+    """By its signature; of `**options: Unpack[Options]` those of Options."""
+    names = set()
+    for name, parameter in inspect.signature(network).parameters.items():
+        options = get_args(parameter.annotation) if parameter.kind is parameter.VAR_KEYWORD else ()
+        names |= set(options[0].__annotations__) if options else {name}
+    return names

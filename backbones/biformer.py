@@ -14,7 +14,7 @@ Maps are (B, C, H, W) between blocks and (B, H, W, C) inside them.
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -360,6 +360,22 @@ def _patch_convs(in_chans: int, dims: Sequence[int], pad: bool) -> list[nn.Seque
     return [stem, *merges]
 
 
+class Routing(TypedDict, total=False):
+    """Arguments of `BiLevelRoutingAttention` in a network. Each is one value, or one for each stage."""
+
+    qk_dims: int | Sequence[int]
+    kv_per_wins: int | Sequence[int]
+    kv_per_win: int
+    kv_downsample_ratios: int | Sequence[int]
+    kv_downsample_ratio: int
+    kv_downsample_mode: str
+    qk_scale: float
+    param_attention: str
+    param_routing: bool
+    diff_routing: bool
+    soft_routing: bool
+
+
 class BiFormer(MapClassifier):
     """BiFormer for classification, and as a backbone with maps at strides 4, 8, 16 and 32.
 
@@ -384,9 +400,7 @@ class BiFormer(MapClassifier):
         extra_norms: a layer norm of each map that `features_only` and `forward_intermediates` return, as the authors'
             dense models have; not for classification, where these layers would have no gradient.
         img_size: accepted and not used: any size will do.
-        qk_dims, kv_per_wins, kv_downsample_ratios: qk_dim, kv_per_win and kv_downsample_ratio of
-            `BiLevelRoutingAttention`. One value, or one for each stage.
-        routing: its arguments from qk_scale on, the same for all stages.
+        routing: arguments of `BiLevelRoutingAttention`, by the names in `Routing`; not if refactored.
     """
 
     map_format = "NCHW"
@@ -413,10 +427,12 @@ class BiFormer(MapClassifier):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         img_size: int | tuple[int, int] | None = None,
-        **routing: Any,
+        **routing: Unpack[Routing],
     ) -> None:
         super().__init__()
         check_in_chans(in_chans)
+        if refactored and routing:
+            raise ValueError(f"{', '.join(routing)}: refactored=True has nothing of that to set")
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.head_hidden_size = embed_dim[-1]
         self.feature_info = [

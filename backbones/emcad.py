@@ -8,6 +8,7 @@ authors' repository, whose licence is for research only.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 
+from visionattn.backbones._twins import unwrap
 from visionattn.backbones.backbone import placed
 from visionattn.backbones.encoder_decoder import EncoderDecoder
 
@@ -143,11 +145,8 @@ class EMCAD(nn.Module):
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """A checkpoint of ours, bare or wrapped; heads of another number of classes are left out."""
-    for wrapper in ("state_dict_ema", "state_dict", "model"):
-        state_dict = state_dict.get(wrapper, state_dict)
-    heads = model.heads.state_dict(prefix="heads.")
-    return {k: v for k, v in state_dict.items() if k not in heads or v.shape == heads[k].shape}
+    """A checkpoint of ours, bare or wrapped."""
+    return unwrap(state_dict)
 
 
 def _cfg(encoder: str) -> dict[str, Any]:
@@ -160,7 +159,7 @@ def _cfg(encoder: str) -> dict[str, Any]:
         "interpolation": own["interpolation"],
         "crop_pct": 1.0,
         "first_conv": "encoder.model.patch_embed.proj",
-        "classifier": "heads",
+        "classifier": ("heads.0", "heads.1", "heads.2", "heads.3"),
         "license": "apache-2.0",
         "origin_url": "https://arxiv.org/abs/2405.06880",
         "paper_name": "EMCAD: Efficient Multi-scale Convolutional Attention Decoding for Medical Image Segmentation",
@@ -202,12 +201,10 @@ def _create_emcad(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     whole = bool(cfg.has_weights or cfg.state_dict)
     return build_model_with_cfg(
-        placed(_build),
+        placed(partial(_build, ENCODERS[variant], pretrained and not whole), variant),
         variant,
         pretrained and whole,
         pretrained_filter_fn=checkpoint_filter_fn,
-        encoder=ENCODERS[variant],
-        pretrained_encoder=pretrained and not whole,
         **kwargs,
     )
 

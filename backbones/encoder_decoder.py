@@ -5,6 +5,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import get_device_dtype
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 __all__ = ["EncoderDecoder"]
@@ -16,7 +17,8 @@ class EncoderDecoder(nn.Module):
     Args:
         encoder: images -> list of maps, fine to coarse; of timm, by `features_only=True, feature_cls="getter"`.
         decoder: those maps -> list of decoded maps, fine to coarse. Its attribute `out_channels` lists their channels.
-        num_classes: of the heads, a 1x1 convolution for each decoded map. The finest one is the prediction.
+        num_classes: of the heads, a 1x1 convolution for each decoded map. The finest one is the prediction, and its
+            input is what `num_features` counts.
         in_chans: of the images.
         neck: between encoder and decoder, maps -> maps.
         multiple: images are continued at the bottom and on the right by their last row and column to a multiple of
@@ -39,17 +41,33 @@ class EncoderDecoder(nn.Module):
         self.encoder = encoder
         self.neck = neck or nn.Identity()
         self.decoder = decoder
+        self.num_features = self.head_hidden_size = decoder.out_channels[0]
+        self.feature_info = [
+            {**info, "module": f"encoder.model.{info['module']}"} for info in encoder.feature_info.get_dicts()
+        ]
         self.head_drop = nn.Dropout2d(drop_rate)
         self.reset_classifier(num_classes)
         self.pretrained_cfg = self.default_cfg = {
             **encoder.pretrained_cfg,
             "num_classes": num_classes,
-            "classifier": "heads",
+            "classifier": tuple(f"heads.{i}" for i in range(len(self.heads))),
         }
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """The decoded maps, fine to coarse, of images whose sides are multiples of `multiple`."""
         return self.decoder(self.neck(self.encoder(x)))
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | list[int] | None = None, intermediates_only: bool = False
+    ) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]:
+        """The encoder's maps (see `feature_info`), and the decoded ones before them unless intermediates_only.
+
+        indices: of the maps to return; the last n for an int, all for None.
+        """
+        maps = self.encoder(x)
+        take, _ = feature_take_indices(len(maps), indices)
+        intermediates = [maps[i] for i in take]
+        return intermediates if intermediates_only else (self.decoder(self.neck(maps)), intermediates)
 
     def forward(self, x: Tensor, deep: bool = False) -> Tensor | list[Tensor]:
         """The logits (B, num_classes, H, W) of the finest head; where `deep`, of all heads as `forward_deep`."""

@@ -29,28 +29,43 @@ class NATIsotropic(NAT):
         num_heads: heads of each block.
         kernel_size: a position attends to kernel_size x kernel_size.
         dilation: how far apart these lie in every other block.
-        options: the other arguments of `NAT`.
+
+    The others are those of `NAT`.
     """
 
     def __init__(
         self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
         embed_dim: int = 384,
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         kernel_size: int = 7,
         dilation: int = 1,
-        **options: Any,
+        layer_scale: float | None = None,
+        patch_norm: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        img_size: int | tuple[int, int] | None = None,
     ) -> None:
         super().__init__(
+            in_chans,
+            num_classes,
+            global_pool,
             embed_dim=embed_dim,
             depths=(1,) * depth,
             num_heads=(num_heads,) * depth,
             mlp_ratio=mlp_ratio,
             kernel_size=kernel_size,
             dilations=[(dilation if i % 2 else 1,) for i in range(depth)],
+            layer_scale=layer_scale,
             layout="isotropic",
-            **options,
+            patch_norm=patch_norm,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            img_size=img_size,
         )
 
 

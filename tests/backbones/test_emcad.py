@@ -1,6 +1,8 @@
 """EMCAD: the decoder against its equations and the paper's figures, and what the encoder-decoder networks promise."""
 
+import copy
 import functools
+import math
 
 import pytest
 import timm
@@ -201,8 +203,28 @@ def test_default_cfg():
     keys = set(network.state_dict())
     assert network.pretrained_cfg["architecture"] == NAMES[0]
     assert f"{network.pretrained_cfg['first_conv']}.weight" in keys
-    assert network.get_submodule(network.pretrained_cfg["classifier"]) is network.get_classifier()
+    heads = [network.get_submodule(name) for name in network.pretrained_cfg["classifier"]]
+    assert heads == list(network.get_classifier())
     assert network.pretrained_cfg["mean"] == timm.get_pretrained_cfg("pvt_v2_b0").mean
+
+
+@torch.no_grad()
+def test_features():
+    network, x = ready(), images(70, 100)
+    features, maps = network.forward_intermediates(x)
+    assert_close(features, network.forward_features(x))
+    assert [y.shape[1] for y in maps] == [info["num_chs"] for info in network.feature_info] == list(B0)
+    assert [math.ceil(70 / info["reduction"]) for info in network.feature_info] == [y.shape[2] for y in maps]
+    stages = {info["module"] for info in network.feature_info}
+    assert stages <= {name for name, _ in network.named_modules()}
+    assert_close(network.forward_intermediates(x, [0, -1], intermediates_only=True), [maps[0], maps[3]])
+    assert features[0].shape[1] == network.num_features == network.head_hidden_size
+
+
+@pytest.mark.parametrize(("argument", "message"), [("encoder", "it has"), ("kernel_size", "did you mean kernel_sizes")])
+def test_unknown_arguments_are_refused(argument, message):
+    with pytest.raises(ValueError, match=f"{NAMES[0]} has no argument {argument}=3; {message}"):
+        timm.create_model(NAMES[0], device="meta", **{argument: 3})
 
 
 def test_parameter_groups():
@@ -259,6 +281,29 @@ def test_incomplete_checkpoints_are_refused(tmp_path):
     overlay = {"file": str(tmp_path / "weights.pth"), "num_classes": 5}
     with pytest.raises(RuntimeError, match="Missing key"):
         timm.create_model(NAMES[0], pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5)
+
+
+def test_saved_for_the_hub(tmp_path):
+    """timm's own way: a folder of weights and configuration."""
+    network = timm.create_model(NAMES[0], num_classes=5, in_chans=4, kernel_sizes=(3,)).eval()
+    timm.models.save_for_hf(network, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert_close(again.state_dict(), network.state_dict(), rtol=0, atol=0)
+    fewer = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3).eval()
+    x = images(channels=4)
+    assert fewer(x).shape == (2, 3, 64, 64)
+    assert_close(fewer.forward_features(x), network.forward_features(x))
+
+
+def test_heads_can_be_trained_as_copies():
+    """As peft's modules_to_save does: a copy stands in the place of each classifier that the configuration names."""
+    network, x = timm.create_model(NAMES[0], num_classes=5), images()
+    network.requires_grad_(False)
+    for name in network.pretrained_cfg["classifier"]:
+        network.set_submodule(name, copy.deepcopy(network.get_submodule(name)).requires_grad_(True))
+    sum(y.square().mean() for y in network.forward_deep(x)).backward()
+    trained = {key for key, p in network.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained == {f"heads.{i}.{kind}" for i in range(4) for kind in ("weight", "bias")}
 
 
 # Execution

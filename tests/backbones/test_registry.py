@@ -217,6 +217,25 @@ def test_dtypes_that_weights_cannot_have_are_refused(dtype):
         timm.create_model("va_convit_tiny", dtype=dtype)
 
 
+@every_model
+@pytest.mark.parametrize("options", [{}, {"features_only": True}], ids=["whole", "features_only"])
+def test_unknown_arguments_are_refused(name, options):
+    """smp passes output_stride for DeepLabV3, DeepLabV3+ and PAN."""
+    with torch.device("meta"):
+        with pytest.raises(ValueError, match=rf"{name} has no argument output_stride=16; it has .*in_chans, "):
+            timm.create_model(name, output_stride=16, **options)
+        with pytest.raises(ValueError, match=f"{name} has no argument drop_pth_rate=0.1; did you mean drop_path_rate"):
+            timm.create_model(name, drop_pth_rate=0.1, **options)
+
+
+@models
+def test_arguments_of_timm_itself(name):
+    options = {"scriptable": False, "exportable": True, "no_jit": True, "cache_dir": "nowhere", "device": "meta"}
+    features = {"features_only": True, "feature_cls": "getter", "out_indices": (1,)}
+    assert timm.create_model(name, **options, drop_rate=0.1, drop_path_rate=0.1, global_pool="avg", img_size=64)
+    assert timm.create_model(name, **options, **features).feature_info.out_indices == (1,)
+
+
 # Classification
 
 
