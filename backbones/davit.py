@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import (
+    ClassifierHead,
     DropPath,
     LayerNorm2d,
     NormMlpClassifierHead,
@@ -229,7 +230,7 @@ class DaViT(HeadClassifier):
         cut = stages < len(self.stages)
         self.stages = self.stages[:stages]
         if head or cut:
-            self.head.reset(0, "", reset_other=True, in_features=self.num_features)
+            self.head = ClassifierHead(self.num_features, 0, "")
             self.num_classes = 0
 
 

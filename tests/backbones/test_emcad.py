@@ -285,12 +285,12 @@ def test_incomplete_checkpoints_are_refused(tmp_path):
 
 def test_saved_for_the_hub(tmp_path):
     """timm's own way: a folder of weights and configuration."""
-    network = timm.create_model(NAMES[0], num_classes=5, in_chans=4, kernel_sizes=(3,)).eval()
+    network = timm.create_model(NAMES[0], num_classes=5).eval()
     timm.models.save_for_hf(network, tmp_path)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert_close(again.state_dict(), network.state_dict(), rtol=0, atol=0)
     fewer = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3).eval()
-    x = images(channels=4)
+    x = images()
     assert fewer(x).shape == (2, 3, 64, 64)
     assert_close(fewer.forward_features(x), network.forward_features(x))
 

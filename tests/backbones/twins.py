@@ -29,11 +29,11 @@ def assert_same_function(ours: nn.Module, theirs: nn.Module, size: tuple[int, in
     x = torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         close(ours(x), theirs(x), "logits")
-        features, maps = ours.forward_intermediates(x)
-        expected_features, expected_maps = theirs.forward_intermediates(x)
-    close(features, expected_features, "features")
-    for i, (actual, expected) in enumerate(zip(maps, expected_maps[-len(maps) :], strict=True)):
-        close(actual, expected, f"map {i}")
+        close(ours.forward_features(x), theirs.forward_features(x), "features")
+        if hasattr(theirs, "forward_intermediates"):  # ConViT since timm 1.0.31
+            maps, expected_maps = (m.forward_intermediates(x, intermediates_only=True) for m in (ours, theirs))
+            for i, (actual, expected) in enumerate(zip(maps, expected_maps[-len(maps) :], strict=True)):
+                close(actual, expected, f"map {i}")
     losses = [model.train()(x).square().sum() for model in (ours, theirs)]
     close(*losses, "loss")
     for loss in losses:
