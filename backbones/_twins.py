@@ -6,7 +6,9 @@ from typing import Any
 
 from timm.models import get_arch_pretrained_cfgs
 from timm.models._pretrained import PretrainedCfg
-from torch import Tensor, nn
+from torch import Tensor
+
+from visionattn.backbones.backbone import Backbone
 
 __all__ = ["check_checkpoint", "twin_cfgs", "unwrap"]
 
@@ -27,20 +29,20 @@ def unwrap(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     return checkpoint
 
 
-def check_checkpoint(state_dict: dict[str, Tensor], model: nn.Module, block: str = r".*?blocks\.\d+\.") -> None:
+def check_checkpoint(state_dict: dict[str, Tensor], model: Backbone, block: str = r".*?blocks\.\d+\.") -> None:
     """Raises ValueError for a state dict of a network of other widths or depths.
 
     What timm adapts on loading may differ: channels of the first convolution, and classes. block: pattern of the names
     of blocks.
     """
     remedy = "create the model that it belongs to, or pass that model's arguments"
-    own, cfg = model.state_dict(), model.pretrained_cfg
-    theirs, ours = ({match[0] for key in keys if (match := re.match(block, key))} for keys in (state_dict, own))
+    expected, cfg = model.state_dict(), model.pretrained_cfg
+    theirs, ours = ({match[0] for key in keys if (match := re.match(block, key))} for keys in (state_dict, expected))
     if theirs != ours:
         raise ValueError(f"the checkpoint has {len(theirs)} blocks, and the model {len(ours)}: {remedy}")
     heads = cfg["classifier"]
     adapted = tuple(f"{name}." for name in (cfg["first_conv"], *([heads] if isinstance(heads, str) else heads)))
-    for key, value in own.items():
+    for key, value in expected.items():
         if not key.startswith(adapted) and key in state_dict and state_dict[key].shape != value.shape:
             raise ValueError(
                 f"{key} of the checkpoint is of {tuple(state_dict[key].shape)}, expected {tuple(value.shape)}: {remedy}"

@@ -8,14 +8,20 @@ from itertools import islice
 from typing import Any, get_args
 
 import torch
-from timm.layers import create_classifier, get_device_dtype
+from timm.layers import (
+    ClassifierHead,
+    NormMlpClassifierHead,
+    SelectAdaptivePool2d,
+    create_classifier,
+    get_device_dtype,
+)
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from visionattn.backbones.layers import check_image_size, check_pool
 
-__all__ = ["HeadClassifier", "MapClassifier", "TokenClassifier", "create", "placed"]
+__all__ = ["HeadClassifier", "MapClassifier", "TokenClassifier", "create", "factory"]
 
 torch.fx.wrap("check_image_size")
 
@@ -41,6 +47,12 @@ class Backbone(nn.Module):
     output_formats = ("NCHW", "NHWC")  # of the maps that forward_intermediates can return; NLC: (B, H * W, C)
     min_size = 32  # pixels on a side of an image
     grad_checkpointing = False
+    num_classes: int
+    in_chans: int
+    num_features: int
+    head_hidden_size: int
+    feature_info: list[dict[str, Any]]
+    pretrained_cfg: dict[str, Any]  # by timm
 
     def forward_stages(self, images: Tensor) -> Iterator[Tensor]:
         """Yields the map of each stage in turn and, last, what `forward_features` returns.
@@ -60,6 +72,10 @@ class Backbone(nn.Module):
     def intermediate(self, x: Tensor, stage: int, norm: bool) -> Tensor:
         """The map that `forward_intermediates` returns for one that a stage yielded; norm: of no effect by default."""
         return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """What `forward_features` returns -> logits, or what they are computed from."""
+        raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
@@ -125,6 +141,10 @@ class Backbone(nn.Module):
 class MapClassifier(Backbone):
     """Features are a map (B, C, H, W). Set global_pool, head_drop and head, from timm's `create_classifier`."""
 
+    global_pool: SelectAdaptivePool2d
+    head_drop: nn.Module
+    head: nn.Module
+
     def get_classifier(self) -> nn.Module:
         return self.head
 
@@ -143,6 +163,8 @@ class MapClassifier(Backbone):
 
 class HeadClassifier(Backbone):
     """Features are a map (B, C, H, W). Set head, one of timm's modules `ClassifierHead`, `NormMlpClassifierHead`."""
+
+    head: ClassifierHead | NormMlpClassifierHead
 
     def get_classifier(self) -> nn.Module:
         return self.head.fc
@@ -165,6 +187,11 @@ class TokenClassifier(Backbone):
 
     Set cls_token (None once pruned), global_pool (see `check_pool`), head_drop and head.
     """
+
+    cls_token: nn.Parameter | None
+    global_pool: str
+    head_drop: nn.Module
+    head: nn.Module
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -211,11 +238,11 @@ def create(
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if pretrained and not (cfg.has_weights or cfg.state_dict):
         raise RuntimeError(
-            f"pretrained=True: {variant}: {unpublished}; add pretrained_cfg_overlay=dict(file=PATH) for a file of your"
-            " own, or use pretrained=False"
+            f"pretrained=True: {variant}: {unpublished}; add pretrained_cfg_overlay=dict(file=PATH) for a file on your"
+            " disk, or use pretrained=False"
         )
     return build_model_with_cfg(
-        placed(network, variant),
+        factory(network, variant),
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
@@ -224,7 +251,7 @@ def create(
     )
 
 
-def placed(network: Callable[..., nn.Module], variant: str) -> Callable[..., nn.Module]:
+def factory(network: Callable[..., nn.Module], variant: str) -> Callable[..., nn.Module]:
     """`network`, which then takes a device and a dtype too, and is made there; others than its arguments are refused.
 
     timm calls it without the arguments that are for timm itself. variant: what refusals call it.

@@ -74,7 +74,7 @@ class QKVLinear(nn.Module):
         self.qkv = nn.Linear(dim, sum(self.widths))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return [part.unflatten(-1, (self.num_heads, -1)) for part in linear(self.qkv, x).split(self.widths, -1)]
+        return [y.unflatten(-1, (self.num_heads, -1)) for y in linear(self.qkv, x).split(self.widths, -1)]
 
 
 class TopkRouting(nn.Module):
@@ -236,7 +236,7 @@ class RefactoredRoutingAttention(nn.Module):
 class GlobalAttention(nn.Module):
     """Every token of the map (B, H, W, dim) attends to every other.
 
-    lepe_of: what the 5x5 convolution beside attention looks at, `input` or, in the refactored networks, `v`.
+    lepe_of: what the 5x5 convolution beside attention is of, `input` or, in the refactored networks, `v`.
     """
 
     def __init__(self, dim: int, num_heads: int = 8, side_dwconv: int = 0, lepe_of: str = "input") -> None:
@@ -404,6 +404,7 @@ class BiFormer(MapClassifier):
     """
 
     map_format = "NCHW"
+    norm: nn.Module
 
     def __init__(
         self,
@@ -445,7 +446,7 @@ class BiFormer(MapClassifier):
         self.downsample_layers = nn.ModuleList(convs)
 
         per_stage = {"embed_dim": embed_dim, "topks": topks, "mlp_ratios": mlp_ratios, "n_win": n_win, **routing}
-        drop_paths = iter(calculate_drop_path_rates(drop_path_rate, sum(depth)))
+        drop_paths: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depth)))
         self.stages = nn.ModuleList()
         for blocks, options in zip(depth, _split_by_stage(len(depth), per_stage), strict=True):
             dim, topk, mlp_ratio = (options.pop(name) for name in ("embed_dim", "topks", "mlp_ratios"))

@@ -8,13 +8,13 @@ https://github.com/facebookresearch/convit. Special:
 - the class token joins after them, and the last blocks have plain attention.
 
 Any size of image. It is zero padded below and to the right to whole patches. Relative positions are counted in patches,
-so that a head's neighbour stays its neighbour. The table of absolute positions is taken for a picture of the image (see
+so that a head's neighbour stays its neighbour. The table of absolute positions is stretched over the image (see
 `layers.position_embedding`); at the size it was made for it is used as it is.
 
 Maps are (B, H, W, C), tokens (B, 1 + H * W, C) with the class token first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,16 +68,16 @@ class GatedPositionalAttention(nn.Module):
 
     @torch.no_grad()
     def local_init(self) -> None:
-        """Values pass unchanged, and each head attends around a neighbour: one of the places of a square kernel.
+        """Values pass unchanged, and each head attends around a neighbour: one of the positions of a square kernel.
 
         Heads are numbered down the kernel's columns. Those beyond the largest square keep what they have.
         """
         nn.init.eye_(self.v.weight)
         side = int(self.num_heads**0.5)
-        places = torch.arange(side) - (side - 1) / 2
+        positions = torch.arange(side) - (side - 1) / 2
         weight = self.pos_proj.weight
-        weight[: side**2, 0] = 2 * places.repeat_interleave(side)
-        weight[: side**2, 1] = 2 * places.repeat(side)
+        weight[: side**2, 0] = 2 * positions.repeat_interleave(side)
+        weight[: side**2, 1] = 2 * positions.repeat(side)
         weight[: side**2, 2] = -1
         weight *= self.locality_strength
 
@@ -107,8 +107,8 @@ class GatedPositionalAttention(nn.Module):
 
 def _steps(length: int, like: Tensor) -> Tensor:
     """From each position (rows) to each (columns)."""
-    place = torch.arange(length, device=like.device, dtype=like.dtype)
-    return place - place[:, None]
+    position = torch.arange(length, device=like.device, dtype=like.dtype)
+    return position - position[:, None]
 
 
 @register_notrace_module
@@ -159,6 +159,7 @@ class ConViT(TokenClassifier):
     """
 
     output_formats = ("NCHW", "NLC")
+    norm: nn.Module
 
     def __init__(
         self,
@@ -195,7 +196,8 @@ class ConViT(TokenClassifier):
         self.patch_embed = PatchEmbed(None, PATCH, in_chans, dim, output_fmt="NHWC", dynamic_img_pad=True)
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.blocks = nn.Sequential()
-        for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth)):
+        rates: Sequence[Any] = calculate_drop_path_rates(drop_path_rate, depth)
+        for i, rate in enumerate(rates):
             local = i < local_up_to_layer
             attn = GatedPositionalAttention(dim, num_heads, locality_strength) if local else Attention(dim, num_heads)
             self.blocks.append(Block(dim, attn, mlp_ratio, rate))
@@ -225,7 +227,7 @@ class ConViT(TokenClassifier):
         x = self.pos_drop(self.patch_embed(images) + table)
         size = x.shape[1:3]
         for i, block in enumerate(self.blocks):
-            if i == self.local_up_to_layer:
+            if i == self.local_up_to_layer and self.cls_token is not None:
                 x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1)
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
             yield x if i < self.local_up_to_layer else x[:, 1:].unflatten(1, size)
@@ -254,7 +256,7 @@ def _grid(img_size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _resample(table: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """(1, places, C) -> (1, other places, C)"""
+    """(1, positions, C) -> (1, other positions, C)"""
     return resample_abs_pos_embed_nhwc(table.unflatten(1, source), target).flatten(1, 2)
 
 

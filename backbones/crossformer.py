@@ -152,11 +152,11 @@ class GroupAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        group, interval = self.group_size, self.interval
+        group, longest = self.group_size, max(x.shape[1:3])
         if min(x.shape[1:3]) <= group:
-            group, interval = max(x.shape[1:3]), 1
-        elif interval == "adaptive":
-            interval = _ceil_div(max(x.shape[1:3]), group)
+            group, interval = longest, 1
+        else:
+            interval = _ceil_div(longest, group) if isinstance(self.interval, str) else self.interval
         if self.no_mask or self.pad_type == 1:
             return self._padded(x, group, interval)
         return linear(self.proj, self._attend(x, group, interval, None))
@@ -175,11 +175,13 @@ class GroupAttention(nn.Module):
         """(B, H, W, dim) -> the same before the last projection; mask (1, H, W)"""
         q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
         if interval == 1:
-            groups = tuple(min(group, length) for length in x.shape[1:3])
+            groups = min(group, x.shape[1]), min(group, x.shape[2])
             return window_attention(q, k, v, groups, bias=self.bias(groups, q), mask=mask).flatten(3)
         rows, columns = (_cut(length, group * interval) for length in x.shape[1:3])
-        parts = [[self._far(*(y[:, r, c] for y in (q, k, v)), group, interval, mask) for c in columns] for r in rows]
-        return torch.cat([torch.cat(row, 2) for row in parts], 1)
+        regions = [
+            [self._far(q[:, r, c], k[:, r, c], v[:, r, c], group, interval, mask) for c in columns] for r in rows
+        ]
+        return torch.cat([torch.cat(row, 2) for row in regions], 1)
 
     def _far(self, q: Tensor, k: Tensor, v: Tensor, group: int, interval: int, mask: Tensor | None) -> Tensor:
         """(B, H, W, heads, head_dim) -> (B, H, W, dim): long distance in whole regions, or on an axis in a smaller one.
@@ -187,7 +189,7 @@ class GroupAttention(nn.Module):
         Groups of a smaller region have fewer tokens; those that interval does not divide are filled up and masked.
         """
         batch = q.shape[0]
-        regions = tuple(max(1, length // (group * interval)) for length in q.shape[1:3])
+        regions = max(1, q.shape[1] // (group * interval)), max(1, q.shape[2] // (group * interval))
         q, k, v = (_split(x, regions) for x in (q, k, v))
         height, width = q.shape[1:3]
         below, right = -height % interval, -width % interval
@@ -218,7 +220,7 @@ class GroupAttention(nn.Module):
 def _cut(length: int, region: int) -> list[slice]:
     """The whole regions of an axis, and what is left of it."""
     whole = length // region * region
-    return [part for part in (slice(0, whole), slice(whole, length)) if part.start < part.stop]
+    return [region for region in (slice(0, whole), slice(whole, length)) if region.start < region.stop]
 
 
 def _split(x: Tensor, regions: tuple[int, int]) -> Tensor:
@@ -231,6 +233,8 @@ class RowwiseConv(nn.Conv2d):
 
     The authors' conditional position encoding. Kernels for another number of rows are interpolated linearly.
     """
+
+    bias: Tensor
 
     def __init__(self, rows: int) -> None:
         super().__init__(rows, rows, 3, padding=1, groups=rows)
@@ -286,11 +290,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
-        if self.cpe is not None:
+        if self.cpe is not None and self.norm_cpe is not None:
             y = y + self.norm_cpe(self.cpe(y))
         x = x + self.drop_path(self.attn(y))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x if self.ex_conv is None else self.ex_ln(self.ex_conv(x))
+        return x if self.ex_conv is None or self.ex_ln is None else self.ex_ln(self.ex_conv(x))
 
 
 class Stage(nn.Module):
@@ -312,18 +316,19 @@ def group_sizes(group_type: str, group_size: Sequence[int], depths: Sequence[int
     types = ("constant", "7_14", "linear", "linear_div", "alter")
     if group_type not in types:
         raise ValueError(f"group_type={group_type!r}: expected one of {types}")
-    sizes, block = [], 0
+    sizes: list[list[int]] = []
+    block = 0
     for stage, depth in enumerate(depths):
         side, half = grid // 2**stage, grid // 2**stage // 2
         sizes.append([])
         for i in range(depth):
-            part = side * (4 / grid + block * (1 - 4 / grid) / sum(depths))
+            grown = side * (4 / grid + block * (1 - 4 / grid) / sum(depths))
             if group_type in ("constant", "7_14"):
                 halved = group_type == "7_14" and stage == 2 and i < 4
                 size = group_size[stage] // 2 if halved else group_size[stage]
-            elif group_type == "linear" or part <= half:
-                size = max(4, math.ceil(part))
-            elif stage == 2 and (part <= 0.75 * side if group_type == "linear_div" else block % 2 == 0):
+            elif group_type == "linear" or grown <= half:
+                size = max(4, math.ceil(grown))
+            elif stage == 2 and (grown <= 0.75 * side if group_type == "linear_div" else block % 2 == 0):
                 size = half
             else:
                 size = side
@@ -356,6 +361,9 @@ class CrossFormer(MapClassifier):
         no_mask: padded tokens take part in attention.
         img_size: size of image that group types other than constant, `ape` and `use_cpe` are made for; else not used.
     """
+
+    layers: Any  # nn.ModuleList of Stage
+    norm: nn.Module
 
     def __init__(
         self,
@@ -404,8 +412,8 @@ class CrossFormer(MapClassifier):
         self.absolute_pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid), embed_dim)) if ape else None
 
         sizes = group_sizes(group_type, group_size, depths, min(self.grid))
-        drop_paths = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        options = {"position_bias": not use_cpe, "pad_type": pad_type, "no_mask": no_mask}
+        drop_paths: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        options: dict[str, Any] = {"position_bias": not use_cpe, "pad_type": pad_type, "no_mask": no_mask}
         self.layers = nn.ModuleList()
         for i, depth in enumerate(depths):
             dim, rows = embed_dim * 2**i, _ceil_div(self.grid[0], 2**i)
@@ -441,7 +449,7 @@ class CrossFormer(MapClassifier):
     def forward_stages(self, images: Tensor) -> Iterator[Tensor]:
         x = self.patch_embed(images)
         if self.absolute_pos_embed is not None:
-            x = x + self._positions(x.shape[1:3])
+            x = x + self._positions(self.absolute_pos_embed, x.shape[1:3])
         for stage in self.layers:
             x = checkpoint_seq(stage.blocks, x) if self.grad_checkpointing else stage.blocks(x)
             yield x
@@ -449,12 +457,11 @@ class CrossFormer(MapClassifier):
                 x = stage.downsample(x)
         yield self.norm(x).permute(0, 3, 1, 2)
 
-    def _positions(self, size: tuple[int, int]) -> Tensor:
-        """(1, H, W, C)"""
-        positions = self.absolute_pos_embed
+    def _positions(self, table: Tensor, size: tuple[int, int]) -> Tensor:
+        """The table of absolute positions for a map of this size, (1, H, W, C)."""
         if tuple(size) != self.grid:
-            positions = resample_abs_pos_embed(positions, list(size), list(self.grid), num_prefix_tokens=0)
-        return positions.unflatten(1, size)
+            table = resample_abs_pos_embed(table, list(size), list(self.grid), num_prefix_tokens=0)
+        return table.unflatten(1, size)
 
     def intermediate(self, x: Tensor, stage: int, norm: bool) -> Tensor:
         """norm is for the map of the last stage."""
@@ -498,8 +505,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _configuration(state_dict: dict[str, Tensor]) -> str:
-    parts = [key.split(".") for key in state_dict if re.fullmatch(r"layers\.\d+\.blocks\.\d+\.norm1\.weight", key)]
-    depths = tuple(Counter(stage for _, stage, *_ in parts).values())
+    blocks = [key.split(".") for key in state_dict if re.fullmatch(r"layers\.\d+\.blocks\.\d+\.norm1\.weight", key)]
+    depths = tuple(Counter(stage for _, stage, *_ in blocks).values())
     norm = state_dict.get("patch_embed.norm.weight")
     cooled = any(".ex_ln." in key for key in state_dict)
     return f"embed_dim={None if norm is None else len(norm)}, {depths=}, use_acl={cooled}"

@@ -168,7 +168,7 @@ class DaViT(HeadClassifier):
     Args:
         depths: pairs of blocks of each of the four stages.
         embed_dims, num_heads: channels, and heads (of channel attention: groups) of each stage.
-        window_size: places of a window on a side.
+        window_size: tokens of a window on a side.
         mlp_ratio: hidden channels of the MLP over embed_dims.
         img_size: accepted and not used: any size will do.
     """
@@ -196,7 +196,7 @@ class DaViT(HeadClassifier):
         ]
         self.stem = Stem(in_chans, embed_dims[0])
         self.stages = nn.Sequential()
-        drop_paths = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        drop_paths: Sequence[Any] = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         for i, (dim, heads, rates) in enumerate(zip(embed_dims, num_heads, drop_paths, strict=True)):
             downsample = Downsample(embed_dims[i - 1], dim) if i else nn.Identity()
             self.stages.append(Stage(downsample, dim, heads, window_size, mlp_ratio, rates))
@@ -210,14 +210,14 @@ class DaViT(HeadClassifier):
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        blocks = r"^stages\.(\d+)"
+        blocks: Any = r"^stages\.(\d+)"
         if not coarse:
             blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
         return {"stem": r"^stem", "blocks": blocks}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]  # nn.Module declares no attributes
 
     def forward_stages(self, images: Tensor) -> Iterator[Tensor]:
         x = self.stem(images)
@@ -247,7 +247,7 @@ FROM_AUTHORS = {
 }
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: DaViT) -> dict[str, Tensor]:
     """The authors' checkpoint, bare or wrapped, with timm's key names, which are ours; timm's passes unchanged.
 
     Raises ValueError for a checkpoint of a network of other widths or depths.

@@ -20,7 +20,7 @@ from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import unwrap
-from visionattn.backbones.backbone import placed
+from visionattn.backbones.backbone import factory
 from visionattn.backbones.encoder_decoder import EncoderDecoder
 
 __all__ = ["EMCAD"]
@@ -150,13 +150,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _cfg(encoder: str) -> dict[str, Any]:
-    own = timm.get_pretrained_cfg(encoder).to_dict()
+    cfg = resolve_pretrained_cfg(encoder)
     return {
         "num_classes": 2,
         "input_size": (3, 352, 352),
-        "mean": own["mean"],
-        "std": own["std"],
-        "interpolation": own["interpolation"],
+        "mean": cfg.mean,
+        "std": cfg.std,
+        "interpolation": cfg.interpolation,
         "crop_pct": 1.0,
         "first_conv": "encoder.model.patch_embed.proj",
         "classifier": ("heads.0", "heads.1", "heads.2", "heads.3"),
@@ -182,7 +182,7 @@ def _build(
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
 ) -> EncoderDecoder:
-    pyramid = timm.create_model(
+    pyramid: Any = timm.create_model(
         encoder,
         pretrained=pretrained_encoder,
         features_only=True,
@@ -201,7 +201,7 @@ def _create_emcad(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     whole = bool(cfg.has_weights or cfg.state_dict)
     return build_model_with_cfg(
-        placed(partial(_build, ENCODERS[variant], pretrained and not whole), variant),
+        factory(partial(_build, ENCODERS[variant], pretrained and not whole), variant),
         variant,
         pretrained and whole,
         pretrained_filter_fn=checkpoint_filter_fn,

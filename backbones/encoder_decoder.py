@@ -26,6 +26,9 @@ class EncoderDecoder(nn.Module):
         drop_rate: of whole channels, before the heads.
     """
 
+    encoder: Any  # what timm gives it is not declared there
+    decoder: Any
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -41,14 +44,14 @@ class EncoderDecoder(nn.Module):
         self.encoder = encoder
         self.neck = neck or nn.Identity()
         self.decoder = decoder
-        self.num_features = self.head_hidden_size = decoder.out_channels[0]
+        self.num_features = self.head_hidden_size = self.decoder.out_channels[0]
         self.feature_info = [
-            {**info, "module": f"encoder.model.{info['module']}"} for info in encoder.feature_info.get_dicts()
+            {**info, "module": f"encoder.model.{info['module']}"} for info in self.encoder.feature_info.get_dicts()
         ]
         self.head_drop = nn.Dropout2d(drop_rate)
         self.reset_classifier(num_classes)
         self.pretrained_cfg = self.default_cfg = {
-            **encoder.pretrained_cfg,
+            **self.encoder.pretrained_cfg,
             "num_classes": num_classes,
             "classifier": tuple(f"heads.{i}" for i in range(len(self.heads))),
         }
@@ -101,8 +104,9 @@ class EncoderDecoder(nn.Module):
         self.heads = nn.ModuleList(
             nn.Conv2d(channels, num_classes, 1, **options) for channels in self.decoder.out_channels
         ).train(self.training)
-        for head in self.heads:
-            nn.init.zeros_(head.bias)
+        for name, parameter in self.heads.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Of the encoder; a decoder holds batch norms, whose statistics would count each batch twice."""
@@ -115,7 +119,7 @@ class EncoderDecoder(nn.Module):
         """The encoder's groups, or one where it has none; all else above them."""
         if not hasattr(self.encoder.model, "group_matcher"):
             return {"stem": r"^encoder"}
-        groups = {}
+        groups: dict[str, Any] = {}
         for name, spec in self.encoder.model.group_matcher(coarse).items():
             patterns = [(spec, None)] if isinstance(spec, str) else spec or []
             groups[name] = [(_behind_encoder(pattern), suffix) for pattern, suffix in patterns]

@@ -1,4 +1,4 @@
-"""HaloNet: a residual network whose blocks attend, in place of a 3 x 3 convolution, to a block of places and a halo.
+"""HaloNet: a residual network whose blocks attend, in place of a 3 x 3 convolution, to a block of positions and a halo.
 
 Vaswani et al., Scaling Local Self-Attention for Parameter Efficient Visual Backbones, CVPR 2021,
 https://arxiv.org/abs/2103.12731. Two kinds of network:
@@ -49,12 +49,16 @@ WIDTHS = (64, 128, 256, 512)  # of attention and of 3 x 3 convolutions, by stage
 class ConvNorm(nn.Sequential):
     """Convolution, batch norm and, unless None, activation. Rounds sizes up."""
 
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d
+    act: nn.Module
+
     def __init__(
         self, source: int, target: int, kernel_size: int = 1, stride: int = 1, act: type[nn.Module] | None = None
     ) -> None:
         conv = nn.Conv2d(source, target, kernel_size, stride, padding=kernel_size // 2, bias=False)
-        act = nn.Identity() if act is None else act(inplace=True)
-        super().__init__(OrderedDict(conv=conv, bn=nn.BatchNorm2d(target), act=act))
+        activation = nn.Identity() if act is None else act(inplace=True)
+        super().__init__(OrderedDict(conv=conv, bn=nn.BatchNorm2d(target), act=activation))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(conv_norm(x, self.conv, self.bn))
@@ -104,7 +108,7 @@ class HaloAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """1 x 1 convolution to a width, the layers that mix places, by name, 1 x 1 convolution, with a residual around.
+    """1 x 1 convolution to a width, the layers that mix positions, by name, 1 x 1 convolution, with a residual around.
 
     width, mixed: channels before and after the layers that mix; stride: theirs.
     """
@@ -201,7 +205,8 @@ class HaloNet(HeadClassifier):
         self.num_classes, self.in_chans = num_classes, in_chans
         self.stem = create_stem(in_chans, stem_kernel, stem_pool, act_layer)
         self.stages = nn.Sequential()
-        source, rates = 64, iter(calculate_drop_path_rates(drop_path_rate, sum(map(len, blocks))))
+        source = 64
+        drop_paths: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(map(len, blocks))))
         for width, kinds, target, heads in zip(WIDTHS, blocks, channels, num_heads, strict=True):
             stage = nn.Sequential()
             for kind in kinds:
@@ -214,7 +219,7 @@ class HaloNet(HeadClassifier):
                     mixed, mixers = width, {"conv2_kxk": ConvNorm(width, width, 3, stride, act_layer)}
                     if squeeze_excite:
                         mixers["attn"] = SEModule(width)
-                stage.append(Block(source, width, mixers, mixed, target, stride, act_layer, next(rates)))
+                stage.append(Block(source, width, mixers, mixed, target, stride, act_layer, next(drop_paths)))
                 source = target
             self.stages.append(stage)
         self.final_conv = ConvNorm(source, final_channels, act=act_layer) if final_channels else nn.Identity()
@@ -267,7 +272,7 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.conv3_1x1.bn.weight)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: HaloNet) -> dict[str, Tensor]:
     """timm's checkpoint or ours, bare or wrapped. Raises ValueError for one of a network of other widths or depths."""
     state_dict = unwrap(state_dict)
     check_checkpoint(state_dict, model, r"stages\.\d+\.\d+\.")

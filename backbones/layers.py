@@ -1,5 +1,7 @@
 """Layers and checks that several families share, and that timm.layers does not have."""
 
+from typing import Any, TypeGuard, TypeVar
+
 import timm.layers
 import torch
 import torch.nn.functional as F
@@ -61,10 +63,13 @@ def pad_to_multiple(x: Tensor, size: int) -> Tensor:
     return F.pad(x, (0, right, 0, below)) if below or right else x
 
 
-_FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.GELU, nn.Dropout, nn.Identity)}
+Kind = TypeVar("Kind", bound=nn.Module)
+_FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward for kind in (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.GELU, nn.Dropout, nn.Identity)
+}
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether calling the module runs kind's own forward on its own parameters and nothing else.
 
     Only then may its parameters be read in place of a call. Not plain: a subclass or wrapper (LoRA, quantised layers,
@@ -83,11 +88,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
     """norm(conv(x)). In evaluation one convolution, the norm folded into its weights: a third faster on a CPU."""
     if norm.training or not (is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d)):
         return norm(conv(x))
-    if norm.weight is None or norm.running_var is None:
+    if norm.weight is None or norm.running_mean is None or norm.running_var is None:
         return norm(conv(x))
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
@@ -98,7 +103,7 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
 
 @register_notrace_function
 def position_embedding(table: Tensor, height: int, width: int, stride: int = 16) -> Tensor:
-    """The table (1, rows, columns, C), taken for a picture of the image, at the centres of the image's tokens.
+    """The table (1, rows, columns, C), stretched over the image, at the centres of the image's tokens.
 
     A token takes what lies at its own centre, as a fraction of the height and width of the image, between the entries
     by bicubic interpolation, over the edge the nearest. An image of `stride` times the table takes it as it is. So a
@@ -113,30 +118,30 @@ def position_embedding(table: Tensor, height: int, width: int, stride: int = 16)
         (torch.arange(-(-side // stride), device=table.device, dtype=dtype) + 0.5) * (2 * stride / side) - 1
         for side in (height, width)
     )  # -1 and 1 are the edges of the image
-    places = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], -1)[None]
-    picture = table.to(dtype).permute(0, 3, 1, 2)
-    picture = F.grid_sample(picture, places, mode="bicubic", padding_mode="border", align_corners=False)
-    return picture.permute(0, 2, 3, 1).to(table.dtype)
+    centres = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], -1)[None]
+    grid = table.to(dtype).permute(0, 3, 1, 2)
+    grid = F.grid_sample(grid, centres, mode="bicubic", padding_mode="border", align_corners=False)
+    return grid.permute(0, 2, 3, 1).to(table.dtype)
 
 
 # oneDNN's linear layer, also with GELU, which torch.compile takes; PyTorch itself multiplies by a slower library, then
 # goes over the result again.
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x). A plain nn.Linear in float32 on a CPU, without gradients, takes 0.75 to 0.95 of its time."""
-    return _fast(layer, x) if _can_be_fast(x, layer) else layer(x)
+    return _fast(layer, x) if isinstance(layer, nn.Linear) and _can_be_fast(x, layer) else layer(x)
 
 
 def _fast(layer: nn.Linear, x: Tensor, activation: str = "none") -> Tensor:
     return _ONEDNN(x, layer.weight, layer.bias, activation, [], "none")
 
 
-def _can_be_fast(x: Tensor, *layers: nn.Module) -> bool:
+def _can_be_fast(x: Tensor, *layers: nn.Linear) -> bool:
     return (
         _ONEDNN is not None
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.is_grad_enabled()
         and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing())
         and torch.autograd.forward_ad._current_level < 0
@@ -151,11 +156,14 @@ def _can_be_fast(x: Tensor, *layers: nn.Module) -> bool:
 @register_notrace_module
 class Mlp(timm.layers.Mlp):
     """timm's two layers with GELU between. On a CPU without gradients, if its hidden layer is large, in chunks, and in
-    float32 with GELU as a part of the first layer; so only where all its layers are plain.
+    float32 with GELU fused into the first layer; so only where all its layers are plain.
 
     With chunks of CHUNK bytes, images of DaViT's first stages take half of the time, and far less memory.
     """
 
+    fc1: nn.Linear
+    fc2: nn.Linear
+    act: nn.GELU
     CHUNK = 8 * 2**20
 
     def forward(self, x: Tensor) -> Tensor:

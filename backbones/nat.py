@@ -159,6 +159,9 @@ class NAT(MapClassifier):
         img_size: accepted and not used: any size will do.
     """
 
+    levels: Any  # nn.ModuleList of Level
+    norm: nn.Module
+
     def __init__(
         self,
         in_chans: int = 3,
@@ -193,6 +196,7 @@ class NAT(MapClassifier):
             {"num_chs": embed_dim * times, "reduction": stride * times, "module": f"levels.{i}.blocks"}
             for i, times in enumerate(growth)
         ]
+        self.patch_embed: nn.Module
         if layout == "conv":
             self.patch_embed = ConvEmbed(in_chans, embed_dim)
         else:
@@ -201,7 +205,7 @@ class NAT(MapClassifier):
                 None, stride, in_chans, embed_dim, norm, flatten=False, output_fmt="NHWC", dynamic_img_pad=True
             )
         downsample = {"conv": ConvDownsample, "swin": PatchMerging, "isotropic": nn.Identity}[layout]
-        drop_paths = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        drop_paths: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.levels = nn.ModuleList()
         for i, (times, depth, heads) in enumerate(zip(growth, depths, num_heads, strict=True)):
             blocks = []
@@ -308,8 +312,8 @@ def _from_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             key = re.sub(theirs, name, key)
         ours[key] = value
     for key in [key for key in ours if ".attn.query." in key]:
-        parts = [ours.pop(key.replace(".query.", f".{name}.")) for name in ("query", "key", "value")]
-        ours[key.replace(".query.", ".qkv.")] = torch.cat(parts)
+        qkv = [ours.pop(key.replace(".query.", f".{name}.")) for name in ("query", "key", "value")]
+        ours[key.replace(".query.", ".qkv.")] = torch.cat(qkv)
     for key in [key for key in ours if key.endswith(".layer_scale_parameters")]:
         block = key.removesuffix("layer_scale_parameters")
         ours[f"{block}gamma1"], ours[f"{block}gamma2"] = ours.pop(key)
@@ -371,8 +375,8 @@ def _dinat_cfg(file: str, top1: float | None = None, **kwargs: Any) -> dict[str,
     return imagenet_cfg(top1, url=f"{DINAT_WEIGHTS}/{file}.pth", **kwargs)
 
 
-AT_384 = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
-AT_22K = {"num_classes": 21841, "description": "trained on the 21,841 classes of ImageNet-22k"}
+AT_384: dict[str, Any] = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
+AT_22K: dict[str, Any] = {"num_classes": 21841, "description": "trained on the 21,841 classes of ImageNet-22k"}
 default_cfgs = generate_default_cfgs(
     {
         "nat_mini.in1k": _nat_cfg("mini", 81.8),

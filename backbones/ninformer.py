@@ -1,14 +1,14 @@
-"""NiNformer: a transformer whose attention is replaced by a small mixer network that gates what it looks at.
+"""NiNformer: a transformer whose attention is replaced by a small mixer network that gates its values.
 
 Abdullah et al., NiNformer: A Network in Network Transformer with Token Mixing Generated Gating Function, 2024,
 https://arxiv.org/abs/2403.02411. Same functions and argument names as the authors' code,
 https://github.com/Abdullah-88/NiNformer (BSD 3-clause licence). Special:
 - a whole MLP-mixer block makes the gate: an element-wise factor, without sigmoid, of a linear projection;
-- no positions and no class token: the mixer's weights belong to places of the map;
+- no positions and no class token: the mixer's weights belong to positions of the map;
 - one norm for both halves of a block, none at the end.
 
-Any size of image: the weights that mix places are a map for each hidden unit. For images that make another map than
-`img_size` does they act as if resized to it (bicubic), and those that sum over places divided by how many more these
+Any size of image: the weights that mix positions are a map for each hidden unit. For images that make another map than
+`img_size` does they act as if resized to it (bicubic), and those that sum over positions divided by how many more these
 are. At `img_size` itself nothing is resized. `set_input_size` resizes them for good, and checkpoints of another size
 are resized as they are loaded.
 
@@ -43,13 +43,14 @@ __all__ = ["NiNformer"]
 Size = tuple[int, int]
 
 
-def resize_mixing(read: Tensor, write: Tensor, bias: Tensor, grid: Size, size: Size) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights (hidden, places), (places, hidden) and (places,) for maps of `grid`, resized to those for `size`."""
+def resize_mixing(weights: Sequence[Tensor], grid: Size, size: Size) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights (hidden, positions), (positions, hidden) and bias (positions,) for maps of `grid`, resized for `size`."""
 
     def resize(weight: Tensor) -> Tensor:
         maps = weight.unflatten(1, grid)[None]
         return F.interpolate(maps, size, mode="bicubic", antialias=True)[0].flatten(1)
 
+    read, write, bias = weights
     more = math.prod(size) / math.prod(grid)
     return resize(read) / more, resize(write.T).T, resize(bias[None])[0]
 
@@ -62,7 +63,7 @@ def _bicubic(source: int, target: int, like: Tensor) -> Tensor:
 
 @register_notrace_module
 class TokenMlp(nn.Module):
-    """MLP over the places of a map (B, H, W, dim), the same for every channel. grid: the map it has weights for."""
+    """MLP over the positions of a map (B, H, W, dim), the same for every channel. grid: the map it has weights for."""
 
     def __init__(self, grid: Size, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -84,7 +85,7 @@ class TokenMlp(nn.Module):
 
     def set_grid(self, size: Size) -> None:
         old = self.fc1.weight, self.fc2.weight, self.fc2.bias
-        resized = resize_mixing(*(x.detach() for x in old), self.grid, size)
+        resized = resize_mixing([x.detach() for x in old], self.grid, size)
         new = (nn.Parameter(x.clone(), y.requires_grad) for x, y in zip(resized, old, strict=True))
         self.fc1.weight, self.fc2.weight, self.fc2.bias = new
         self.grid = size
@@ -92,7 +93,7 @@ class TokenMlp(nn.Module):
 
 
 class Mixer(nn.Module):
-    """An MLP-mixer block on a map (B, H, W, dim): mixes places, then channels, each with a residual."""
+    """An MLP-mixer block on a map (B, H, W, dim): mixes positions, then channels, each with a residual."""
 
     def __init__(self, dim: int, grid: Size, token_dim: int, channel_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -144,7 +145,7 @@ class NiNformer(MapClassifier):
         img_size: size of image that the mixing weights are made for.
         patch_size: pixels on a side of a patch.
         d_model: channels.
-        d_ffn: hidden units of every MLP, those over places too.
+        d_ffn: hidden units of every MLP, those over positions too.
         num_layers: number of blocks.
         dropout: inside and after every MLP. The authors train with 0.5.
         drop_path_rate: stochastic depth; the authors have none.
@@ -177,7 +178,7 @@ class NiNformer(MapClassifier):
         self.patch_embed = PatchEmbed(
             None, patch_size, in_chans, d_model, flatten=False, output_fmt="NHWC", dynamic_img_pad=True
         )
-        rates = calculate_drop_path_rates(drop_path_rate, num_layers)
+        rates: Sequence[Any] = calculate_drop_path_rates(drop_path_rate, num_layers)
         self.blocks = nn.ModuleList(Block(d_model, d_ffn, grid, dropout, rate) for rate in rates)
         self.global_pool, self.head_drop, self.head = create_classifier(
             d_model, num_classes, global_pool, drop_rate=drop_rate
@@ -192,8 +193,9 @@ class NiNformer(MapClassifier):
         """Resize the mixing weights for images of this size, for good: their number changes, so before training."""
         grid = self._grid(img_size)
         self.min_size = min(32, *to_2tuple(img_size))
-        for block in self.blocks:
-            block.mgu.mixer.token_mlp.set_grid(grid)
+        for module in self.modules():
+            if isinstance(module, TokenMlp):
+                module.set_grid(grid)
 
     def no_weight_decay(self) -> set[str]:
         return set()
@@ -257,16 +259,16 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 def _fit(weights: list[Tensor], size: Size) -> Sequence[Tensor]:
     """Mixing weights of a checkpoint, for a map of this size."""
-    places = weights[0].shape[1]
-    side = math.isqrt(places)
-    if places == math.prod(size):
+    positions = weights[0].shape[1]
+    side = math.isqrt(positions)
+    if positions == math.prod(size):
         return weights
-    if side**2 != places:
+    if side**2 != positions:
         raise ValueError(
-            f"the checkpoint mixes {places} places, which are no square map: give img_size as it was trained, and call"
-            " set_input_size after loading"
+            f"the checkpoint mixes {positions} positions, which are no square map: give img_size as it was trained, and"
+            " call set_input_size after loading"
         )
-    return resize_mixing(*weights, (side, side), size)
+    return resize_mixing(weights, (side, side), size)
 
 
 def _configuration(state_dict: dict[str, Tensor]) -> str:

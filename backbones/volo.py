@@ -2,7 +2,7 @@
 
 Yuan et al., VOLO: Vision Outlooker for Visual Recognition, 2021, https://arxiv.org/abs/2106.13112. Same functions,
 argument names and state-dict keys as timm's `volo_*`, from https://github.com/sail-sg/volo (both Apache-2.0). Special:
-- one stage at stride 8, whose attention weights are projected from each place and need no keys; three at stride 16;
+- one stage at stride 8, whose attention weights are projected from each position and need no keys; three at stride 16;
 - two class attention blocks: only the class token asks, and only it changes;
 - token labelling (Jiang et al., https://arxiv.org/abs/2104.10858): a second head classifies every token; its largest
   logits are added to those of the class token. See `VOLO.forward_train`.
@@ -52,7 +52,7 @@ Box = tuple[int, int, int, int]  # top, left, bottom, right, in tokens
 
 @register_notrace_module
 class OutlookAttention(nn.Module):
-    """Outlook attention on a map (B, H, W, dim), its weights projected from the means of stride x stride places."""
+    """Outlook attention on a map (B, H, W, dim), its weights projected from the means of stride x stride positions."""
 
     def __init__(self, dim: int, num_heads: int, kernel_size: int = 3, stride: int = 2) -> None:
         super().__init__()
@@ -184,6 +184,11 @@ class VOLO(TokenClassifier):
         use_mix_token: when training, `forward_train` mixes pairs of images.
     """
 
+    pos_embed: nn.Parameter | None
+    post_network: nn.ModuleList | None
+    aux_head: nn.Linear | None
+    norm: nn.Module
+
     def __init__(
         self,
         layers: Sequence[int],
@@ -249,7 +254,7 @@ class VOLO(TokenClassifier):
         return {"pos_embed", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        blocks = [(r"^network\.(\d+)", None)]
+        blocks: list[tuple] = [(r"^network\.(\d+)", None)]
         if not coarse:
             blocks = [(r"^network\.(\d+)\.(\d+)", None), (r"^network\.(\d+)", (0,))]
         return {
@@ -260,6 +265,8 @@ class VOLO(TokenClassifier):
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resample the position embedding for images of another size, as a new parameter."""
+        if self.pos_embed is None:  # pruned
+            return
         table = resample_abs_pos_embed_nhwc(self.pos_embed.detach(), _table_size(img_size))
         self.pos_embed = nn.Parameter(table.clone(), self.pos_embed.requires_grad)
 
@@ -275,14 +282,14 @@ class VOLO(TokenClassifier):
 
     def _stages(self, x: Tensor, size: tuple[int, int]) -> Iterator[Tensor]:
         """Patches of an image of `size` -> the map of each stage, and the normalised tokens."""
-        for part in self.network:
-            if isinstance(part, Downsample):
-                x = self.pos_drop(part(x) + position_embedding(self.pos_embed, *size, STRIDE))
+        for stage in self.network:
+            if isinstance(stage, Downsample):
+                x = self.pos_drop(stage(x) + position_embedding(self.pos_embed, *size, STRIDE))
                 continue
-            x = checkpoint_seq(part, x) if self.grad_checkpointing else part(x)
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
             yield x
         x = x.flatten(1, 2)
-        if self.post_network is not None:
+        if self.post_network is not None and self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
             for block in self.post_network:
                 x = block(x)
@@ -323,21 +330,26 @@ class VOLO(TokenClassifier):
         Returns:
             Logits of the class token (B, num_classes), of the other tokens (B, H' * W', num_classes), H' and W' being H
             and W / 16 rounded up, and a box (top, left, bottom, right) in tokens. With `use_mix_token` the box holds,
-            in every image, the tokens of the image at the same place of the reversed batch: the label of the class
+            in every image, the tokens of the image at the same position of the reversed batch: the label of the class
             token is a mixture by area. The logits of tokens are put back to their own image. Without, it is empty.
         """
+        if self.aux_head is None:
+            raise ValueError("forward_train needs the auxiliary head: use_aux_head=True and at least 1 class")
         check_image_size(x)
         size = _size(x)
         x = self.patch_embed(x)
         h, w = (-(-side // STRIDE) for side in size)
         box = _random_box(h, w) if self.mix_token and self.training else (0, 0, 0, 0)
-        x = _mix(x, tuple(2 * side for side in box))
+        top, left, bottom, right = box
+        x = _mix(x, (2 * top, 2 * left, 2 * bottom, 2 * right))
         *_, x = self._stages(x, size)
         x = self.head_drop(x)
         tokens = self.aux_head(x[:, 1:]).unflatten(1, (h, w))
         return self.head(x[:, 0]), _mix(tokens, box).flatten(1, 2), box
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Box]:
+    def forward(  # type: ignore[override]  # token labelling trains on more than logits
+        self, x: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor, Box]:
         if self.return_all and self.training:
             return self.forward_train(x)
         return self.forward_head(self.forward_features(x))
@@ -355,11 +367,11 @@ def _table_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _random_box(height: int, width: int) -> Box:
-    """A box with a uniformly distributed share of the map, around a uniformly distributed place, cut at the border."""
-    side = torch.rand(()).sqrt().item()
+    """A box of a uniformly distributed share of the map, around a uniformly distributed position, cut at its border."""
+    side = float(torch.rand(()).sqrt())
     cuts = []
     for length in (height, width):
-        cut, centre = int(length * side), torch.randint(0, length, ()).item()
+        cut, centre = int(length * side), int(torch.randint(0, length, ()))
         cuts.append((max(centre - cut // 2, 0), min(centre + (cut + 1) // 2, length)))
     (top, bottom), (left, right) = cuts
     return top, left, bottom, right
@@ -379,9 +391,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VOLO) -> dict[str, T
     Raises ValueError for a checkpoint of a network of other widths or depths.
     """
     state_dict = dict(unwrap(state_dict))
-    table, size = state_dict.get("pos_embed"), tuple(model.pos_embed.shape[1:3])
-    if table is not None and table.shape[1:3] != size:
-        state_dict["pos_embed"] = resample_abs_pos_embed_nhwc(table, size)
+    table = state_dict.get("pos_embed")
+    if table is not None and model.pos_embed is not None:
+        state_dict["pos_embed"] = resample_abs_pos_embed_nhwc(table, list(model.pos_embed.shape[1:3]))
     check_checkpoint(state_dict, model, r"network\.\d+\.\d+\.")
     return state_dict
 

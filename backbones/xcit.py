@@ -5,7 +5,7 @@ functions, argument names and state-dict keys as timm's `xcit_*`, from https://g
 (Apache-2.0). Special:
 - cross-covariance attention: channels ask channels of their head, by the cosine of what they have in all tokens;
 - tokens talk only through two depthwise convolutions in each block (local patch interaction);
-- sine waves of each token's place as a fraction of height and width, projected, say where it is;
+- sines and cosines of each token's position as a fraction of height and width, projected, say where it is;
 - two class attention blocks at the end: only the class token asks.
 
 Any size of image, as in timm: convolutions of stride 2 make the patches, of 16 or of 8 pixels, and round up.
@@ -29,30 +29,30 @@ from visionattn.kernels import cross_covariance_attention, routing_attention
 
 __all__ = ["XCiT"]
 
-WAVES = 32  # channels of sines and cosines for each axis
+FOURIER_DIM = 32  # channels of sines and cosines for each axis
 
 
 @register_notrace_module
 class PositionEncoding(nn.Module):
-    """Adds to a map (B, H, W, dim) a projection of waves over its rows and columns."""
+    """Adds to a map (B, H, W, dim) a projection of Fourier features of its rows and columns."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.token_projection = nn.Conv2d(2 * WAVES, dim, 1)
+        self.token_projection = nn.Conv2d(2 * FOURIER_DIM, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
-        rows, columns = (_waves(length, x.device) for length in (height, width))
-        waves = torch.cat([rows[:, :, None].expand(-1, -1, width), columns[:, None].expand(-1, height, -1)])
-        return x + self.token_projection(waves[None].to(x.dtype)).permute(0, 2, 3, 1)
+        rows, columns = (_fourier(length, x.device) for length in (height, width))
+        features = torch.cat([rows[:, :, None].expand(-1, -1, width), columns[:, None].expand(-1, height, -1)])
+        return x + self.token_projection(features[None].to(x.dtype)).permute(0, 2, 3, 1)
 
 
-def _waves(length: int, device: torch.device) -> Tensor:
-    """(WAVES, length) in float32, which the published numbers come from."""
-    place = torch.arange(1, length + 1, device=device, dtype=torch.float32)
-    place = place / (place[-1:] + 1e-6) * (2 * math.pi)
-    pair = torch.arange(WAVES, device=device, dtype=torch.float32).div(2, rounding_mode="floor")
-    angles = place / 10000 ** (2 * pair / WAVES)[:, None]
+def _fourier(length: int, device: torch.device) -> Tensor:
+    """(FOURIER_DIM, length) in float32, which the published numbers come from."""
+    position = torch.arange(1, length + 1, device=device, dtype=torch.float32)
+    position = position / (position[-1:] + 1e-6) * (2 * math.pi)
+    pair = torch.arange(FOURIER_DIM, device=device, dtype=torch.float32).div(2, rounding_mode="floor")
+    angles = position / 10000 ** (2 * pair / FOURIER_DIM)[:, None]
     return torch.stack([angles[0::2].sin(), angles[1::2].cos()], 1).flatten(0, 1)
 
 
@@ -207,6 +207,8 @@ class XCiT(TokenClassifier):
     """
 
     output_formats = ("NCHW", "NLC")
+    cls_attn_blocks: nn.Sequential | None
+    norm: nn.Module
 
     def __init__(
         self,
@@ -265,7 +267,7 @@ class XCiT(TokenClassifier):
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
             yield x
         x = x.flatten(1, 2)
-        if self.cls_attn_blocks is not None:
+        if self.cls_attn_blocks is not None and self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
             for block in self.cls_attn_blocks:
                 x = checkpoint(block, x) if self.grad_checkpointing else block(x)
@@ -284,7 +286,7 @@ class XCiT(TokenClassifier):
             self.reset_classifier(0, "")
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: XCiT) -> dict[str, Tensor]:
     """The authors' checkpoint, bare or wrapped, with timm's key names, which are ours; timm's passes unchanged.
 
     Raises ValueError for a checkpoint of a network of other widths or depths.
@@ -292,15 +294,15 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     renamed = {}
     for key, value in unwrap(state_dict).items():
         if key.startswith("cls_attn_blocks.") and ".attn.qkv." in key:
-            for name, part in zip("qkv", value.chunk(3), strict=True):
-                renamed[key.replace(".qkv.", f".{name}.")] = part
+            for name, weight in zip("qkv", value.chunk(3), strict=True):
+                renamed[key.replace(".qkv.", f".{name}.")] = weight
         else:
             renamed[key.replace("pos_embeder.", "pos_embed.")] = value
     check_checkpoint(renamed, model)
     return renamed
 
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "nano_12": {"embed_dim": 128, "depth": 12, "num_heads": 4},
     "tiny_12": {"embed_dim": 192, "depth": 12, "num_heads": 4, "tokens_norm": True},
     "tiny_24": {"embed_dim": 192, "depth": 24, "num_heads": 4, "tokens_norm": True, "eta": 1e-5},

@@ -9,6 +9,7 @@ the same object with the same parameters, buffers, hooks, keys, inputs and outpu
 import math
 import re
 import warnings
+from typing import Any
 
 from timm.layers import register_notrace_module
 from timm.layers.halo_attn import HaloAttn
@@ -84,8 +85,9 @@ class GatedPositionalAttention(convit.GPSA):
     _position_weights = our_convit.GatedPositionalAttention._position_weights
 
     def forward(self, x: Tensor) -> Tensor:
-        side = math.isqrt(x.shape[1])
-        return our_convit.GatedPositionalAttention.forward(self, x.unflatten(1, (side, -1))).flatten(1, 2)
+        maps = x.unflatten(1, (math.isqrt(x.shape[1]), -1))
+        forward: Any = our_convit.GatedPositionalAttention.forward
+        return forward(self, maps).flatten(1, 2)
 
     def get_attention(self, x: Tensor) -> Tensor:
         """As timm's, which relies on what its forward left behind."""
@@ -96,7 +98,8 @@ class GatedPositionalAttention(convit.GPSA):
 
 class CrossCovarianceAttention(xcit.XCA):
     def forward(self, x: Tensor) -> Tensor:
-        return our_xcit.CrossCovarianceAttention.forward(self, x[:, :, None])[:, :, 0]
+        forward: Any = our_xcit.CrossCovarianceAttention.forward
+        return forward(self, x[:, :, None])[:, :, 0]
 
 
 class ChannelAttention(davit.ChannelAttention):
@@ -116,9 +119,8 @@ class HaloAttention(HaloAttn):
     def forward(self, x: Tensor) -> Tensor:
         q, kv = (y.permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1)) for y in (self.q(x), self.kv(x)))
         k, v = kv.split([self.dim_head_qk, self.dim_head_v], -1)
-        tables = self.pos_embed.height_rel, self.pos_embed.width_rel
-        if self.scale_pos_embed:
-            tables = [table * self.scale for table in tables]
+        scale = self.scale if self.scale_pos_embed else 1
+        tables = self.pos_embed.height_rel * scale, self.pos_embed.width_rel * scale
         x = halo_attention(q, k, v, self.block_size, self.halo_size, *tables, scale=self.scale)
         return self.pool(x.flatten(3).permute(0, 3, 1, 2))
 

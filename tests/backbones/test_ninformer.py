@@ -59,7 +59,7 @@ def test_checkpoints_for_maps_that_are_not_square_are_refused(tmp_path):
     torch.save(create(img_size=(64, 80)).state_dict(), tmp_path / "weights.pth")
     overlay = {"file": str(tmp_path / "weights.pth"), "num_classes": 10}
     assert create(img_size=(64, 80), pretrained=True, pretrained_cfg_overlay=overlay)
-    with pytest.raises(ValueError, match="80 places, which are no square map"):
+    with pytest.raises(ValueError, match="80 positions, which are no square map"):
         create(pretrained=True, pretrained_cfg_overlay=overlay)
 
 
