@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 
 from visionattn import recipe
@@ -35,7 +36,7 @@ def visionattn(command: str, *more: str) -> int:
 
 def test_the_main_job_is_one_command(tmp_path, monkeypatch, capsys):
     *setup, job = blocks("bash")[0].strip().split(" && ")
-    assert setup == ["python3 -m venv .venv", ". .venv/bin/activate", "pip install -e ."]
+    assert setup == ["python3 -m venv .venv", ". .venv/bin/activate", 'pip install -e ".[quickstart]"']
     monkeypatch.chdir(tmp_path)
     assert visionattn(job, *SHORT) == 0
     report = Path(re.search(r"report: (.*)", capsys.readouterr().out)[1])
@@ -65,9 +66,11 @@ def test_the_commands_on_your_own_images_work(tmp_path, monkeypatch, pictures):
     shutil.copytree(pictures / "test" / "upright", "more")
     text = blocks("yaml")[0]
     Path("scenes.yaml").write_text(text)
-    check, fit, resume, evaluate, predict = blocks("bash")[2].strip().splitlines()
+    check, dry_run, fit, resume, evaluate, predict = blocks("bash")[2].strip().splitlines()
     run = re.search(r"runs/\S+", resume)[0]
     assert visionattn(check) == 0
+    assert visionattn(dry_run, *SHORT, *SMALL, "data.image_size=32") == 0
+    assert not Path("runs").exists()
     assert visionattn(fit, "--run", run, *SHORT, *SMALL, "data.image_size=32") == 0
     assert visionattn(resume) == 0
     assert visionattn(evaluate) == 0
@@ -90,7 +93,7 @@ def test_the_commands_on_masks_work(tmp_path, monkeypatch):
         Image.fromarray(picture).save(f"new_lesions/{i}.png")
     Path("lesions.yaml").write_text(blocks("yaml")[1])
     check, fit, predict = blocks("bash")[3].strip().splitlines()
-    assert visionattn(check) == 0
+    assert visionattn(check, "data.batch_size=4") == 0
     small = ["data.image_size=32", "data.batch_size=4", f"model.{SMALL[0].removeprefix('model.')}"]
     assert visionattn(fit, "--run", re.search(r"runs/\S+", predict)[0], *SHORT, *small) == 0
     assert visionattn(predict) == 0
@@ -102,12 +105,29 @@ def test_the_recipes_in_the_readme_are_valid():
     assert names == ["biformer_tiny", "emcad_pvt_v2_b0"]
 
 
-def test_the_python_in_the_readme_runs(tmp_path, monkeypatch):
+def test_the_python_in_the_readme_runs(tmp_path, monkeypatch, pictures):
+    """Every block, in order; the recipe that it names is the README's own, narrowed."""
     monkeypatch.chdir(tmp_path)
+    for source, name in (
+        ("", "scenes"),
+        ("val", "other_scenes"),
+        ("test/level", "new_scenes"),
+        ("test/upright", "more"),
+    ):
+        shutil.copytree(pictures / source, name)
+    Path("more/00.png").rename("more/0.png")
+    overrides = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in SMALL)}
+    spec = recipe.loads(blocks("yaml")[0], "README.md", overrides | {"data.image_size": 32, "evaluate.bootstrap": 10})
+    Path("scenes.yaml").write_text(recipe.dump(spec))
     torch.save({"model": timm.create_model("biformer_tiny").state_dict()}, "biformer_tiny_best.pth")
     names = {}
     for block in blocks("python"):
         exec(block, names | {"images": torch.randn(1, 3, 64, 64)}, names)
+    assert names["run"].path.parent == Path("runs")
+    assert len(names["predictions"]) == 12 + 1
+    assert names["evaluation"].samples == 24
+    assert names["problems"] == []
+    assert {model.family for model in names["small"]} == {"biformer"}
     assert names["pyramid"].feature_info.reduction() == [4, 8, 16, 32]
     assert len(names["record"]) == 14
 

@@ -77,10 +77,12 @@ def test_imports_inside_visionattn_go_downwards():
             continue
         seen.add(room)
         for name in imported(file):
-            other = (name.split(".") + [""])[1] if name.startswith("visionattn.") else ""
+            other = name.split(".")[1] if name.startswith("visionattn.") else ""
             if other in level and other != room:
                 assert level[other] < level[room], f"{file} imports {name}"
-            assert other in level or other in ("", "__version__", *ROOMS), f"{file} imports {name}, which is in no level"
+            assert other in level or other in ("", "__version__", *ROOMS), (
+                f"{file} imports {name}, which is in no level"
+            )
     assert seen == set(level)
 
 
@@ -123,8 +125,15 @@ def compared_texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
             sides = [node.subject, *(p.value for p in patterns if isinstance(p, ast.MatchValue))]
         else:
             continue
-        asked = [s for side in sides for s in ast.walk(side) if isinstance(s, ast.Attribute) and s.attr in ("task", "format")]
-        texts = [s.value for side in sides for s in ast.walk(side) if isinstance(s, ast.Constant) and isinstance(s.value, str)]
+        asked = [
+            s for side in sides for s in ast.walk(side) if isinstance(s, ast.Attribute) and s.attr in ("task", "format")
+        ]
+        texts = [
+            s.value
+            for side in sides
+            for s in ast.walk(side)
+            if isinstance(s, ast.Constant) and isinstance(s.value, str)
+        ]
         if asked and texts:
             yield node.lineno, texts[0]
 

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from visionattn.cli import main
+from visionattn.data.sample import Dataset, Reading
 from visionattn.recipe import load
-from visionattn.runs.fit import History
-from visionattn.tasks.segmentation.task import _loss, _network
+from visionattn.runs.directory import History
+from visionattn.tasks.segmentation.task import make
 
 ROOT = Path(__file__).parents[2]
 
@@ -271,17 +272,10 @@ def test_what_cannot_work_is_refused_before_anything_is_written(override, words,
 
 
 @pytest.mark.parametrize(
-    ("kind", "reader", "package", "extra"),
-    [
-        ("nifti", "volumes", "nibabel", "medical"),
-        ("dicom", "volumes", "pydicom", "medical"),
-        ("geotiff", "rasters", "rasterio", "geo"),
-    ],
+    ("kind", "package", "extra"),
+    [("nifti", "nibabel", "medical"), ("dicom", "pydicom", "medical"), ("geotiff", "rasterio", "geo")],
 )
-def test_a_format_without_its_extra_is_refused(
-    kind, reader, package, extra, recipe_file, tmp_path, refused, monkeypatch
-):
-    monkeypatch.delitem(sys.modules, f"visionattn.{reader}", raising=False)
+def test_a_format_without_its_extra_is_refused(kind, package, extra, recipe_file, tmp_path, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)  # as if not installed
     message = refused("fit", recipe_file, "--run", tmp_path / "run", f"data.format={kind}")
     assert f"data.format {kind} needs {package}: pip install 'visionattn[{extra}]'" in message
@@ -309,18 +303,23 @@ def test_check_counts_classes_and_finds_equal_images(recipe_file, scenes, tmp_pa
     Image.fromarray(np.zeros_like(np.array(Image.open(mask)))).save(mask)
     assert main(["check", str(recipe_file), f"data.root={root}"]) == 1
     text = capsys.readouterr().out
-    assert "train: train/00 = test: test/copy" in text
+    assert "train/00 = test/copy" in text
     assert "train masks have nothing but background: train/05" in text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "segmentation").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_network_of_every_shipped_recipe_can_be_trained(path):
-    spec = load(path, ["model.pretrained=false"])
-    channels, classes = 1 if path.stem == "quickstart" else 3, len(spec.data.class_names)
-    network, loss = _network(spec, classes, channels), _loss(spec, np.full(classes, 100))
+    channels, classes = 1 if path.stem == "quickstart" else 3, 0
+    spec = load(path, ["model.pretrained=false", "trainer={}"])
+    classes = len(spec.data.class_names)
+    statistics = {"mean": [0.0] * channels, "std": [1.0] * channels}
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update=statistics)})
+    reading = Reading(counts=np.full(classes + 1, 100))
+    task = make(spec, Dataset(spec.data.class_names, {"train": [], "val": []}, {"train": [reading]}))
     image, mask = torch.rand(2, channels, 64, 64), torch.randint(classes, (2, 64, 64))
-    value = loss(network.forward_deep(image), mask)
+    value = task.loss(task(image, deep=True) if task.deep else task(image), mask)
     value.backward()
     assert torch.isfinite(value)
-    assert all(p.grad is not None for p in network.decoder.parameters())
+    trained = task.network.decoder.parameters() if task.deep else task.network.heads[0].parameters()
+    assert all(p.grad is not None for p in trained)

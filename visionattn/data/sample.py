@@ -25,7 +25,7 @@ class Sample:
         case: a row of the results: image, volume or scene. Samples of a case are in order (slices from first to last).
         group: what is never split apart: patient, scene.
         channels: that `image` gives; None: those of the file, grey 1 and colour 3, one more with transparency.
-        size: (H, W) in pixels; None where only reading tells.
+        size: (H, W) in pixels; (0, 0) where only reading tells.
         split: train, val or test where the source says so, else "".
         label: class index, or (K,) float32 of 0 and 1, of the whole image; None where a mask or nothing labels it.
         windowed: (of the class) a window is read without reading the whole image.
@@ -36,7 +36,7 @@ class Sample:
     case: str
     group: str
     channels: int | None = None
-    size: tuple[int, int] | None = None
+    size: tuple[int, int] = (0, 0)
     split: str = ""
     label: Any = None
 

@@ -81,8 +81,7 @@ def check(spec: Recipe) -> Findings:
     if not problems:
         problems += _refusal(spec, dataset)
     mean, std = _statistics(dataset)
-    heading = ["class", *dataset.splits]
-    return Findings(dataset, [heading, *rows, *_rows(dataset)], mean, std, problems, notes)
+    return Findings(dataset, [*rows, *_rows(dataset)], mean, std, problems, notes)
 
 
 def _refusal(spec: Recipe, dataset: Dataset) -> list[str]:

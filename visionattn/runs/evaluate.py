@@ -34,7 +34,6 @@ def evaluate(model: Path, data: Path | None, part: str | None, out: Path | None)
         part: the split to take; None: test where there is one, else val, else all.
         out: folder to make for the results; None: a new one in the run's evaluation/.
     """
-    silence()
     trained = load_trained(model)
     if out is not None:
         refuse_existing(out)
@@ -49,6 +48,7 @@ def evaluate(model: Path, data: Path | None, part: str | None, out: Path | None)
 
 def evaluate_trained(trained: Trained, data: Path | None = None, part: str | None = None) -> Evaluation:
     """What `evaluate` measures, nothing written."""
+    silence()
     spec, kind = trained.recipe, part_of(trained.recipe.task, "task")
     section = spec.data if data is None else formats.elsewhere(spec.data, data)
     dataset = _labelled(section, trained, elsewhere=data is not None)

@@ -47,7 +47,6 @@ def fit(spec: Recipe, name: str, run: Path | None = None) -> Path:
     Raises:
         UserError: anything the user can mend; before the run directory exists, unless the loss stops being a number.
     """
-    silence()
     directory = RunDirectory(run or RunDirectory.name_for(name))
     directory.refuse_existing()
     spec, dataset, task = prepare(spec)
@@ -64,7 +63,6 @@ def resume(run: Path) -> Path:
     Raises:
         UserError: not a run directory, or its images have changed since it began.
     """
-    silence()
     directory = RunDirectory.existing(run)
     spec, dataset, task = prepare(directory.recipe)
     directory.refuse_other_data(dataset)
@@ -79,14 +77,16 @@ def prepare(spec: Recipe) -> tuple[Recipe, Dataset, Task]:
     Raises:
         UserError: anything that cannot be trained.
     """
+    silence()
     check_trainer(spec)
+    kind = part_of(spec.task, "task")
+    kind.refuse_names(spec)
     samples, classes, problems = formats.find(spec.data)
     dataset, more = split(samples, classes, spec.data)
     _refuse([*problems, *more], dataset)
     rehearse(spec, dataset)
     dataset = usable(read_through(dataset), spec.data.skip_bad)
     dataset = replace(dataset, warnings=doubts(dataset))
-    kind = part_of(spec.task, "task")
     spec, dataset = kind.resolve(spec, dataset)
     pl.seed_everything(spec.train.seed, verbose=False)
     task = kind.make(spec, dataset)
@@ -111,6 +111,7 @@ def rehearse(spec: Recipe, dataset: Dataset) -> None:
     """
     check_trainer(spec)
     kind = part_of(spec.task, "task")
+    kind.refuse_names(spec)
     spec, dataset = kind.resolve(spec, dataset)
     kind.make(spec, dataset)
     kind.training_set(dataset, spec)

@@ -38,7 +38,6 @@ def predict(model: Path, paths: Sequence[Path], out: Path, polygons: bool = Fals
     Raises:
         UserError: something that would only fail later; before any work.
     """
-    silence()
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
         raise UserError(f"no such file or folder: {listed(missing)}")
@@ -77,6 +76,7 @@ def predictions(trained: Trained, samples: Sequence[Sample]) -> Iterator[Predict
     """What a trained model says of unlabelled samples, in order, on the best device there is."""
     if not samples:
         return iter(())
+    silence()
     fabric = Fabric(accelerator="auto", devices=1, precision=trained.recipe.train.precision)
     trained.task.eval().to(fabric.device)
     kind = part_of(trained.recipe.task, "task")

@@ -1,18 +1,19 @@
 """What every task shares: how a network is optimized and guarded, and checkpoints that explain themselves.
 
-A task is a folder of `visionattn.tasks` with these files:
+A task is a folder of `visionattn.tasks` with these files, and the file `task` with these functions:
 
-- `recipe`: `Recipe`, what a recipe of the task says; torch-free.
-- `task`: `resolve(spec, dataset) -> (spec, dataset)` (what the recipe leaves open), `make(spec, dataset) -> Task` (the
-  network with its loss and metrics; without a data set as a checkpoint needs it), `training_set(dataset, spec)`,
-  `evaluation_set(samples, data)` and `collate`, `predictions(task, samples, spec, fabric)` of unlabelled samples in
-  order, `open_writer(spec, out, polygons)` for them and `described(case, predictions, spec)` as plain data;
-  `refuse_other(spec, dataset)` of labelled samples that are of another kind; `class_names(spec)`.
+- `recipe`: `Recipe`, what a recipe of the task says, and `EXAMPLE`, one to start from; torch-free.
+- `transforms`, `losses`, `metrics`: `METRICS` says what is measured, for reports.
 - `evaluation`: `measure(predictions, samples, spec, split) -> Evaluation`, on one process.
-- `report`: `sections(evaluation) -> html`.
-- `check`: `findings(dataset, spec) -> Findings`.
-- `metrics`: `METRICS`, the names, labels and meanings of what it measures.
-- `transforms`, `losses`.
+- `report`: `sections(evaluation) -> html`. `check`: `findings(dataset, spec) -> (rows, problems, notes)`.
+- `task`:
+  `refuse_names(spec)`: of models, decoders, optimizers that there are not;
+  `resolve(spec, dataset) -> (spec, dataset)`: what the recipe leaves open, provisional before samples are read;
+  `make(spec, dataset) -> Task`: the network, loss and metrics; without a data set as a checkpoint needs it;
+  `training_set(dataset, spec)`, `evaluation_set(samples, data)`, `collate`: what loaders read;
+  `predictions(task, samples, spec, fabric)`: of unlabelled samples, in order;
+  `open_writer(spec, out, polygons)`, `described(case, predictions, spec)`: these as files, and as plain data;
+  `refuse_other(spec, dataset)`: of labelled samples of another kind; `class_names(spec)`.
 
 Configuration stops at `task`: networks, losses and metrics take plain parameters.
 """
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
+import timm
 import torch
 from lightning.fabric import Fabric
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
@@ -34,9 +36,9 @@ from visionattn.data.loaders import make_loader, seed_of
 from visionattn.data.prediction import Prediction
 from visionattn.errors import UserError
 from visionattn.models.networks import freeze, refuse_unknown
-from visionattn.recipe.sections import Optim, Train
+from visionattn.recipe.sections import Optim, Recipe, Train
 
-__all__ = ["Task", "predict_in_batches"]
+__all__ = ["Task", "predict_in_batches", "refuse_names"]
 
 CHECKED_EVERY = 20  # steps: where losses lie on a GPU or in several processes, looking at each would stop all of them
 
@@ -178,9 +180,14 @@ class Task(pl.LightningModule):
         checkpoint["visionattn"] = self.provenance
 
 
+def refuse_names(spec: Recipe) -> None:
+    """Raises UserError for a model or an optimizer that there is not."""
+    refuse_unknown("model.name", spec.model.name, timm.list_models(), "visionattn list, timm.list_models()")
+    refuse_unknown("optim.name", spec.optim.name, list_optimizers(), "timm.optim.list_optimizers()")
+
+
 def _optimizer(network: nn.Module, spec: Optim) -> torch.optim.Optimizer:
     """timm's optimizer over the trainable parameters, grouped by weight decay and, if asked for, by depth."""
-    refuse_unknown("optim.name", spec.name, list_optimizers(), "timm.optim.list_optimizers()")
 
     def groups(network: nn.Module) -> list[dict[str, Any]]:
         keep = getattr(network, "no_weight_decay", set)()

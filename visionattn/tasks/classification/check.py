@@ -15,11 +15,12 @@ RATIO_WORTH_A_NOTE = 3
 
 
 def findings(dataset: Dataset, spec: Recipe) -> tuple[list[list[str]], list[str], list[str]]:
-    """Rows of the table (a title and a text for each split), problems and notes."""
+    """Rows of the table (a title and a text for each split; the first is the heading), problems and notes."""
     several = np.ndim(dataset.samples[0].label) == 1
     labelling: Labelling = MultiLabel(dataset.classes) if several else SingleLabel(dataset.classes)
     counts = {name: _counts(labelling, samples, dataset.readings[name]) for name, samples in dataset.splits.items()}
-    rows = [[name, *(str(n[k]) for n in counts.values())] for k, name in enumerate(dataset.classes)]
+    rows = [["class", *counts]]
+    rows += [[name, *(str(n[k]) for n in counts.values())] for k, name in enumerate(dataset.classes)]
     problems, notes = [], []
     absent = [dataset.classes[k] for k in np.flatnonzero(counts["train"] == 0)]
     problems += [f"{len(absent)} classes without a readable training image: {listed(absent)}"] if absent else []

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from visionattn.data import formats
+from visionattn.data.labels import ClassSection
 from visionattn.recipe import sections
 from visionattn.recipe.sections import AbovePositive, NotNegative, Probability, Rate, Ratio, Section, Share
 
-__all__ = ["DATA", "Augment", "Data", "Loss", "Recipe"]
+__all__ = ["DATA", "EXAMPLE", "AnyData", "Augment", "Data", "Loss", "Recipe"]
 
 
 class Augment(Section):
@@ -61,7 +62,15 @@ class Train(sections.Train):
 
 DATA = formats.sections("class", Data)
 if TYPE_CHECKING:
-    AnyData = Data
+
+    class AnyData(Data, ClassSection):
+        """What the section of every format has, once it is resolved."""
+
+        classes: list[str]  # type: ignore[assignment]  # unset in a file only
+        channels: int  # type: ignore[assignment]
+        multi_label: bool  # type: ignore[assignment]
+        mean: list[float]  # type: ignore[assignment]
+        std: list[float]  # type: ignore[assignment]
 else:
     AnyData = formats.union(DATA)
 

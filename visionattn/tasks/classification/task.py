@@ -18,7 +18,7 @@ from visionattn.data.survey import mean_std
 from visionattn.errors import UserError, listed
 from visionattn.inference.views import views
 from visionattn.models.networks import make_network, statistics_of, try_out
-from visionattn.tasks.base import Task, predict_in_batches
+from visionattn.tasks.base import Task, predict_in_batches, refuse_names
 from visionattn.tasks.classification.check import too_small
 from visionattn.tasks.classification.labels import Labelling, MultiLabel, labelling_of, targets_of
 from visionattn.tasks.classification.losses import ClassificationLoss
@@ -34,6 +34,7 @@ __all__ = [
     "make",
     "open_writer",
     "predictions",
+    "refuse_names",
     "refuse_other",
     "resolve",
     "training_set",
@@ -106,7 +107,7 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
     if data.multi_label is not None and data.multi_label != several:
         kind = "several labels" if several else "one class"
         raise UserError(f"data.multi_label is {data.multi_label}, but the images have {kind} each")
-    _refuse_untrainable(spec, dataset, labelling_of(dataset.classes, several))
+    labelling_of(dataset.classes, several)
     if dataset.readings and (small := too_small(dataset, spec)):
         raise UserError(f"data.resize is none, but smaller than data.image_size are: {listed(small)}")
     channels = data.channels or dataset.channels
@@ -173,6 +174,7 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> Classifier:
     result = try_out(network, spec.model.name, (data.channels, *data.side))
     if tuple(result.shape) != (1, len(data.classes)):
         raise UserError(f"model {spec.model.name} gives {tuple(result.shape)} for an image: it is no classifier")
+    _refuse_untrainable(spec, dataset, labelling)
     return Classifier(
         network,
         _loss(spec, dataset, labelling),

@@ -15,9 +15,9 @@ MOSTLY_MISSING = 0.5
 
 
 def findings(dataset: Dataset, spec: Recipe) -> tuple[list[list[str]], list[str], list[str]]:
-    """Rows of the table (a title and a text for each split), problems and notes."""
+    """Rows of the table (a title and a text for each split; the first is the heading), problems and notes."""
     counts = {name: np.stack([reading.counts for reading in part]) for name, part in dataset.readings.items()}
-    rows = [["class: share of the labelled pixels (images)", *("" for _ in counts)]]
+    rows = [["class: share of the labelled pixels (images)", *counts]]
     for k, title in enumerate(dataset.classes):
         rows.append([title, *(_share(n[:, k], n[:, :-1]) + f" ({(n[:, k] > 0).sum()})" for n in counts.values())])
     rows.append(["no label, of all pixels", *(_share(n[:, -1], n) for n in counts.values())])

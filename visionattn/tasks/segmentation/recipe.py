@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from visionattn.data import formats
+from visionattn.data.labels import MaskSection
 from visionattn.recipe import sections
 from visionattn.recipe.sections import AbovePositive, NotNegative, Positive, Probability, Rate, Ratio, Section
 
-__all__ = ["DATA", "Augment", "Data", "Loss", "Recipe"]
+__all__ = ["DATA", "EXAMPLE", "AnyData", "Augment", "Data", "Loss", "Recipe"]
 
 
 class Model(sections.Model):
@@ -86,7 +87,12 @@ class Evaluate(sections.Evaluate):
 
 DATA = formats.sections("mask", Data)
 if TYPE_CHECKING:
-    AnyData = Data
+
+    class AnyData(Data, MaskSection):
+        """What the section of every format has, once it is resolved."""
+
+        mean: list[float]  # type: ignore[assignment]  # unset in a file only
+        std: list[float]  # type: ignore[assignment]
 else:
     AnyData = formats.union(DATA)
 

@@ -24,9 +24,10 @@ from visionattn.errors import UserError, listed
 from visionattn.files import Unwritable
 from visionattn.inference.sliding import predict_windows, slide, strips
 from visionattn.inference.views import views
-from visionattn.models.networks import arguments_of, statistics_of
-from visionattn.models.segmenters import make_segmenter
+from visionattn.models.networks import arguments_of, refuse_unknown, statistics_of
+from visionattn.models.segmenters import DECODERS, make_segmenter
 from visionattn.models.weights import start_from
+from visionattn.tasks import base
 from visionattn.tasks.base import Task, predict_in_batches
 from visionattn.tasks.segmentation.losses import balanced_weights, make_loss
 from visionattn.tasks.segmentation.metrics import CaseCounts, calibration, surfaces_available
@@ -43,6 +44,7 @@ __all__ = [
         "make",
         "open_writer",
         "predictions",
+        "refuse_names",
         "refuse_other",
         "resolve",
     ),
@@ -168,6 +170,14 @@ def counted(spec: Recipe) -> list[int]:
     return [k for k, name in enumerate(spec.data.class_names) if name not in spec.evaluate.leave_out]
 
 
+def refuse_names(spec: Recipe) -> None:
+    """Raises UserError for a model, an optimizer or a decoder that there is not."""
+    base.refuse_names(spec)
+    if spec.model.decoder is not None:
+        where = f"visionattn list --decoders: {', '.join(DECODERS)}"
+        refuse_unknown("model.decoder", spec.model.decoder, DECODERS, where)
+
+
 def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
     """What the recipe leaves open, from the samples; provisional mean and std where these have not been read yet.
 
@@ -178,7 +188,6 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
         UserError: the data set cannot be trained on.
     """
     data, channels = spec.data, dataset.channels
-    _refuse_untrainable(spec, dataset)
     found: dict[str, Any] = {"mean": [0.0] * channels, "std": [1.0] * channels}
     if dataset.readings:
         mean, std = mean_std(dataset.readings["train"])
@@ -187,6 +196,9 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
     if data.mean is None and formats.module_of(data).KIND.unit_range:
         found |= statistics_of(spec.model, channels)
     found |= {key: given for key in ("mean", "std") if (given := getattr(data, key)) is not None}
+    for key, values in found.items():
+        if len(values) != channels:
+            raise UserError(f"data.{key} has {len(values)} values, but the images have {channels} channels")
     data = data.model_copy(update=found | {"classes": dataset.classes})
     return spec.model_copy(update={"data": data}), dataset
 
@@ -200,10 +212,6 @@ def _refuse_untrainable(spec: Recipe, dataset: Dataset) -> None:
             f"data.crops_per_image {data.crops_per_image}): set data.batch_size to at most {crops}, or "
             f"data.crops_per_image to at least {enough}"
         )
-    for key in ("mean", "std"):
-        values = getattr(data, key)
-        if values is not None and len(values) != dataset.channels:
-            raise UserError(f"data.{key} has {len(values)} values, but the images have {dataset.channels} channels")
     if dataset.readings and not _pixels(dataset).any():
         raise UserError("data: no training mask has a labelled pixel")
 
@@ -228,6 +236,8 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> Segmenter:
     data = spec.data
     network = _network(spec, len(data.class_names), len(data.mean))
     known = timm.get_pretrained_cfg(spec.model.name)
+    if dataset:
+        _refuse_untrainable(spec, dataset)
     validated = dataset.splits["val"] if dataset else []
     order = {case: n for n, case in enumerate(cases(validated))}
     return Segmenter(
