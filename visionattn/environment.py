@@ -21,6 +21,7 @@ REMARKS = (
     r".*does not have many workers.*",  # data in memory need none; `data.workers` is the user's key
     r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
     r".*The number of training batches .* is smaller than the logging interval.*",
+    r".*It is recommended to use `self.log\(.*sync_dist=True\)`.*",  # what torchmetrics has synchronised
     r".*You're resuming from a checkpoint that ended before the epoch ended.*",
     r".*isinstance\(treespec, LeafSpec\)` is deprecated.*",  # Lightning 2.6 with torch 2.15
     r".*No (?:positive|negative) samples in targets.*",  # of a class that the images at hand cannot measure

@@ -148,4 +148,9 @@ class SplitDataModule(pl.LightningDataModule):
         """A split in order, without augmentation; in a distributed run this process's share of it."""
         dataset = self.evaluation_set(self.dataset.splits[split], self.data)
         sampler = EpochSampler(len(dataset))
+        if len(dataset) < sampler.num_replicas:  # a process without samples would let the others wait
+            raise UserError(
+                f"the {split} split has {len(dataset)} images for {sampler.num_replicas} processes: "
+                "set trainer.devices lower"
+            )
         return make_loader(dataset, self.data.batch_size, self._workers(split), sampler, self.collate)

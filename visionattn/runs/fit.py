@@ -25,6 +25,7 @@ from visionattn.report.page import write_report
 from visionattn.runs.checkpoints import epoch_of, load_weights, provenance
 from visionattn.runs.directory import RunDirectory
 from visionattn.runs.evaluate import evaluate_split
+from visionattn.runs.processes import forget_handover, from_first
 from visionattn.runs.trainer import check_trainer, make_trainer
 from visionattn.tasks.base import Task
 
@@ -47,14 +48,19 @@ def fit(spec: Recipe, name: str, run: Path | None = None) -> Path:
     Raises:
         UserError: anything the user can mend; before the run directory exists, unless the loss stops being a number.
     """
-    directory = RunDirectory(run or RunDirectory.name_for(name))
-    directory.refuse_existing()
-    spec, dataset, task = prepare(spec)
-    for warning in dataset.warnings:
-        log.warning(warning)
-    log.info("run: %s", directory.path)
-    directory.make(spec, dataset, monitor=task.monitored.removeprefix("val/"))
-    return _train(spec, dataset, task, directory)
+    path = run or RunDirectory.name_for(name)
+
+    def begin() -> tuple[RunDirectory, Recipe, Dataset]:
+        directory = RunDirectory(path)
+        directory.refuse_existing()
+        log.info("run: %s", path)
+        resolved, dataset, task = prepare(spec)
+        for warning in dataset.warnings:
+            log.warning(warning)
+        directory.make(resolved, dataset, monitor=task.monitored.removeprefix("val/"))
+        return directory, resolved, dataset
+
+    return _train(*from_first(begin))
 
 
 def resume(run: Path) -> Path:
@@ -63,12 +69,16 @@ def resume(run: Path) -> Path:
     Raises:
         UserError: not a run directory, or its images have changed since it began.
     """
-    directory = RunDirectory.existing(run)
-    spec, dataset, task = prepare(directory.recipe)
-    directory.refuse_other_data(dataset)
-    if directory.last.is_file():
-        log.info("continuing %s after epoch %d of %d", run, epoch_of(directory.last) + 1, spec.train.epochs)
-    return _train(spec, dataset, task, directory)
+
+    def begin() -> tuple[RunDirectory, Recipe, Dataset]:
+        directory = RunDirectory.existing(run)
+        spec, dataset, _ = prepare(directory.recipe)
+        directory.refuse_other_data(dataset)
+        if directory.last.is_file():
+            log.info("continuing %s after epoch %d of %d", run, epoch_of(directory.last) + 1, spec.train.epochs)
+        return directory, spec, dataset
+
+    return _train(*from_first(begin))
 
 
 def prepare(spec: Recipe) -> tuple[Recipe, Dataset, Task]:
@@ -88,10 +98,15 @@ def prepare(spec: Recipe) -> tuple[Recipe, Dataset, Task]:
     dataset = usable(read_through(dataset), spec.data.skip_bad)
     dataset = replace(dataset, warnings=doubts(dataset))
     spec, dataset = kind.resolve(spec, dataset)
+    return spec, dataset, make_task(spec, dataset)
+
+
+def make_task(spec: Recipe, dataset: Dataset) -> Task:
+    """The network of a resolved recipe with its loss and metrics, the same for the same seed."""
     pl.seed_everything(spec.train.seed, verbose=False)
-    task = kind.make(spec, dataset)
+    task = part_of(spec.task, "task").make(spec, dataset)
     task.provenance = provenance(spec)
-    return spec, dataset, task
+    return task
 
 
 def _refuse(problems: list[str], dataset: Dataset) -> None:
@@ -117,14 +132,16 @@ def rehearse(spec: Recipe, dataset: Dataset) -> None:
     kind.training_set(dataset, spec)
 
 
-def _train(spec: Recipe, dataset: Dataset, task: Task, directory: RunDirectory) -> Path:
-    kind = part_of(spec.task, "task")
+def _train(directory: RunDirectory, spec: Recipe, dataset: Dataset) -> Path:
+    silence()
+    kind, task = part_of(spec.task, "task"), make_task(spec, dataset)
     seed, training_set = spec.train.seed, kind.training_set(dataset, spec)
     data = SplitDataModule(dataset, spec.data, training_set, kind.evaluation_set, kind.collate, seed)
     trainer = make_trainer(spec, task, directory)
     resumed = directory.last if directory.last.is_file() else None
     began = time.monotonic()
     trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
+    forget_handover()
     _evaluate(spec, task, data, trainer, directory)
     if trainer.is_global_zero:
         directory.finish(time.monotonic() - began)

@@ -75,9 +75,12 @@ def _name(module: ModuleType) -> str:
 
 @cache
 def _section_of(module: ModuleType, data: type[Data]) -> type[Data]:
-    title = f"{_name(module).title().replace('_', '')}Data"
-    bases = (module.Section, data)
-    return create_model(title, __base__=bases, __doc__=module.Section.__doc__, __module__=module.__name__)
+    task = data.__module__.split(".")[-2]
+    title = f"{_name(module)}_{task}".title().replace("_", "")
+    about = {"__doc__": module.Section.__doc__, "__module__": module.__name__}
+    section = create_model(title, __base__=(module.Section, data), **about)
+    setattr(module, title, section)  # where other processes find it
+    return section
 
 
 def sections(target: str, data: type[Data]) -> dict[str, type[Data]]:

@@ -236,6 +236,10 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> Segmenter:
     data = spec.data
     network = _network(spec, len(data.class_names), len(data.mean))
     known = timm.get_pretrained_cfg(spec.model.name)
+    heads = network.get_classifier()
+    deep = len(heads) > 1 if spec.loss.deep is None else spec.loss.deep
+    for head in () if deep else heads[1:]:  # which nothing trains
+        head.requires_grad_(False)
     if dataset:
         _refuse_untrainable(spec, dataset)
     validated = dataset.splits["val"] if dataset else []
@@ -251,7 +255,7 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> Segmenter:
         turnable=data.side[0] == data.side[1] or known is None or not known.fixed_input_size,
         cases=[order[sample.case] for sample in validated],
         empty=spec.evaluate.empty,
-        deep=len(network.get_classifier()) > 1 if spec.loss.deep is None else spec.loss.deep,
+        deep=deep,
         multi_scale=data.augment.multi_scale,
         optim=spec.optim,
         train=spec.train,

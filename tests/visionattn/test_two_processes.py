@@ -1,0 +1,144 @@
+"""Every kind of recipe on two processes: one run directory, every sample counted once, the numbers of one process."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from visionattn.cli import main
+
+SEGMENTATION = """\
+task: segmentation
+model:
+  name: biformer_tiny
+  decoder: segformer
+  decoder_args: {segmentation_channels: 8}
+  args: {depth: [1, 1, 1, 1], embed_dim: [8, 8, 16, 16], head_dim: 8, n_win: 2, topks: [1, 2, 4, -2]}
+data: {format: image_mask, root: ROOT, image_size: 32, batch_size: 4, workers: 0, classes: [background, square]}
+optim: {lr: 3e-3}
+train: {epochs: 2}
+evaluate: {bootstrap: 10, surface: false}
+trainer: {enable_progress_bar: false, accelerator: cpu}
+"""
+TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
+
+
+@pytest.fixture(params=["classification", "segmentation"])
+def recipe(request, tmp_path, recipe_file) -> Path:
+    if request.param == "classification":
+        return recipe_file
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 5), ("test", 5)):
+        for i in range(count):
+            mask = np.zeros((32, 32), np.uint8)
+            top, left = rng.integers(0, 16, 2)
+            mask[top : top + 16, left : left + 16] = 1
+            image = (60 + 120 * mask + rng.normal(0, 20, mask.shape)).clip(0, 255).astype(np.uint8)
+            for kind, pixels in (("images", image), ("masks", mask)):
+                (tmp_path / "data" / kind / split).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(tmp_path / "data" / kind / split / f"{i}.png")
+    path = tmp_path / "masks.yaml"
+    path.write_text(SEGMENTATION.replace("ROOT", str(tmp_path / "data")))
+    return path
+
+
+def visionattn(*words: object, cwd: Path, **more) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "visionattn", *map(str, words)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False, **more)
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    with (run / "metrics.csv").open() as file:
+        return [{k: float(v) for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def metrics(run: Path, split: str = "test") -> dict:
+    return json.loads((run / "evaluation" / split / "metrics.json").read_text())
+
+
+def test_a_run_on_two_processes_is_one_run(recipe, tmp_path):
+    done = visionattn("fit", recipe, *TWO, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert done.stdout.count("report: ") == 1
+    assert (run / "report.html").is_file()
+    assert len(rows(run)) == 2
+    samples = {"classification": 24, "segmentation": 5}
+    assert metrics(run)["samples"] == samples[metrics(run)["task"]]
+    alone = main(["evaluate", str(run), "--split", "test", "-o", str(tmp_path / "alone")])
+    assert alone == 0
+    again = json.loads((tmp_path / "alone" / "metrics.json").read_text())
+    assert again["overall"] == pytest.approx(metrics(run)["overall"], abs=1e-5)
+    assert not [path for path in tmp_path.rglob(".*") if "visionattn" in path.name]
+
+
+def test_validation_on_two_processes_gives_the_numbers_of_one(recipe, tmp_path):
+    """Weights that do not move, and no batch norm: what is measured does not depend on the number of processes."""
+    decoder = "decoder: fpn, decoder_args: {pyramid_channels: 32, segmentation_channels: 32}"
+    network = f"model={{name: test_convnext, {decoder if 'masks' in recipe.name else ''}}}"
+    still = [network, "optim.lr=1e-30", "optim.weight_decay=0", "optim.min_lr=0", "train.epochs=1"]
+    two = visionattn("fit", recipe, *TWO, *still, "--run", tmp_path / "two", cwd=tmp_path)
+    assert two.returncode == 0, two.stderr
+    assert main(["fit", str(recipe), *still, "--run", str(tmp_path / "one")]) == 0
+    ones, twos = (rows(tmp_path / name)[0] for name in ("one", "two"))
+    for name in [name for name in ones if name.startswith("val/")]:
+        assert twos[name] == pytest.approx(ones[name], rel=1e-4, abs=1e-5), name
+    assert metrics(tmp_path / "two")["overall"] == pytest.approx(metrics(tmp_path / "one")["overall"], abs=1e-5)
+
+
+def test_a_run_whose_second_process_was_killed_resumes(recipe_file, tmp_path):
+    overrides = [*TWO, "train.epochs=40"]
+    command = [sys.executable, "-m", "visionattn", "fit", str(recipe_file), "--run", str(tmp_path / "run"), *overrides]
+    process = subprocess.Popen(command, start_new_session=True, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "run" / "metrics.csv").is_file() or len(rows(tmp_path / "run")) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+        os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+        assert process.wait(timeout=60) != 0  # the first process does not wait for ever
+    finally:
+        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+    saved = (
+        (tmp_path / "run" / "recipe.yaml")
+        .read_text()
+        .replace("epochs: 40", f"epochs: {len(rows(tmp_path / 'run')) + 1}")
+    )
+    (tmp_path / "run" / "recipe.yaml").write_text(saved)
+    done = visionattn("fit", "--resume", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_processes_that_torchrun_starts_share_a_run(recipe_file, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "visionattn"]
+    words = ["fit", str(recipe_file), *TWO, "train.epochs=1"]
+    done = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert done.stdout.count("report: ") == 1
+    refused = subprocess.run(
+        [*command, "fit", str(recipe_file), *TWO, "data.root=nowhere"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert refused.returncode != 0
+    assert refused.stderr.count("nowhere is missing") == 1
+
+
+def test_fewer_samples_than_processes_are_refused_by_all(recipe, tmp_path):
+    words = ["data.val_fraction=0.2", f"data.lists.train={tmp_path}/train.txt", f"data.lists.val={tmp_path}/val.txt"]
+    if "masks" not in recipe.name:
+        pytest.skip("lists are by name, which the other recipe has too")
+    (tmp_path / "train.txt").write_text("\n".join(f"train/{i}" for i in range(16)))
+    (tmp_path / "val.txt").write_text("val/0\n")
+    done = visionattn("fit", recipe, *TWO, *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "1 images for 2 processes" in done.stderr

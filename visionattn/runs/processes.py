@@ -1,0 +1,89 @@
+"""Several processes of one run: what the first one has found out, the others take over.
+
+Lightning starts the command again for every further device of a machine, torchrun and SLURM start all processes at
+once. Either way the first one names the run, reads the data and writes; the others wait for what it hands over.
+"""
+
+import os
+import pickle
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+__all__ = ["forget_handover", "from_first", "is_first", "shard"]
+
+T = TypeVar("T")
+HANDOVER = "VISIONATTN_HANDOVER"  # where the processes that Lightning starts find what is handed over
+SECONDS_BETWEEN_LOOKS = 0.2
+
+
+def is_first() -> bool:
+    return rank_zero_only.rank == 0
+
+
+def shard() -> tuple[int, int]:
+    """Number of this process, and how many torchrun or SLURM have started."""
+    for environment in (TorchElasticEnvironment, SLURMEnvironment):
+        if environment.detect():
+            started = environment()
+            return started.global_rank(), started.world_size()
+    return 0, 1
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """What `work` gives in the first process, in every process of the run.
+
+    Raises:
+        UserError: what `work` raises; the other processes end without a word of their own.
+    """
+    together = shard()[1] > 1
+    place = _shared_place() if together else Path(os.environ.get(HANDOVER, ""))
+    if not is_first():
+        return _taken_over(place)
+    if not together:
+        place = Path(tempfile.mkdtemp(prefix="visionattn-"), "handover")
+    try:
+        result = work()
+    except BaseException as error:
+        if together:
+            _hand_over(place, None, error)
+        raise
+    _hand_over(place, result, None)
+    os.environ[HANDOVER] = str(place)
+    return result
+
+
+def forget_handover() -> None:
+    """Remove what was handed over, once every process has it."""
+    if is_first() and (place := os.environ.pop(HANDOVER, None)):
+        Path(place).unlink(missing_ok=True)
+        if Path(place).parent.name.startswith("visionattn-"):
+            Path(place).parent.rmdir()
+
+
+def _shared_place() -> Path:
+    """The same for all processes that one launch has started, in a folder that all of them see."""
+    words = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
+    name = "-".join(os.environ[word] for word in words if word in os.environ)
+    return Path(f".visionattn-{name}")
+
+
+def _hand_over(place: Path, result: object, error: BaseException | None) -> None:
+    partial = place.with_name(f"{place.name}.partial")
+    partial.write_bytes(pickle.dumps((result, None if error is None else str(error))))
+    os.replace(partial, place)
+
+
+def _taken_over(place: Path) -> T:  # type: ignore[type-var]  # as the first process pickled it
+    while not place.is_file():
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    result, error = pickle.loads(place.read_bytes())
+    if error is not None:
+        sys.exit(2)  # the first process tells why
+    return result
