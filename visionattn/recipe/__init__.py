@@ -7,6 +7,7 @@ is the same for editors.
 
 import importlib
 import importlib.resources
+import os.path
 import pkgutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from visionattn.errors import UserError, nearest
 from visionattn.recipe.explain import explain
-from visionattn.recipe.reading import Document, override, put, read, shown
+from visionattn.recipe.reading import Document, override, put, read, shown, text_of
 from visionattn.recipe.sections import Recipe
 
 __all__ = ["Recipe", "dump", "json_schema", "load", "loads", "part_of", "shipped", "tasks"]
@@ -52,13 +53,7 @@ def load(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) 
         UserError: one line for each mistake: file and line, key, what was given, what is allowed.
     """
     path = _find(recipe)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file; expected YAML") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    return loads(text, path, overrides)
+    return loads(text_of(path), path, overrides)
 
 
 def loads(text: str, name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
@@ -109,7 +104,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _find(recipe: str | Path) -> Path:
-    if Path(recipe).is_file():
+    if os.path.isfile(recipe):
         return Path(recipe)
     names = shipped()
     if str(recipe) in names:

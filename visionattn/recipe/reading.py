@@ -1,21 +1,26 @@
 """From YAML text to plain content, and where each key of it stands.
 
 Numbers and words mean what they look like: `no` is text, `1e-4` is a number, and what YAML 1.1 reads as something that
-nobody means (010 as 8, 1:30 as 90) is refused. A text is bounded in size, depth and aliases.
+nobody means (010 as 8, 1:30 as 90) is refused, as are numbers that are infinite or none. A text is bounded in size,
+depth and aliases.
 """
 
+import math
+import os.path
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from yaml.constructor import SafeConstructor
 
 from visionattn.errors import UserError, nearest
 
-__all__ = ["COMMAND_LINE", "Document", "override", "read", "shown"]
+__all__ = ["COMMAND_LINE", "Document", "override", "read", "shown", "text_of"]
 
 COMMAND_LINE = "command line"
-CHARACTERS, DEPTH, NODES = 1_000_000, 40, 20_000  # the largest shipped recipe has 1,500 characters and 60 nodes
+CHARACTERS, DEPTH, NODES = 1_000_000, 40, 20_000  # a run's own recipe lists its classes, which may be thousands
+BITS = 64
 
 
 class Document(NamedTuple):
@@ -26,7 +31,22 @@ class Document(NamedTuple):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's true/false and numbers, and no dates; a SafeLoader builds plain data only."""
+    """YAML 1.2's true/false and numbers, and no dates, of bounded depth and size."""
+
+    def __init__(self, text: str, path: Path) -> None:
+        super().__init__(text)
+        self.path, self.depth, self.nodes = path, 0, 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth, self.nodes = self.depth + 1, self.nodes + 1
+        where = f"{self.path}:{self.peek_event().start_mark.line + 1}"
+        if self.depth > DEPTH:
+            raise UserError(f"{where}: sections more than {DEPTH} deep")
+        if self.nodes > NODES:
+            raise UserError(f"{where}: more than {NODES:,} keys and values")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -42,6 +62,16 @@ for _tag, _pattern, _first in (
     ("int", _INT, "-+0123456789"),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+
+
+def text_of(path: Path) -> str:
+    """The text of a recipe. Raises UserError where it cannot be read or is none."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; expected YAML") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
 def read(path: Path, text: str, shipped: dict[str, Path]) -> Document:
@@ -68,8 +98,8 @@ def _extended(path: Path, text: str, shipped: dict[str, Path], below: tuple[Path
         return Document(content, places)
     where = places[("extends",)]
     parent = path.parent / str(name)
-    parent = parent if parent.is_file() else shipped.get(str(name), parent)
-    if not isinstance(name, str) or not parent.is_file():
+    parent = parent if os.path.isfile(parent) else shipped.get(str(name), parent)
+    if not isinstance(name, str) or not os.path.isfile(parent):
         raise UserError(
             f"{where}: extends is {shown(name)}: no such recipe file beside this one, and no shipped recipe of that "
             f"name{nearest(str(name), shipped)}"
@@ -77,7 +107,7 @@ def _extended(path: Path, text: str, shipped: dict[str, Path], below: tuple[Path
     chain = (*below, path.resolve())
     if parent.resolve() in chain:
         raise UserError(f"{where}: extends goes in a circle: {' -> '.join(p.name for p in (*chain, parent))}")
-    base = _extended(parent, parent.read_text(encoding="utf-8"), shipped, chain)
+    base = _extended(parent, text_of(parent), shipped, chain)
     return Document(_joined(base.content, content), base.places | places)
 
 
@@ -88,65 +118,80 @@ def _joined(base: Any, change: Any) -> Any:
 
 
 def _parsed(text: str, path: Path) -> Document:
-    node = _composed(text, path)
     places: dict[tuple, str] = {}
-    _collect_places(node, (), places, path, [NODES])
-    try:
-        content = _Loader("").construct_document(node)
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
-        raise _unreadable(path, error) from None
+    content = _content(text, (), places, path)
     if not isinstance(content, dict):
         expected = "a recipe is a mapping of keys to values (task, model, data, ...)"
-        raise UserError(f"{path}: {expected}, found {shown(content)}")
+        raise UserError(f"{path}: {expected}, found {'nothing' if content is None else shown(content)}")
     return Document(_placed(content, path.parent.absolute()), places)
 
 
-def _composed(text: str, path: Path) -> yaml.Node | None:
+def _content(text: str, prefix: tuple, places: dict[tuple, str], path: Path) -> Any:
+    """The content of a YAML text that stands at a key path, None of an empty one; `places` gets those of its keys."""
     if len(text) > CHARACTERS:
         raise UserError(f"{path}: {len(text):,} characters, expected a recipe of at most {CHARACTERS:,}")
     try:
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEPTH:
-                raise UserError(f"{path}:{event.start_mark.line + 1}: sections more than {DEPTH} deep")
-        return yaml.compose(text, Loader=_Loader)
+        node = _Loader(text, path).get_single_node()
+        if node is None:
+            return None
+        _collect_places(node, prefix, places, path, [NODES])
+        return SafeConstructor().construct_document(node)
     except yaml.YAMLError as error:
-        raise _unreadable(path, error) from None
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{where}: not readable as YAML: {' '.join(reason.split())}") from None
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
-    mark = getattr(error, "problem_mark", None)
-    where = f"{path}:{mark.line + 1}" if mark else str(path)
-    reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return UserError(f"{where}: not readable as YAML: {' '.join(reason.split())}")
-
-
-def _collect_places(
-    node: yaml.Node | None, prefix: tuple, places: dict[tuple, str], path: Path, left: list[int]
-) -> None:
-    """The place of every key; refuses duplicate keys, unclear numbers, and aliases that unfold without end."""
+def _collect_places(node: yaml.Node, prefix: tuple, places: dict[tuple, str], path: Path, left: list[int]) -> None:
+    """The place of every key; refuses duplicate keys, unclear values, and aliases that unfold without end."""
     left[0] -= 1
     if left[0] < 0 or len(prefix) > DEPTH:
         raise UserError(f"{path}: too many keys and values once its aliases (*name) are unfolded")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            loc, line = (*prefix, key.value if isinstance(key, yaml.ScalarNode) else None), key.start_mark.line + 1
+            where = f"{path}:{key.start_mark.line + 1}"
+            if not isinstance(key, yaml.ScalarNode) or not key.tag.endswith((":str", ":merge")):
+                raise UserError(f"{where}: {_shown_node(key)} is no name of a key; quote it where a text is meant")
+            loc = (*prefix, key.value)
             if loc in places:
-                raise UserError(
-                    f"{path}:{line}: {'.'.join(map(str, loc))} is given twice (first in {places[loc]}); keep one"
-                )
-            places[loc] = f"{path}:{line}"
+                raise UserError(f"{where}: {'.'.join(map(str, loc))} is given twice (first in {places[loc]}); keep one")
+            places[loc] = where
             _collect_places(value, loc, places, path, left)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
             places[(*prefix, i)] = f"{path}:{value.start_mark.line + 1}"
             _collect_places(value, (*prefix, i), places, path, left)
-    elif isinstance(node, yaml.ScalarNode) and node.style is None and re.match(_UNCLEAR, node.value):
-        raise UserError(
-            f"{path}:{node.start_mark.line + 1}: {'.'.join(map(str, prefix))} is {node.value}, which YAML may read as "
-            f"another number: write it in decimals, or quote it ('{node.value}') where a text is meant"
+    elif isinstance(node, yaml.ScalarNode):
+        unclear = _unclear(node)
+        if unclear:
+            key = f"{'.'.join(map(str, prefix))} is " if prefix else ""
+            raise UserError(f"{path}:{node.start_mark.line + 1}: {key}{_shown_node(node)}, {unclear}")
+
+
+def _shown_node(node: yaml.Node) -> str:
+    return shown(node.value).strip("'") or "''" if isinstance(node, yaml.ScalarNode) else "a list or mapping"
+
+
+def _unclear(node: yaml.ScalarNode) -> str | None:
+    """Why a value does not mean what it looks like, or what its tag says."""
+    if node.style is None and re.match(_UNCLEAR, node.value):
+        return (
+            f"which YAML may read as another number: write it in decimals, or quote it ('{node.value}') "
+            "where a text is meant"
         )
+    try:
+        value = SafeConstructor().construct_object(node)
+        str(value).encode()
+    except yaml.YAMLError:
+        raise
+    except Exception:  # PyYAML's constructors raise nearly anything
+        return f"which cannot be read as {node.tag.rpartition(':')[2]}"
+    if isinstance(value, int) and value.bit_length() > BITS:
+        return f"an integer of more than {BITS} bits"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "expected a finite number"
+    return None
 
 
 def _placed(value: Any, folder: Path) -> Any:
@@ -161,15 +206,12 @@ def override(document: Document, text: str) -> None:
     """Put `key.path=value`, its value in YAML, into the content."""
     key, separator, value = text.partition("=")
     if not separator or not key:
-        raise UserError(f"override {text!r}: expected key.path=value, such as train.epochs=10")
+        raise UserError(f"override {shown(text)}: expected key.path=value, such as train.epochs=10")
     try:
-        places: dict[tuple, str] = {}
-        node = _composed(value, Path(COMMAND_LINE))
-        _collect_places(node, tuple(key.split(".")), places, Path(COMMAND_LINE), [NODES])
-        parsed = _Loader("").construct_document(node) if node is not None else None
-    except (UserError, yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
-        reason = str(error).removeprefix(f"{COMMAND_LINE}:1: ") or type(error).__name__
-        raise UserError(f"override {text!r}: the value is not readable as YAML ({reason})") from None
+        parsed = _content(value, tuple(key.split(".")), {}, Path(COMMAND_LINE))
+    except UserError as error:
+        reason = str(error).removeprefix(f"{COMMAND_LINE}:1: ")
+        raise UserError(f"override {shown(text)}: {reason}") from None
     put(document, key, parsed, text)
 
 
@@ -179,7 +221,7 @@ def put(document: Document, key: str, value: Any, text: str | None = None) -> No
     section = document.content
     for name in parents:
         if not isinstance(section.setdefault(name, {}), dict):
-            raise UserError(f"override {text or key!r}: {name} is not a section but {shown(section[name])}")
+            raise UserError(f"override {shown(text or key)}: {name} is not a section but {shown(section[name])}")
         section = section[name]
     section[last] = value
     loc = tuple(key.split("."))

@@ -4,6 +4,7 @@ What a task adds stands in `visionattn/tasks/TASK/recipe.py`, what a data format
 `visionattn/data/formats/FORMAT.py`.
 """
 
+import os.path
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -20,7 +21,7 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 AbovePositive = Annotated[float, Field(gt=0)]
-FilePath = Annotated[Path, Field(strict=False), AfterValidator(lambda path: path.expanduser().absolute())]
+FilePath = Annotated[Path, Field(strict=False), AfterValidator(lambda path: Path(os.path.expanduser(path)).absolute())]
 Share = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)]
 Ratio = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
 

@@ -51,9 +51,9 @@ def _section(name: str, section: type[Section], example: dict[str, Any], indent:
 
 
 def _key(name: str, value: Any, about: str | None, allowed: set[str], comment: str) -> list[str]:
-    text = yaml.safe_dump({name: value}, default_flow_style=None, width=10_000, sort_keys=False).strip()
+    text = f"{name}: {yaml.safe_dump([value], default_flow_style=True, width=10_000, sort_keys=False).strip()[1:-1]}"
     words = [about] if about else []
-    words += [f"one of {', '.join(sorted(allowed))}"] if allowed and not about else []
+    words += [f"one of {', '.join(sorted(allowed))}"] if len(allowed) > 1 and not about else []
     line = f"{comment}{text}" + (f"  # {'; '.join(words)}" if words else "")
     if len(line) <= 118:
         return [line]

@@ -1,16 +1,21 @@
 """Reading recipes: what is accepted, and how each mistake is answered."""
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from visionattn import recipe
 from visionattn.errors import UserError
+from visionattn.recipe import part_of
+from visionattn.recipe.sections import Section
+from visionattn.recipe.template import template
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 GOOD = """\
 task: classification
 model: {name: biformer_tiny}
@@ -62,8 +67,12 @@ def test_what_is_saved_reads_back_the_same(tmp_path):
         ("format: folder", "format: foldr", 4, ["data.format is 'foldr'", "csv", "did you mean folder?"]),
         ("format: folder", "classes: [a]", 3, ["data.format is missing", "folder"]),
         ("lr: 1e-3", "schedule: cosin", 6, ["optim.schedule is 'cosin'", "did you mean cosine?"]),
-        ("root: photos", "root: photos\n  root: b", 6, ["data.root is given twice", "line 5"]),
+        ("root: photos", "root: photos\n  root: b", 6, ["data.root is given twice", "mine.yaml:5"]),
         ("root: photos", "root: photos\n  fold: 5", 3, ["fold is 5", "0 to 4"]),
+        ("lr: 1e-3", "lr: .nan", 6, ["optim.lr is .nan", "finite number"]),
+        ("lr: 1e-3", "weight_decay: -.inf", 6, ["optim.weight_decay is -.inf", "finite number"]),
+        ("name: biformer_tiny", "args: {a: 1e999}, name: m", 2, ["model.args.a is 1e999", "finite number"]),
+        ("lr: 1e-3", "1: 2", 6, ["1 is no name of a key", "quote it"]),
         ("lr: 1e-3", "lr: '1e-3'", 6, ["optim.lr is '1e-3'", "number"]),
         ("{name: biformer_tiny}", "biformer_tiny", 2, ["model is 'biformer_tiny'; expected: keys and values"]),
     ],
@@ -79,6 +88,12 @@ def test_a_mistake_is_named_with_its_line_and_remedy(tmp_path, old, new, line, w
 def test_all_mistakes_are_told_at_once(tmp_path):
     text = mistake(tmp_path, GOOD.replace("lr: 1e-3", "lrr: 1").replace("root: photos", "root: 3"))
     assert len(text.splitlines()) == 2
+
+
+def test_a_warm_up_ends_with_the_training_at_the_latest(tmp_path):
+    text = mistake(tmp_path, GOOD, "optim.warmup_epochs=11", "train.epochs=10")
+    assert "optim.warmup_epochs is 11, but train.epochs is 10" in text
+    assert recipe.load(write(tmp_path, GOOD), ["optim.warmup_epochs=10", "train.epochs=10"]).optim.warmup_epochs == 10
 
 
 def test_an_override_is_blamed_on_the_command_line(tmp_path):
@@ -103,6 +118,44 @@ def test_a_shipped_recipe_is_found_by_name_from_anywhere(tmp_path, monkeypatch):
     assert recipe.load("quickstart").task == "classification"
     with pytest.raises(UserError, match="did you mean quickstart"):
         recipe.load("quickstrt")
+
+
+def test_a_name_that_no_file_can_have_is_no_recipe():
+    with pytest.raises(UserError, match="no such recipe file"):
+        recipe.load("a" * 5000)
+
+
+def test_a_home_that_does_not_exist_is_a_folder_that_is_missing(tmp_path):
+    loaded = recipe.load(write(tmp_path, GOOD), ["data.root=~nobody_of_this_name/x"])
+    assert not loaded.data.root.exists()
+
+
+@pytest.mark.parametrize("task", recipe.tasks())
+def test_the_template_is_valid_and_names_every_key(task):
+    text = template(task)
+    loaded = recipe.loads(text, "template")
+    assert loaded.task == task
+    names = set(keys_of(type(loaded), type(loaded.data)))
+    assert {"lr", "epochs", "lists", "hflip", "trainer"} < names
+    assert names == names & set(re.findall(r"^ *(?:# )?(\w+):", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("task", recipe.tasks())
+def test_what_the_template_says_in_comments_are_the_defaults(task):
+    text = template(task)
+    names = "|".join(keys_of(part_of(task, "recipe").Recipe, type(recipe.loads(text, "template").data)))
+    said = re.sub(rf"^( *)# (?=(?:{names}): )", r"\1", text, flags=re.MULTILINE)
+    assert said.count("\n#") < text.count("\n#")
+    assert recipe.loads(said, "template") == recipe.loads(text, "template")
+
+
+def keys_of(section: type[Section], data: type[Section]) -> Iterator[str]:
+    """The names of the keys of a section and of those in it; `data` is that of the format."""
+    for name, field in section.model_fields.items():
+        yield name
+        inner = data if name == "data" else field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from keys_of(inner, data)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
