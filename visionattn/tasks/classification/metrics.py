@@ -6,6 +6,7 @@ allows is None. Accuracy is the share of right images; for multi-label data, of 
 threshold 0.5.
 """
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,13 @@ def _of_classes(probabilities: Tensor, targets: Tensor, names: tuple[str, ...]) 
     """(K,) each of these metrics for each class."""
     kind = "multilabel" if targets.ndim == 2 else "multiclass"
     functions = {name: getattr(tm, f"{kind}_{'f1_score' if name == 'f1' else name}") for name in names}
-    return {name: f(probabilities, targets, probabilities.shape[1], average="none") for name, f in functions.items()}
+    with warnings.catch_warnings():  # of torchmetrics about the classes that means leave out
+        warnings.filterwarnings(
+            "ignore", "No (positive|negative) samples|Average precision score for one or more", UserWarning
+        )
+        return {
+            name: f(probabilities, targets, probabilities.shape[1], average="none") for name, f in functions.items()
+        }
 
 
 def _mean(name: str, scores: Tensor, measured: Tensor) -> Tensor:
