@@ -1,4 +1,4 @@
-"""Any image file becomes a tensor by a stated rule, or an error that names the file and the reason."""
+"""Any image file becomes an array by a stated rule, or an error that names the file and the reason."""
 
 import struct
 import zlib
@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from visionattn.data.images import array_to_image, decode, image_files, listed, match_channels, read_image
-from visionattn.errors import UserError
+from visionattn.data.images import ImageFile, array_to_image, given_files, match_channels, named_files, read_image
+from visionattn.errors import UserError, listed
 
 GREY = np.array([[0, 100, 255], [7, 50, 200]], dtype=np.uint8)
 COLOUR = np.stack([GREY, GREY[::-1], 255 - GREY], axis=-1)
@@ -24,8 +23,13 @@ def saved(folder: Path, image: Image.Image | np.ndarray, name: str, **options) -
     return folder / name
 
 
-def planes(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1) if array.ndim == 3 else array[None]))
+def planes(array: np.ndarray) -> np.ndarray:
+    return array.transpose(2, 0, 1) if array.ndim == 3 else array[None]
+
+
+def equal(image: np.ndarray, expected: np.ndarray) -> bool:
+    """Whether values, shape and type are the same."""
+    return image.dtype == expected.dtype and np.array_equal(image, expected)
 
 
 def deep_colour_png(path: Path, pixels: np.ndarray) -> Path:
@@ -45,32 +49,32 @@ def deep_colour_png(path: Path, pixels: np.ndarray) -> Path:
 @pytest.mark.parametrize("pixels", [GREY, COLOUR], ids=["grey", "colour"])
 def test_eight_bits_stay_as_they_are(tmp_path, suffix, pixels):
     image = read_image(saved(tmp_path, pixels, f"a.{suffix}"))
-    assert image.dtype == torch.uint8
-    assert torch.equal(image, planes(pixels))
+    assert image.dtype == np.uint8
+    assert equal(image, planes(pixels))
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_sixteen_bits_become_floats_unclipped(tmp_path, suffix):
     image = read_image(saved(tmp_path, DEEP, f"a.{suffix}"))
-    assert image.dtype == torch.float32
-    torch.testing.assert_close(image, planes(DEEP.astype(np.float32) / 65535), rtol=0, atol=1e-7)
+    assert image.dtype == np.float32
+    np.testing.assert_allclose(image, planes(DEEP / 65535), rtol=0, atol=1e-7)
 
 
 def test_sixteen_bit_colour_gives_its_upper_bits_and_says_so(tmp_path):
     pixels = np.stack([DEEP, DEEP[::-1], 65535 - DEEP], axis=-1)
     path = deep_colour_png(tmp_path / "a.png", pixels)
-    assert torch.equal(read_image(path), planes((pixels >> 8).astype(np.uint8)))
-    assert decode(path)[1] == "RGB;16"
+    assert equal(read_image(path), planes((pixels >> 8).astype(np.uint8)))
+    assert ImageFile("a", "a", "a", path=path).kind() == "RGB;16"
 
 
 def test_big_endian_sixteen_bits(tmp_path):
     (tmp_path / "a.pgm").write_bytes(b"P5 3 2 65535\n" + DEEP.astype(">u2").tobytes())
-    torch.testing.assert_close(read_image(tmp_path / "a.pgm"), planes(DEEP.astype(np.float32) / 65535))
+    np.testing.assert_allclose(read_image(tmp_path / "a.pgm"), planes(DEEP / 65535), rtol=0, atol=1e-7)
 
 
 def test_thirty_two_bit_integers_are_on_the_sixteen_bit_scale(tmp_path):
     image = read_image(saved(tmp_path, DEEP.astype(np.int32), "a.tif"))
-    torch.testing.assert_close(image, planes(DEEP.astype(np.float32) / 65535))
+    np.testing.assert_allclose(image, planes(DEEP / 65535), rtol=0, atol=1e-7)
     for value in (-1, 65536):
         path = saved(tmp_path, np.full((2, 2), value, dtype=np.int32), "b.tif")
         with pytest.raises(UserError, match=rf"b\.tif.*{value}.*expected 0 to 65535"):
@@ -79,7 +83,7 @@ def test_thirty_two_bit_integers_are_on_the_sixteen_bit_scale(tmp_path):
 
 def test_floats_lie_in_the_unit_range(tmp_path):
     pixels = np.array([[0.0, 0.25], [0.5, 1.0]], dtype=np.float32)
-    assert torch.equal(read_image(saved(tmp_path, pixels, "a.tif")), planes(pixels))
+    assert equal(read_image(saved(tmp_path, pixels, "a.tif")), planes(pixels))
     for wrong in (-0.1, 1.5, np.nan):
         path = saved(tmp_path, np.full((2, 2), wrong, dtype=np.float32), "b.tif")
         with pytest.raises(UserError, match=r"b\.tif.*expected 0 to 1"):
@@ -91,13 +95,13 @@ def test_palette_and_one_bit(tmp_path):
     picture.putpalette([10, 20, 30, 200, 100, 0])
     picture.putdata([1, 0])
     expected = planes(np.array([[[200, 100, 0], [10, 20, 30]]], dtype=np.uint8))
-    assert torch.equal(read_image(saved(tmp_path, picture, "p.png")), expected)
+    assert equal(read_image(saved(tmp_path, picture, "p.png")), expected)
     clear = read_image(saved(tmp_path, picture, "t.png", transparency=0))
-    assert torch.equal(clear[:3], expected)
+    assert equal(clear[:3], expected)
     assert clear[3].tolist() == [[255, 0]]
-    assert torch.equal(read_image(tmp_path / "t.png", 3)[:, 0, 1], torch.tensor([255, 255, 255], dtype=torch.uint8))
+    assert read_image(tmp_path / "t.png", 3)[:, 0, 1].tolist() == [255, 255, 255]
     bits = read_image(saved(tmp_path, Image.fromarray(GREY > 60), "b.png"))
-    assert torch.equal(bits, planes((GREY > 60).astype(np.uint8) * 255))
+    assert equal(bits, planes((GREY > 60).astype(np.uint8) * 255))
 
 
 def test_cmyk_becomes_rgb(tmp_path):
@@ -111,19 +115,19 @@ def test_transparency_is_laid_over_white_or_kept(tmp_path, base):
     path = saved(tmp_path, pixels, "a.png")
     weight = ALPHA[..., None] / 255
     flat = np.rint(np.atleast_3d(base) * weight + 255 * (1 - weight)).astype(np.uint8)
-    assert torch.equal(read_image(path), planes(pixels))
-    assert torch.equal(read_image(path, 3), planes(np.broadcast_to(flat, (*flat.shape[:2], 3))))
+    assert equal(read_image(path), planes(pixels))
+    assert equal(read_image(path, 3), planes(np.broadcast_to(flat, (*flat.shape[:2], 3))))
     kept = read_image(path, 4)
-    assert torch.equal(kept, planes(np.dstack([np.broadcast_to(np.atleast_3d(base), (2, 3, 3)), ALPHA])))
+    assert equal(kept, planes(np.dstack([np.broadcast_to(np.atleast_3d(base), (2, 3, 3)), ALPHA])))
     assert read_image(path, 1).shape == (1, 2, 3)
 
 
 def test_grey_is_repeated_and_colour_weighed(tmp_path):
-    assert torch.equal(read_image(saved(tmp_path, GREY, "g.png"), 3), planes(np.dstack([GREY] * 3)))
+    assert equal(read_image(saved(tmp_path, GREY, "g.png"), 3), planes(np.dstack([GREY] * 3)))
     path = saved(tmp_path, COLOUR, "c.png")
     luminance = np.rint(COLOUR @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)
-    assert torch.equal(read_image(path, 1), planes(luminance))
-    white = match_channels(torch.full((3, 1, 1), 255, dtype=torch.uint8), 1, "white")
+    assert equal(read_image(path, 1), planes(luminance))
+    white = match_channels(np.full((3, 1, 1), 255, np.uint8), 1, "white")
     assert white.item() == 255
 
 
@@ -132,7 +136,7 @@ def test_other_channel_counts_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"c\.png: 3 channels, expected 4"):
         read_image(path, 4)
     with pytest.raises(UserError, match="5 channels, expected 3"):
-        match_channels(torch.zeros(5, 2, 2), 3, "bands")
+        match_channels(np.zeros((5, 2, 2), np.float32), 3, "bands")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -147,7 +151,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = saved(tmp_path, np.ascontiguousarray(stored(GREY)), "a.png", exif=exif)
-    assert torch.equal(read_image(path), planes(GREY))
+    assert equal(read_image(path), planes(GREY))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
@@ -179,21 +183,75 @@ def test_arrays_of_no_numbers_are_refused(dtype):
         array_to_image(np.zeros((2, 2), dtype=dtype))
 
 
-def test_image_files_walks_folders_in_order_and_keeps_named_files(tmp_path):
-    for name in ("b/2.png", "b/1.JPG", "b/c/0.tif", "b/notes.txt", "b/.hidden.png", "b/.git/x.png", "a.png", "odd"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(GREY).save(tmp_path / name, format="PNG")
-    found = image_files([tmp_path / "odd", tmp_path / "b", tmp_path / "a.png"])
-    assert [p.relative_to(tmp_path).as_posix() for p in found] == ["odd", "b/1.JPG", "b/2.png", "b/c/0.tif", "a.png"]
+def picture(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(GREY).save(path, format="PNG")
+    return path
 
 
-def test_image_files_refuses_all_wrong_paths_before_the_first_image(tmp_path):
+def below(root: Path) -> list[str]:
+    """What is found in a folder, by the paths below it."""
+    return [path.relative_to(root).as_posix() for _, path in given_files([root])]
+
+
+def test_given_folders_are_walked_in_order_and_given_files_kept(tmp_path):
+    for name in ("b/2.png", "b/1.JPG", "b/c/0.tif", "a.png"):
+        picture(tmp_path / name)
+    (tmp_path / "b/notes.txt").touch()
+    found = given_files([tmp_path / "b", tmp_path / "a.png"])
+    assert [path.relative_to(tmp_path).as_posix() for _, path in found] == ["b/1.JPG", "b/2.png", "b/c/0.tif", "a.png"]
+    assert {base for base, _ in found} == {tmp_path / "b", tmp_path}
+    assert list(named_files([tmp_path / "b", tmp_path / "a.png"])) == ["1", "2", "c/0", "a"]
+
+
+def test_given_paths_that_are_no_images_are_all_refused_before_the_first_one_is_read(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "note.txt").write_text("no image")
-    with pytest.raises(UserError, match=r"(?s)gone: no such file.*empty: no images.*note\.txt: not an image"):
-        image_files([tmp_path / "gone", tmp_path / "empty", tmp_path / "note.txt"])
+    with pytest.raises(UserError, match=r"(?s)gone: no such file.*empty: no images.*note\.txt: expected a file that"):
+        given_files([tmp_path / "gone", tmp_path / "empty", tmp_path / "note.txt"])
+
+
+def test_two_results_of_one_name_are_refused(tmp_path):
+    one, other = picture(tmp_path / "x/a.png"), picture(tmp_path / "x/a.tif")
+    with pytest.raises(UserError, match=r"a\.png and .*a\.tif would both be written as a"):
+        named_files([one, other])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [".hidden.png", "._a.png", ".git/x.png", "@eaDir/a.png/SYNOPHOTO_THUMB_M.png", "__MACOSX/a.png", "#recycle/a.png"],
+)
+def test_what_systems_leave_among_the_files_is_no_data(tmp_path, name):
+    picture(tmp_path / "in/a.png")
+    picture(tmp_path / "in" / name)
+    assert below(tmp_path / "in") == ["a.png"]
+
+
+def test_a_link_to_a_folder_above_does_not_multiply_the_images(tmp_path):
+    for name in ("a.png", "b/1.png", "b/2.png"):
+        picture(tmp_path / "in" / name)
+    (tmp_path / "in/b/up").symlink_to(tmp_path / "in", target_is_directory=True)
+    (tmp_path / "in/again").symlink_to(tmp_path / "in/b", target_is_directory=True)
+    assert len(below(tmp_path / "in")) == 3
+
+
+def test_links_to_each_other_s_parents_end(tmp_path):
+    picture(tmp_path / "one/x/a.png")
+    picture(tmp_path / "two/y/b.png")
+    for k in range(12):
+        (tmp_path / f"one/x/to{k}").symlink_to(tmp_path / "two", target_is_directory=True)
+        (tmp_path / f"two/y/to{k}").symlink_to(tmp_path / "one", target_is_directory=True)
+    assert len(below(tmp_path / "one")) == 2
+
+
+def test_a_linked_folder_elsewhere_is_data(tmp_path):
+    picture(tmp_path / "elsewhere/a.png")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "in/broken").symlink_to(tmp_path / "gone", target_is_directory=True)
+    assert below(tmp_path / "in") == ["linked/a.png"]
 
 
 def test_long_lists_are_cut():
-    assert listed(range(3)) == "0, 1, 2"
-    assert listed(range(25)).endswith("18, 19, and 5 more")
+    assert listed(list(range(3))) == "0, 1, 2"
+    assert listed(list(range(25))).endswith("18, 19, and 5 more")
