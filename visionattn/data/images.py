@@ -7,7 +7,7 @@ Of files with several frames the first is read. Of 16-bit colour files Pillow gi
 """
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -19,12 +19,13 @@ from visionattn.data.sample import Sample, Window
 from visionattn.errors import UserError, listed
 
 __all__ = [
-    *("SUFFIXES", "ImageArray", "ImageFile", "array_to_image", "decode", "files_below", "given_files", "image_samples"),
-    *("match_channels", "named_files", "pixels_of", "read_image", "walk"),
+    *("SUFFIXES", "ImageArray", "ImageFile", "Place", "array_to_image", "decode", "files_below", "given_files"),
+    *("identities", "image_samples", "is_data", "match_channels", "named_files", "pixels_of", "read_image", "walk"),
 ]
 
 SUFFIXES = {".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
+Place = tuple[int, int]  # of a folder: device and number
 NO_DATA = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN"}  # what file servers and systems leave among the files
 
 
@@ -181,30 +182,39 @@ def _over_white(image: np.ndarray) -> np.ndarray:
     return mixed if image.dtype == np.float32 else mixed.round().astype(np.uint8)
 
 
-def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+def walk(folder: Path, others: Collection[Place] = ()) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Each real folder below and including this one, once, with the sorted names of its folders and files.
 
-    Links are followed. Hidden names, and what file servers leave among the files, are passed over. A caller may clear
-    the list of folders to go no deeper.
+    Links are followed, but not to `others`, which are walked by themselves. Hidden names, and what file servers leave
+    among the files, are passed over. A caller may clear the list of folders to go no deeper.
+
+    Args:
+        others: see `identities`.
     """
-    seen = set()
+    seen: set[Place] = set()
     for here, folders, files in os.walk(folder, followlinks=True):
-        place = os.stat(here)
-        if (place.st_dev, place.st_ino) in seen:
+        (place,) = identities([here])
+        if place in seen or (seen and place in others):
             folders.clear()
             continue
-        seen.add((place.st_dev, place.st_ino))
-        folders[:] = sorted(name for name in folders if _is_data(name))
-        yield Path(here), folders, sorted(name for name in files if _is_data(name))
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if is_data(name))
+        yield Path(here), folders, sorted(name for name in files if is_data(name))
 
 
-def _is_data(name: str) -> bool:
+def identities(folders: Iterable[str | Path]) -> set[Place]:
+    """What tells real folders apart, by whatever links they are reached."""
+    return {(place.st_dev, place.st_ino) for place in map(os.stat, folders)}
+
+
+def is_data(name: str) -> bool:
+    """Whether a name is neither hidden nor of what file servers and systems leave among the files."""
     return not name.startswith(".") and name not in NO_DATA
 
 
-def files_below(folder: Path, endings: Collection[str] = SUFFIXES) -> Iterator[Path]:
+def files_below(folder: Path, endings: Collection[str] = SUFFIXES, others: Collection[Place] = ()) -> Iterator[Path]:
     """Files below a folder whose names have one of these lower-case endings, in a fixed order; see `walk`."""
-    for here, _, files in walk(folder):
+    for here, _, files in walk(folder, others):
         for name in files:
             if name.lower().endswith(tuple(endings)):
                 yield here / name
@@ -214,7 +224,8 @@ def given_files(paths: Sequence[Path], endings: Collection[str] = SUFFIXES) -> l
     """Files to predict, each with the folder that its name starts from: the given one, or that of the given file.
 
     Raises:
-        UserError: a given path that is missing or has another ending, a folder without any such file.
+        UserError: a given path that is missing or has another ending (and is no image, if images are wanted), a folder
+            without any such file.
     """
     wrong: list[str] = []
     files: list[tuple[Path, Path]] = []
@@ -225,13 +236,21 @@ def given_files(paths: Sequence[Path], endings: Collection[str] = SUFFIXES) -> l
             files += inside
         elif not given.exists():
             wrong.append(f"{given}: no such file or folder")
-        elif given.name.lower().endswith(tuple(endings)):
+        elif given.name.lower().endswith(tuple(endings)) or (endings is SUFFIXES and _is_image(given)):
             files.append((given.parent, given))
         else:
             wrong.append(f"{given}: expected a file that ends with {listed(sorted(endings))}")
     if wrong:
         raise UserError(listed(wrong, "\n"))
     return files
+
+
+def _is_image(path: Path) -> bool:
+    try:
+        with Image.open(path):
+            return True
+    except Exception:  # decoders raise nearly anything
+        return False
 
 
 def named_files(paths: Sequence[Path], endings: Collection[str] = SUFFIXES) -> dict[str, Path]:
@@ -242,8 +261,9 @@ def named_files(paths: Sequence[Path], endings: Collection[str] = SUFFIXES) -> d
     """
     named: dict[str, Path] = {}
     for base, path in given_files(paths, endings):
-        ending = max((e for e in endings if path.name.lower().endswith(e)), key=len)
-        name = path.relative_to(base).as_posix()[: -len(ending)]
+        ending = max((e for e in endings if path.name.lower().endswith(e)), key=len, default="")
+        name = path.relative_to(base).as_posix()
+        name = name[: len(name) - len(ending)]
         if name in named:
             raise UserError(f"{named[name]} and {path} would both be written as {name}; predict them apart")
         named[name] = path

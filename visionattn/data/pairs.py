@@ -7,12 +7,13 @@ from the root without that folder and without suffixes: images/train/a.png and t
 import re
 import unicodedata
 from collections.abc import Collection, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from visionattn.data.images import walk
+from visionattn.data.images import Place, identities, walk
 from visionattn.data.sample import SPLITS
 from visionattn.data.splits import OTHER_NAMES
 from visionattn.errors import UserError, listed, nearest
@@ -74,17 +75,13 @@ def find_pairs(
         UserError: no folder of images, one without a folder of masks beside it, or a name without a group.
     """
     pairs, problems = [], []
-    for folder in _image_folders(section):
-        beside = folder.parents[len(Path(section.images).parts) - 1]
-        masks = beside / section.masks
-        if not masks.is_dir():
-            others = [p.name for p in beside.iterdir() if p.is_dir() and p != folder]
-            raise UserError(f"data.masks: {masks} is missing{_near(section.masks, others)}")
-        same = section.images == section.masks
-        images = _files(folder, image_endings, section.image_suffix, section.mask_suffix if same else "")
-        partners = _files(
-            masks, mask_endings or image_endings, section.mask_suffix, section.image_suffix if same else ""
-        )
+    places = [_beside(section, folder) for folder in _image_folders(section)]
+    walked = identities({section.root, *chain(*places)})
+    image_end, mask_end = section.image_suffix, section.mask_suffix
+    not_image, not_mask = (mask_end, image_end) if section.images == section.masks else ("", "")
+    for beside, folder, masks in places:
+        images = _files(folder, image_endings, image_end, not_image, walked)
+        partners = _files(masks, mask_endings or image_endings, mask_end, not_mask, walked)
         prefix = beside.relative_to(section.root)
         for key in sorted(images.keys() | partners.keys()):
             of_image, of_mask = images.get(key, []), partners.get(key, [])
@@ -93,9 +90,9 @@ def find_pairs(
             elif len(of_image) > 1 or len(of_mask) > 1:
                 problems.append(f"of one name are {listed([*of_image, *of_mask])}; expected an image and a mask")
             elif of_image:
-                problems.append(f"{of_image[0]}: no mask {masks / key}{section.mask_suffix}.*")
+                problems.append(f"{of_image[0]}: no mask {masks / key}{mask_end}.*")
             else:
-                wanted = f"{folder / key}{section.image_suffix}"
+                wanted = f"{folder / key}{image_end}"
                 problems.append(f"{of_mask[0]}: no {f'image {wanted}.*' if image_endings else f'folder {wanted}'}")
     if not pairs and not problems:
         kind = f"{listed(sorted(image_endings))} files" if image_endings else "folders with files"
@@ -129,19 +126,31 @@ def _image_folders(section: PairSection) -> list[Path]:
     return image_folders
 
 
-def _files(folder: Path, endings: Collection[str] | None, suffix: str, others: str) -> dict[str, list[Path]]:
+def _beside(section: PairSection, images: Path) -> tuple[Path, Path, Path]:
+    """The folder that holds a folder of images and one of masks, and these two."""
+    beside = images.parents[len(Path(section.images).parts) - 1]
+    masks = beside / section.masks
+    if not masks.is_dir():
+        others = [p.name for p in beside.iterdir() if p.is_dir() and p != images]
+        raise UserError(f"data.masks: {masks} is missing{_near(section.masks, others)}")
+    return beside, images, masks
+
+
+def _files(
+    folder: Path, endings: Collection[str] | None, suffix: str, others: str, walked: Collection[Place]
+) -> dict[str, list[Path]]:
     """Files by their path without ending and suffix; `others` is the suffix of files that are none of these."""
     files: dict[str, list[Path]] = {}
-    for path, stem in _stems(folder, endings):
+    for path, stem in _stems(folder, endings, walked):
         if stem.endswith(suffix) and not (others and stem.endswith(others)):
             key = (path.parent / stem.removesuffix(suffix)).relative_to(folder).as_posix()
             files.setdefault(unicodedata.normalize("NFC", key), []).append(path)
     return files
 
 
-def _stems(folder: Path, endings: Collection[str] | None) -> Iterator[tuple[Path, str]]:
+def _stems(folder: Path, endings: Collection[str] | None, walked: Collection[Place]) -> Iterator[tuple[Path, str]]:
     """Files with one of the endings, or the folders that hold files, and their names without ending."""
-    for here, _, files in walk(folder):
+    for here, _, files in walk(folder, walked):
         if endings is None and files and here != folder:
             yield here, here.name
         for name in files if endings else ():

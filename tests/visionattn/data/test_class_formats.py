@@ -1,22 +1,20 @@
-"""From a data section to splits and batches: every format, every refusal, and batches that depend on the seed only."""
+"""From a data section to splits: every format of images with labels, every refusal, and what is filled in."""
 
-import hashlib
-import pickle
 import shutil
 from pathlib import Path
+from unicodedata import normalize
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
-import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
-from torch.utils.data import DataLoader
 
-from visionattn.data.datamodule import ClassificationDataModule
-from visionattn.data.labelled import LabelledImages, find, find_labelled, prepare
+from visionattn.data import formats
+from visionattn.data.sample import Dataset
+from visionattn.data.splits import given_splits, split
+from visionattn.data.survey import read_through, usable
 from visionattn.errors import UserError
-from visionattn.recipe import Augment, BuiltinData, ClassificationData, CsvData, FolderData, NpzData
+from visionattn.runs import fit
+from visionattn.tasks.classification.recipe import DATA, Data, Recipe
 
 SMALL = {"image_size": 32, "batch_size": 4}
 
@@ -44,13 +42,13 @@ def table(path: Path, header: str, rows: list[str]) -> Path:
     return path
 
 
-def folder_data(root: Path, **keys) -> FolderData:
-    return FolderData(format="folder", root=root, **SMALL | keys)
+def folder_data(root: Path, **keys) -> Data:
+    return DATA["folder"](format="folder", root=root, **SMALL | keys)
 
 
-def npz_data(path: Path, arrays: dict[str, np.ndarray], **keys) -> NpzData:
+def npz_data(path: Path, arrays: dict[str, np.ndarray], **keys) -> Data:
     np.savez(path, **arrays)
-    return NpzData(format="npz", root=path, **SMALL | keys)
+    return DATA["npz"](format="npz", root=path, **SMALL | keys)
 
 
 def arrays(
@@ -62,8 +60,47 @@ def arrays(
     return images | {f"{s}_labels": labels for s in ("train", "val", "test")}
 
 
-def counts(found: LabelledImages) -> dict[str, list[int]]:
-    return {name: split.counts(len(found.classes)).tolist() for name, split in found.splits.items()}
+def find(section: Data) -> Dataset:
+    """The splits of a section, nothing opened that need not be."""
+    samples, classes, problems = formats.find(section)
+    dataset, more = split(samples, classes, section)
+    assert problems == more == []
+    return dataset
+
+
+def prepare(section: Data) -> tuple[Dataset, Data]:
+    """What `fit` would train on, and the section with what it fills in."""
+    trainer = {"accelerator": "cpu"}
+    spec = Recipe(task="classification", model={"name": "test_resnet"}, data=section, trainer=trainer)
+    spec, dataset, _ = fit.prepare(spec)
+    return dataset, spec.data
+
+
+def find_elsewhere(section: Data, root: Path) -> Dataset:
+    """Other labelled images for a model that was trained with a section, as `evaluate` reads them."""
+    other = formats.elsewhere(section, root)
+    samples, classes, problems = formats.find(other)
+    splits, more = given_splits(samples, other)
+    assert problems == more == []
+    return usable(read_through(Dataset(classes, splits)), other.skip_bad)
+
+
+def labels_of(dataset: Dataset, part: str) -> np.ndarray:
+    return np.stack([sample.label for sample in dataset.splits[part]])
+
+
+def names_of(dataset: Dataset, part: str) -> list[str]:
+    return [sample.name for sample in dataset.splits[part]]
+
+
+def counts(dataset: Dataset) -> dict[str, list[int]]:
+    """Images of each class in each split."""
+    classes = range(len(dataset.classes))
+    found = {}
+    for part in dataset.splits:
+        labels = labels_of(dataset, part)
+        found[part] = [int((labels == k).sum() if labels.ndim == 1 else labels[:, k].sum()) for k in classes]
+    return found
 
 
 def test_folder_with_all_splits(tmp_path):
@@ -71,9 +108,9 @@ def test_folder_with_all_splits(tmp_path):
     found = find(folder_data(root))
     assert found.classes == ["a", "b"]
     assert counts(found) == {"train": [2, 3], "val": [1, 1], "test": [0, 2]}
-    assert found.splits["train"].names[0] == "train/a/000.png"
-    assert found.splits["train"].images[0] == root / "train/a/000.png"
-    assert found.splits["train"].labels.tolist() == [0, 0, 1, 1, 1]
+    assert names_of(found, "train")[0] == "train/a/000.png"
+    assert found.splits["train"][0].path == root / "train/a/000.png"
+    assert labels_of(found, "train").tolist() == [0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("inside", ["train__", ""], ids=["train only", "one folder"])
@@ -82,8 +119,8 @@ def test_folder_splits_are_drawn_by_class(tmp_path, inside):
     found = find(folder_data(root))
     assert counts(found) == {"train": [16, 8], "val": [4, 2]}
     again, other = find(folder_data(root)), find(folder_data(root, split_seed=1))
-    assert again.splits["val"].names == found.splits["val"].names != other.splits["val"].names
-    assert not set(found.splits["train"].names) & set(found.splits["val"].names)
+    assert names_of(again, "val") == names_of(found, "val") != names_of(other, "val")
+    assert not set(names_of(found, "train")) & set(names_of(found, "val"))
 
 
 def test_test_fraction_is_drawn_first(tmp_path):
@@ -91,7 +128,7 @@ def test_test_fraction_is_drawn_first(tmp_path):
     found = find(folder_data(root, test_fraction=0.25))
     assert counts(found) == {"train": [11, 11], "val": [4, 4], "test": [5, 5]}
     other = find(folder_data(root, test_fraction=0.25, fold=1))
-    assert other.splits["test"].names == found.splits["test"].names
+    assert names_of(other, "test") == names_of(found, "test")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +153,7 @@ def test_test_fraction_is_drawn_first(tmp_path):
 )
 def test_folder_refusals(tmp_path, tree, keys, message):
     with pytest.raises(UserError, match=message):
-        find(folder_data(folders(tmp_path, **tree), **keys))
+        prepare(folder_data(folders(tmp_path, **tree), **keys))
 
 
 def test_missing_folder_is_refused(tmp_path):
@@ -146,22 +183,25 @@ def test_npz_images(tmp_path, shape, channels):
     assert found.classes == ["0", "1", "2"]
     assert counts(found) == {split: [4, 4, 4] for split in ("train", "val", "test")}
     assert (data.channels, len(data.mean), len(data.std)) == (channels, channels, channels)
-    assert found.splits["train"].names[7] == "train[7]"
+    assert names_of(found, "train")[7] == "train[7]"
 
 
 def test_npz_with_several_labels(tmp_path):
     labels = np.random.default_rng(0).integers(0, 2, (12, 5))
     found = find(npz_data(tmp_path / "a.npz", arrays(labels=labels)))
-    assert found.multi_label
-    assert found.splits["val"].labels.dtype == np.float32
-    assert np.array_equal(found.splits["val"].labels, labels)
+    assert labels_of(found, "val").dtype == np.float32
+    assert np.array_equal(labels_of(found, "val"), labels)
 
 
 @pytest.mark.parametrize(
     ("change", "keys", "message"),
     [
         ({"val_labels": None}, {}, "missing val_labels; it has .*train_images"),
-        ({"val_labels": None, "val_images": None}, {}, "no validation images; add a val split$"),
+        (
+            {"val_labels": None, "val_images": None},
+            {},
+            "no validation images; add a val split, or set data.val_fraction",
+        ),
         ({"val_images": np.zeros((12, 9, 9), np.uint8)}, {}, "image shapes are"),
         ({"val_labels": np.zeros((7, 1), int)}, {}, r"val_labels has shape \(7, 1\) for 12 images"),
         ({"train_labels": np.full((12, 1), 0.5)}, {}, "float64 values"),
@@ -175,7 +215,7 @@ def test_npz_with_several_labels(tmp_path):
 def test_npz_refusals(tmp_path, change, keys, message):
     content = {key: value for key, value in (arrays() | change).items() if value is not None}
     with pytest.raises(UserError, match=message):
-        find(npz_data(tmp_path / "a.npz", content, **keys))
+        prepare(npz_data(tmp_path / "a.npz", content, **keys))
 
 
 def test_npz_files_that_are_none(tmp_path):
@@ -183,9 +223,15 @@ def test_npz_files_that_are_none(tmp_path):
     np.savez(tmp_path / "b.npz", train_images=np.array([{}], dtype=object))
     for name in ("a.npz", "b.npz"):
         with pytest.raises(UserError, match=f"{name}: not readable as .npz of plain arrays"):
-            find(NpzData(format="npz", root=tmp_path / name))
+            find(DATA["npz"](format="npz", root=tmp_path / name))
     with pytest.raises(UserError, match=r"gone\.npz: no such file"):
-        find(NpzData(format="npz", root=tmp_path / "gone.npz"))
+        find(DATA["npz"](format="npz", root=tmp_path / "gone.npz"))
+
+
+def test_several_labels_cannot_be_drawn_alike(tmp_path):
+    labels = np.random.default_rng(0).integers(0, 2, (12, 5))
+    with pytest.raises(UserError, match="balanced_sampling is true, but images have several labels"):
+        prepare(npz_data(tmp_path / "a.npz", arrays(labels=labels), balanced_sampling=True))
 
 
 @pytest.fixture
@@ -194,8 +240,8 @@ def images(tmp_path) -> list[str]:
     return [write(tmp_path / f"{i}.png", i).name for i in range(40)]
 
 
-def csv_data(path: Path, **keys) -> CsvData:
-    return CsvData(format="csv", root=path, **SMALL | keys)
+def csv_data(path: Path, **keys) -> Data:
+    return DATA["csv"](format="csv", root=path, **SMALL | keys)
 
 
 def test_csv_draws_splits(tmp_path, images):
@@ -203,8 +249,7 @@ def test_csv_draws_splits(tmp_path, images):
     found = find(csv_data(path, test_fraction=0.1))
     assert found.classes == ["a", "b"]
     assert counts(found) == {"train": [14, 14], "val": [4, 4], "test": [2, 2]}
-    for split in found.splits.values():
-        assert all(int(Path(n).stem) % 2 == k for n, k in zip(split.names, split.labels, strict=True))
+    assert all(int(Path(sample.name).stem) % 2 == sample.label for sample in found.samples)
 
 
 def test_csv_with_its_own_splits_and_folder(tmp_path, images):
@@ -223,11 +268,10 @@ def test_csv_with_several_labels(tmp_path, images):
     path = table(tmp_path / "t.csv", "path,label", [f"{p},{texts[i % 4]}" for i, p in enumerate(images)])
     found = find(csv_data(path, label_separator="|"))
     assert found.classes == ["x", "y", "z"]
-    assert found.multi_label
-    together = np.concatenate([split.labels for split in found.splits.values()])
+    together = np.concatenate([labels_of(found, name) for name in found.splits])
     assert together.sum(0).tolist() == [20, 20, 10]
     assert len(found.splits["val"]) == 8
-    assert found.splits["val"].labels.sum(0).tolist() == [4, 4, 2]
+    assert labels_of(found, "val").sum(0).tolist() == [4, 4, 2]
 
 
 @pytest.mark.parametrize("separator", [None, "|"])
@@ -238,7 +282,7 @@ def test_groups_stay_together(tmp_path, images, separator, keys):
     rows = [f"{p},{'ab'[i % 2]},patient{i // 4}" for i, p in enumerate(images)]
     path = table(tmp_path / "t.csv", "path,label,patient", rows)
     found = find(csv_data(path, group_column="patient", label_separator=separator, **keys))
-    homes = [set(split.groups) for split in found.splits.values()]
+    homes = [{sample.group for sample in split} for split in found.splits.values()]
     assert set.union(*homes) == {f"patient{i}" for i in range(10)}
     assert sum(map(len, homes)) == 10
     assert all(len(set(c)) == 1 for c in counts(found).values())  # every group has as many of a as of b
@@ -258,14 +302,14 @@ def test_groups_stay_together(tmp_path, images, separator, keys):
 )
 def test_csv_refusals(tmp_path, images, header, row, keys, message):
     with pytest.raises(UserError, match=message):
-        find(csv_data(table(tmp_path / "t.csv", header, [row.format(p) for p in images]), **keys))
+        prepare(csv_data(table(tmp_path / "t.csv", header, [row.format(p) for p in images]), **keys))
 
 
 def test_csv_groups_across_given_splits_are_refused(tmp_path, images):
     rows = [f"{p},{'ab'[i % 2]},{'train' if i < 30 else 'val'},g{i // 4}" for i, p in enumerate(images)]
     path = table(tmp_path / "t.csv", "path,label,part,who", rows)
     with pytest.raises(UserError, match=r"in more than one split: g7 \(train, val\)"):
-        find(csv_data(path, split_column="part", group_column="who"))
+        prepare(csv_data(path, split_column="part", group_column="who"))
 
 
 def test_csv_that_is_none(tmp_path):
@@ -277,10 +321,10 @@ def test_csv_that_is_none(tmp_path):
 
 @pytest.mark.parametrize(("name", "size", "count"), [("mnist_5k", 28, 5000), ("digits", 8, 1797)])
 def test_builtin(name, size, count):
-    found = find(BuiltinData(format="builtin", name=name, test_fraction=0.1))
+    found = find(DATA["builtin"](format="builtin", name=name, test_fraction=0.1))
     assert found.classes == list("0123456789")
     assert sum(map(len, found.splits.values())) == count
-    images = found.splits["train"].images
+    images = np.stack([sample.pixels for sample in found.splits["train"]])
     assert images.shape[1:] == (size, size)
     assert (images.dtype, images.min(), images.max()) == (np.uint8, 0, 255)
 
@@ -288,30 +332,29 @@ def test_builtin(name, size, count):
 def test_folds_partition_train_and_val(tmp_path):
     root = folders(tmp_path, train__a=12, train__b=18, val__a=8, val__b=2, test__a=3)
     found = [find(folder_data(root, fold=k, folds=4)) for k in range(4)]
-    held = [set(f.splits["val"].names) for f in found]
-    whole = find(folder_data(root)).splits
-    assert set.union(*held) == {*whole["train"].names, *whole["val"].names}
+    held = [set(names_of(f, "val")) for f in found]
+    whole = find(folder_data(root))
+    assert set.union(*held) == {*names_of(whole, "train"), *names_of(whole, "val")}
     assert sum(map(len, held)) == 40
     for f, names in zip(found, held, strict=True):
         assert counts(f) == {"train": [15, 15], "val": [5, 5], "test": [3, 0]}
-        assert not names & set(f.splits["train"].names)
+        assert not names & set(names_of(f, "train"))
 
 
 def test_other_images_are_read_with_the_trained_classes(tmp_path):
     data = folder_data(folders(tmp_path / "own", a=9, b=9), classes=["a", "b"])
-    assert counts(find_labelled(data)) == counts(find(data))
-    assert counts(find_labelled(data, folders(tmp_path / "new", b=3))) == {"all": [0, 3]}
+    assert counts(find_elsewhere(data, folders(tmp_path / "new", b=3))) == {"all": [0, 3]}
     with pytest.raises(UserError, match="in the data: c"):
-        find_labelled(data, folders(tmp_path / "odd", c=3))
+        find_elsewhere(data, folders(tmp_path / "odd", c=3))
     (tmp_path / "odd/b").mkdir()
     (tmp_path / "odd/b/x.png").touch()
     shutil.rmtree(tmp_path / "odd/c")
     with pytest.raises(UserError, match=r"1 of 1 images cannot be used.*\n.*x\.png: not an image"):
-        find_labelled(data, tmp_path / "odd")
+        find_elsewhere(data, tmp_path / "odd")
     path = table(tmp_path / "t.csv", "path,label", ["own/a/000.png,b"])
-    assert counts(find_labelled(data, path)) == {"all": [0, 1]}
+    assert counts(find_elsewhere(data, path)) == {"all": [0, 1]}
     np.savez(tmp_path / "t.npz", test_images=np.zeros((2, 8, 8), np.uint8), test_labels=np.array([[1], [1]]))
-    assert counts(find_labelled(data, tmp_path / "t.npz")) == {"test": [0, 2]}
+    assert counts(find_elsewhere(data, tmp_path / "t.npz")) == {"test": [0, 2]}
 
 
 def test_channels_mean_and_std_are_measured_on_training_images(tmp_path):
@@ -344,8 +387,8 @@ def test_unreadable_images_are_refused_or_left_out(tmp_path, caplog):
         prepare(folder_data(root))
     found, _ = prepare(folder_data(root, skip_bad=True))
     assert counts(found) == {"train": [5, 6], "val": [2, 1]}
-    assert "2 unreadable images are left out" in caplog.text
-    assert counts(find_labelled(folder_data(root, skip_bad=True))) == counts(found)
+    assert "2 images cannot be used and are left out" in caplog.text
+    assert len(found.skipped) == 2
     for path in root.glob("train/a/*"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="no training image of a"):
@@ -360,233 +403,105 @@ def test_images_smaller_than_the_crop_are_refused_only_without_resizing(tmp_path
         prepare(folder_data(root, resize="none"))
 
 
-AUGMENT = Augment(vflip=0.5, rotate=20.0, jitter=0.3, policy="randaugment", erasing=0.3)
+def test_an_npz_without_validation_draws_it_where_the_recipe_says_so(tmp_path):
+    content = {key: value for key, value in arrays(30).items() if key.startswith("train")}
+    found = find(npz_data(tmp_path / "a.npz", content, val_fraction=0.2))
+    assert counts(found) == {"train": [8, 8, 8], "val": [2, 2, 2]}
+    assert DATA["npz"](format="npz", root=tmp_path / "a.npz").val_fraction == 0
 
 
-def module(root: Path, seed: int = 0, **keys) -> ClassificationDataModule:
-    return ClassificationDataModule(*prepare(folder_data(root, **{"augment": AUGMENT, **keys})), seed)
+def labelled_sections(root: Path, **keys) -> dict[str, Data]:
+    """Every format of images with a label, over 30 images or more."""
+    folders(root / "tree", a=15, b=15)
+    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.png"))
+    table(root / "t.csv", "path,label", [f"{file},{file.split('/')[1]}" for file in files])
+    content = {key: value for key, value in arrays(30).items() if key.startswith("train")}
+    return {
+        "folder": folder_data(root / "tree", **keys),
+        "csv": csv_data(root / "t.csv", **keys),
+        "npz": npz_data(root / "a.npz", content, **keys),
+        "builtin": DATA["builtin"](format="builtin", name="digits", **keys),
+    }
 
 
-def epoch(loader: DataLoader, number: int = 0) -> str:
-    """Fingerprint of all batches of an epoch."""
-    loader.sampler.set_epoch(number)
-    digest = hashlib.sha256()
-    for batch in loader:
-        for key in ("image", "label", "index"):
-            digest.update(batch[key].numpy().tobytes())
-    return digest.hexdigest()
+@pytest.mark.parametrize("form", ["folder", "csv", "npz", "builtin"])
+def test_every_format_draws_by_fraction_by_fold_and_by_lists(tmp_path, form):
+    drawn = find(labelled_sections(tmp_path / "one", val_fraction=0.2, test_fraction=0.1)[form])
+    total = len(drawn.samples)
+    if form == "npz":  # whose samples are all of train, of which only val is drawn
+        assert {name: len(part) for name, part in drawn.splits.items()} == {"train": 24, "val": 6}
+    else:
+        assert len(drawn.splits["val"]) == pytest.approx(0.2 * total, abs=2)
+        assert len(drawn.splits["test"]) == pytest.approx(0.1 * total, abs=2)
+    folded = find(labelled_sections(tmp_path / "two", fold=1, folds=3)[form])
+    assert len(folded.splits["val"]) == pytest.approx(total / 3, abs=1)
+    names = [sample.name for sample in drawn.samples]
+    lists = {"train": names[5:20], "val": names[:3], "test": names[3:5]}
+    for name, lines in lists.items():
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    given = {"lists": {name: tmp_path / f"{name}.txt" for name in lists}}
+    listed = find(labelled_sections(tmp_path / "three", **given)[form])
+    assert {name: names_of(listed, name) for name in listed.splits} == lists
 
 
-@pytest.fixture
-def tree(tmp_path) -> Path:
-    return folders(tmp_path, train__a=9, train__b=14, val__a=3, val__b=3)
+def test_lists_that_name_images_twice_or_none_are_refused_with_the_line(tmp_path):
+    folders(tmp_path / "tree", a=15, b=15)
+    (tmp_path / "train.txt").write_text("a/000.png\nb/001.png\na/gone.png\n")
+    (tmp_path / "val.txt").write_text("a/000.png\nb/002.png\n")
+    lists = {name: tmp_path / f"{name}.txt" for name in ("train", "val")}
+    with pytest.raises(
+        UserError, match=r"(?s)train\.txt: no image called a/gone\.png.*a/000\.png is listed in train, val"
+    ):
+        prepare(folder_data(tmp_path / "tree", lists=lists))
 
 
-def test_batches(tree):
-    data = module(tree)
-    batches = list(data.train_dataloader())
-    assert len(batches) == 5  # 23 images: the incomplete batch is left out
-    assert batches[0]["image"].shape == (4, 3, 32, 32)
-    assert batches[0]["image"].dtype == torch.float32
-    assert batches[0]["label"].dtype == batches[0]["index"].dtype == torch.int64
-    labels = torch.as_tensor(data.images.splits["train"].labels)
-    assert all(torch.equal(labels[b["index"]], b["label"]) for b in batches)
-    held = [i for b in data.val_dataloader() for i in b["index"].tolist()]
-    assert held == list(range(6))
-    with pytest.raises(UserError, match="no test images; there are: train, val"):
-        data.test_dataloader()
+def test_a_list_that_is_no_text_is_refused(tmp_path):
+    folders(tmp_path / "tree", a=15, b=15)
+    with pytest.raises(UserError, match=r"data\.lists\.train: .*000\.png: not a text file"):
+        prepare(folder_data(tmp_path / "tree", lists={"train": tmp_path / "tree/a/000.png"}))
 
 
-def test_batches_depend_on_seed_and_epoch_only(tree):
-    alone, workers = module(tree, workers=0), module(tree, workers=2)
-    first, later = (epoch(alone.train_dataloader(), n) for n in (0, 3))
-    assert first != later
-    loader = workers.train_dataloader()
-    torch.rand(7)
-    assert [epoch(loader, n) for n in (0, 1, 3)][::2] == [first, later]
-    assert epoch(module(tree, seed=1).train_dataloader()) != first
+@pytest.mark.parametrize("form", ["folder", "csv"])
+def test_every_format_of_files_leaves_bad_ones_out(tmp_path, form):
+    section = labelled_sections(tmp_path, skip_bad=True)[form]
+    (tmp_path / "tree/a/004.png").write_bytes(b"no image")
+    found, _ = prepare(section)
+    assert len(found.samples) == 29
+    assert len(found.skipped) == 1
+    assert "a/004.png: not an image" in found.skipped[0]
 
 
-def test_loading_leaves_the_global_generator_alone(tree):
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    epoch(module(tree, workers=0).train_dataloader())
-    assert torch.equal(torch.get_rng_state(), state)
+@pytest.mark.parametrize("name", ["@eaDir/a.png/thumb.png", "a/@eaDir/thumb.png", "a/._000.png", "__MACOSX/a/000.png"])
+def test_what_systems_leave_is_neither_a_class_nor_an_image(tmp_path, name):
+    folders(tmp_path, a=10, b=10)
+    write(tmp_path / name, 99)
+    assert counts(find(folder_data(tmp_path))) == {"train": [8, 8], "val": [2, 2]}
 
 
-def test_datasets_can_be_sent_to_other_processes(tree):
-    dataset = module(tree).train_dataloader().dataset
-    copy = pickle.loads(pickle.dumps(dataset))
-    assert torch.equal(copy[2, 5]["image"], dataset[2, 5]["image"])
-    assert not torch.equal(copy[2, 5]["image"], dataset[5]["image"])
+@pytest.mark.parametrize("place", ["a/up", "b/deep/up"])
+def test_a_link_to_a_folder_above_does_not_multiply_the_images_of_a_class(tmp_path, place):
+    folders(tmp_path / "tree", a=10, b=10)
+    link = tmp_path / "tree" / place
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(tmp_path / "tree", target_is_directory=True)
+    assert counts(find(folder_data(tmp_path / "tree"))) == {"train": [8, 8], "val": [2, 2]}
 
 
-class Watch(pl.LightningModule):
-    """Takes down which images came in which epoch, and the labels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen: dict[int, list[int]] = {}
-        self.shapes: set = set()
-
-    def training_step(self, batch, batch_idx):
-        self.seen.setdefault(self.current_epoch, []).extend(batch["index"].tolist())
-        self.shapes.add(("train", *batch["label"].shape))
-        return self.weight * batch["image"].mean()
-
-    def validation_step(self, batch, batch_idx):
-        self.shapes.add(("val", *batch["label"].shape))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def trainer(**keys) -> pl.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return pl.Trainer(accelerator="cpu", **{"enable_checkpointing": False, "num_sanity_val_steps": 0, **quiet, **keys})
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
-@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:The number of training batches")
-@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
-def test_training_sees_another_order_each_epoch_and_the_same_after_a_resume(tree, tmp_path, workers):
-    whole, first, rest = Watch(), Watch(), Watch()
-    trainer(max_epochs=4).fit(whole, module(tree, workers=workers))
-    saving = [ModelCheckpoint(tmp_path / "saved", "last", save_on_train_epoch_end=True, enable_version_counter=False)]
-    kept = {"enable_checkpointing": True, "callbacks": saving}
-    trainer(max_epochs=2, **kept).fit(first, module(tree, workers=workers))
-    trainer(max_epochs=4, **kept).fit(rest, module(tree, workers=workers), ckpt_path=tmp_path / "saved/last.ckpt")
-    assert len({tuple(order) for order in whole.seen.values()}) == 4
-    assert whole.seen == first.seen | rest.seen
-    loader = module(tree).train_dataloader()
-    loader.sampler.set_epoch(3)
-    assert whole.seen[3] == [i for _, i in loader.sampler][:20]
-
-
-@pytest.mark.parametrize("mixes", [{"mixup": 0.5}, {"cutmix": 1.0}, {"mixup": 0.5, "cutmix": 1.0}])
-@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:The number of training batches")
-@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
-def test_mixed_labels_in_training_only(tree, mixes):
-    watch = Watch()
-    trainer(max_epochs=1).fit(watch, module(tree, workers=0, augment=Augment(**mixes)))
-    assert watch.shapes == {("train", 4, 2), ("val", 4), ("val", 2)}
-
-
-@pytest.mark.parametrize("labels", [torch.tensor([0, 2, 1]), torch.tensor([[1.0, 1, 0], [0, 0, 0], [0, 1, 1]])])
-def test_mix_shares_images_and_labels_alike(labels):
-    from visionattn.tasks.classification.transforms import mix_transform
-
-    torch.manual_seed(0)
-    pictures = torch.arange(3.0).reshape(3, 1, 1, 1).expand(3, 1, 8, 8)
-    image, label = mix_transform(Augment(mixup=1.0), 3)(pictures, labels)
-    hot = torch.nn.functional.one_hot(labels, 3).float() if labels.ndim == 1 else labels
-    share = image[1, 0, 0, 0]  # of picture 1 over picture 0
-    torch.testing.assert_close(label[1], share * hot[1] + (1 - share) * hot[0])
-    assert mix_transform(Augment(), 3) is None
-
-
-def test_balanced_sampling_draws_every_class_alike(tmp_path):
-    root = folders(tmp_path, train__a=60, train__b=6, val__a=1, val__b=1)
-    loader = module(root, balanced_sampling=True).train_dataloader()
-    labels = loader.dataset.labels
-    drawn, orders = [], set()
-    for number in range(40):
-        loader.sampler.set_epoch(number)
-        order = [i for _, i in loader.sampler]
-        orders.add(tuple(order))
-        drawn += labels[order].tolist()
-    assert len(orders) == 40
-    assert 0.45 < np.mean(drawn) < 0.55
-    several = arrays(labels=np.random.default_rng(0).integers(0, 2, (12, 5)))
-    with pytest.raises(UserError, match="balanced_sampling is true, but images have several labels"):
-        ClassificationDataModule(*prepare(npz_data(tmp_path / "a.npz", several, balanced_sampling=True)))
-
-
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_processes_share_an_epoch(monkeypatch, shuffle):
-    from visionattn.data.loaders import EpochSampler
-
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 3)
-    parts = []
-    for rank in range(3):
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda *_, rank=rank: rank)
-        sampler = EpochSampler(20, seed=1, shuffle=shuffle)
-        sampler.set_epoch(5)
-        parts.append([i for _, i in sampler])
-        assert len(sampler) == len(parts[-1])
-    together = sorted(i for part in parts for i in part)
-    assert len(set(together)) == len(together) == (18 if shuffle else 20)
-    if shuffle:
-        assert {len(part) for part in parts} == {6}
-
-
-def dtypes(channels: int) -> list[torch.Tensor]:
-    image = torch.rand(channels, 50, 40)
-    return [image, (image * 255).to(torch.uint8)]
-
-
-@pytest.mark.parametrize("channels", [1, 3, 5])
-@pytest.mark.parametrize("resize", ["crop", "squash", "none"])
-@pytest.mark.parametrize("size", [32, [32, 36]])
-def test_transforms_give_the_size_asked_for(channels, resize, size):
-    from visionattn.tasks.classification.transforms import eval_transform, train_transform
-
-    augment = Augment(rotate=10.0, vflip=0.5, erasing=0.5, jitter=0.2 if channels < 5 else 0.0)
-    statistics = {"channels": channels, "mean": [0.5] * channels, "std": [0.25] * channels}
-    keys = {"image_size": size, "resize": resize, "augment": augment} | statistics
-    data = FolderData(format="folder", root=Path(), **keys)
-    for image in dtypes(channels):
-        for transform in (train_transform(data), eval_transform(data)):
-            result = transform(image)
-            assert result.shape == (channels, 32, 32 if size == 32 else 36)
-            assert result.dtype == torch.float32
-
-
-def settings(**keys) -> ClassificationData:
-    statistics = {"channels": 3, "mean": [0.5] * 3, "std": [0.5] * 3}
-    return FolderData(format="folder", root=Path(), **{"image_size": 32, **statistics, **keys})
-
-
-def test_evaluation_geometry():
-    from visionattn.tasks.classification.transforms import eval_transform
-
-    half = torch.zeros(3, 40, 80)
-    half[:, :, 40:] = 1
-    assert torch.equal(eval_transform(settings(resize="none", image_size=40))(half), half[:, :, 20:60] * 2 - 1)
-    squashed = eval_transform(settings(resize="squash", interpolation="nearest"))(half)
-    assert (squashed[:, :, :16] == -1).all()
-    assert (squashed[:, :, 16:] == 1).all()
-    covered = eval_transform(settings(crop_pct=0.8, interpolation="nearest"))(half)  # 40 x 80, its centre
-    assert torch.equal(covered, half[:, 4:36, 24:56] * 2 - 1)
-    assert eval_transform(settings())(torch.zeros(3, 5, 3)).shape == (3, 32, 32)
-
-
-@pytest.mark.parametrize("policy", ["randaugment", "autoaugment", "trivialaugment", "augmix"])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_policies(policy, channels):
-    from visionattn.tasks.classification.transforms import train_transform
-
-    statistics = {"channels": channels, "mean": [0.5] * channels, "std": [0.5] * channels}
-    transform = train_transform(settings(augment=Augment(policy=policy), **statistics))
-    torch.manual_seed(0)
-    for image in dtypes(channels) * 10:
-        assert transform(image).isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("augment", "channels", "message"),
-    [
-        (Augment(policy="augmix"), 5, "policy is augmix, .* defined for 1 or 3 channels; the images have 5"),
-        (Augment(jitter=0.1), 2, "jitter is 0.1"),
-        (Augment(crop_scale=[1.0, 0.5]), 3, r"crop_scale is \[1.0, 0.5\], expected \[smallest, largest\]"),
-        (Augment(crop_ratio=[2.0, 0.5]), 3, "crop_ratio"),
-    ],
-)
-def test_augmentations_that_cannot_be_are_refused(augment, channels, message):
-    from visionattn.tasks.classification.transforms import train_transform
-
-    with pytest.raises(UserError, match=message):
-        train_transform(settings(augment=augment, channels=channels, mean=[0.5] * channels, std=[0.5] * channels))
+@pytest.mark.parametrize("form", ["folder", "csv"])
+def test_names_that_differ_in_unicode_normalisation_only_are_one_name(tmp_path, form):
+    composed, decomposed = (normalize(kind, "Zürich") for kind in ("NFC", "NFD"))
+    tree = {f"train__{decomposed}": 4, f"val__{composed}": 4, f"train__{composed}": 2, "train__b": 4, "val__b": 4}
+    folders(tmp_path / "tree", **tree)
+    expected = {"train": [6, 4], "val": [4, 4]}
+    if form == "folder":
+        found = find(folder_data(tmp_path / "tree"))
+    else:
+        files = sorted(path.relative_to(tmp_path / "tree").as_posix() for path in tmp_path.rglob("*.png"))
+        files = [file for file in files if not file.startswith(f"train/{composed}/")]
+        rows = [f"{normalize('NFC', f)},{normalize('NFD', f.split('/')[1])},{f.split('/')[0]}" for f in files]
+        shutil.rmtree(tmp_path / f"tree/train/{composed}")
+        path = table(tmp_path / "t.csv", "path,label,part", rows)
+        found = find(csv_data(path, images=tmp_path / "tree", split_column="part"))
+        expected["train"] = [4, 4]
+    assert found.classes == [composed, "b"]
+    assert counts(found) == expected

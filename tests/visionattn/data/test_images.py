@@ -195,13 +195,13 @@ def below(root: Path) -> list[str]:
 
 
 def test_given_folders_are_walked_in_order_and_given_files_kept(tmp_path):
-    for name in ("b/2.png", "b/1.JPG", "b/c/0.tif", "a.png"):
+    for name in ("b/2.png", "b/1.JPG", "b/c/0.tif", "a.png", "odd", "b/odd"):
         picture(tmp_path / name)
     (tmp_path / "b/notes.txt").touch()
-    found = given_files([tmp_path / "b", tmp_path / "a.png"])
-    assert [path.relative_to(tmp_path).as_posix() for _, path in found] == ["b/1.JPG", "b/2.png", "b/c/0.tif", "a.png"]
-    assert {base for base, _ in found} == {tmp_path / "b", tmp_path}
-    assert list(named_files([tmp_path / "b", tmp_path / "a.png"])) == ["1", "2", "c/0", "a"]
+    given = [tmp_path / "odd", tmp_path / "b", tmp_path / "a.png"]
+    found = [path.relative_to(tmp_path).as_posix() for _, path in given_files(given)]
+    assert found == ["odd", "b/1.JPG", "b/2.png", "b/c/0.tif", "a.png"]
+    assert list(named_files(given)) == ["odd", "1", "2", "c/0", "a"]
 
 
 def test_given_paths_that_are_no_images_are_all_refused_before_the_first_one_is_read(tmp_path):

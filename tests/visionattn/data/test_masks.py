@@ -1,30 +1,38 @@
-"""Images with masks: pairs, what masks say, splits, crops and parts."""
+"""Images with masks: pairs, what masks say, and splits."""
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torchvision import tv_tensors
 
 from visionattn import recipe
+from visionattn.data import formats
 from visionattn.data.formats.image_mask import read_mask
 from visionattn.data.labels import Labels
-from visionattn.data.masked import find, find_labelled, prepare
-from visionattn.data.sample import IGNORE
+from visionattn.data.sample import IGNORE, Dataset
+from visionattn.data.splits import split
+from visionattn.data.survey import read_through
 from visionattn.errors import UserError
-from visionattn.recipe import SegmentationAugment
-from visionattn.tasks.segmentation.task import _views
-from visionattn.tasks.segmentation.transforms import TrainingCrops, WholeImages, augmentation
-
-ROOT = Path(__file__).parents[2]
+from visionattn.tasks.segmentation.recipe import DATA, Data
 
 
-def section(root: Path, **keys):
+def section(root: Path, **keys) -> Data:
     """The data section of a recipe for image files with masks."""
     text = f"task: segmentation\nmodel: {{name: m}}\ndata: {{format: image_mask, root: {root}, classes: [no, yes]}}\n"
     return recipe.loads(text, "test", [f"data.{key}={value}" for key, value in keys.items()]).data
+
+
+def find(data: Data) -> tuple[Dataset, list[str]]:
+    """The splits of a section, of which only headers are read, and what is wrong with them."""
+    samples, classes, problems = formats.find(data)
+    dataset, more = split(samples, classes, data)
+    return dataset, problems + more
+
+
+def names_of(dataset: Dataset) -> dict[str, list[str]]:
+    return {name: [sample.name for sample in part] for name, part in dataset.splits.items()}
 
 
 def write(root: Path, names: list[str], mask: np.ndarray | None = None, kind: str = ".png") -> None:
@@ -47,10 +55,9 @@ def test_pairs_are_made_by_stem_whatever_the_order_and_the_ending(tmp_path):
         (tmp_path / "masks" / f"{name}.tif").rename(tmp_path / "masks" / f"{name}_seg.tif")
     found, problems = find(section(tmp_path, mask_suffix="_seg", val_fraction=0.4))
     assert not problems
-    for split in found.splits.values():
-        for item in split.items:
-            assert item.mask_path.stem == f"{item.path.stem}_seg"
-            assert item.name in ("a", "b", "sub/c")
+    assert {sample.name for sample in found.samples} == {"a", "b", "sub/c"}
+    for sample in found.samples:
+        assert sample.mask_path.stem == f"{sample.path.stem}_seg"
 
 
 def test_splits_are_what_folders_above_or_below_are_called(tmp_path):
@@ -58,7 +65,7 @@ def test_splits_are_what_folders_above_or_below_are_called(tmp_path):
     write(tmp_path / "Val" / "Urban", ["1"])
     found, problems = find(section(tmp_path))
     assert not problems
-    assert {name: split.names for name, split in found.splits.items()} == {
+    assert names_of(found) == {
         "train": ["Train/Urban/1", "Train/Urban/2"],
         "val": ["Val/Urban/1"],
     }
@@ -68,23 +75,23 @@ def test_drawn_splits_and_folds_keep_groups_together_and_repeat(tmp_path):
     names = [f"p{p}_{i}" for p in range(10) for i in range(3)]
     write(tmp_path, names)
     keys = {"group": "'^p[0-9]+'", "val_fraction": 0.2, "test_fraction": 0.2}
-    first, again = (find(section(tmp_path, **keys))[0].splits for _ in range(2))
-    groups = {name: {item.group for item in split.items} for name, split in first.items()}
+    first, again = (find(section(tmp_path, **keys))[0] for _ in range(2))
+    groups = {name: {sample.group for sample in part} for name, part in first.splits.items()}
     assert {name: len(group) for name, group in groups.items()} == {"train": 6, "val": 2, "test": 2}
     assert not groups["train"] & groups["val"] | groups["train"] & groups["test"] | groups["val"] & groups["test"]
-    assert {n: s.names for n, s in first.items()} == {n: s.names for n, s in again.items()}
+    assert names_of(first) == names_of(again)
     held = [find(section(tmp_path, group=keys["group"], fold=k, folds=5))[0].splits["val"] for k in range(5)]
-    assert sorted(name for split in held for name in split.names) == sorted(names)
+    assert sorted(sample.name for part in held for sample in part) == sorted(names)
 
 
 def test_list_files_say_the_splits_and_must_not_overlap(tmp_path):
     write(tmp_path, ["a", "b", "c", "d"])
-    for split, lines in (("train", "b\na\n"), ("val", "c\n")):
-        (tmp_path / f"{split}.txt").write_text(lines)
-    lists = {f"lists.{split}": tmp_path / f"{split}.txt" for split in ("train", "val")}
+    for name, lines in (("train", "b\na\n"), ("val", "c\n")):
+        (tmp_path / f"{name}.txt").write_text(lines)
+    lists = {f"lists.{name}": tmp_path / f"{name}.txt" for name in ("train", "val")}
     found, problems = find(section(tmp_path, **lists))
     assert not problems
-    assert {n: s.names for n, s in found.splits.items()} == {"train": ["b", "a"], "val": ["c"]}
+    assert names_of(found) == {"train": ["b", "a"], "val": ["c"]}
     (tmp_path / "val.txt").write_text("c\na\nz\n")
     _, problems = find(section(tmp_path, **lists))
     assert any("a is listed in train, val" in text for text in problems)
@@ -99,11 +106,74 @@ def test_list_files_say_the_splits_and_must_not_overlap(tmp_path):
         ({"values": "[[0, 3], 7]"}, [[0, 3, 7]], [[0, 0, 1]]),
         ({"ignore_index": 0}, [[0, 1, 2]], [[IGNORE, 0, 1]]),
         ({"values": "[0, 1]", "ignore_index": 65535}, [[0, 65535, 1]], [[0, IGNORE, 1]]),
+        ({"ignore_index": -1}, [[0, -1, 1]], [[0, IGNORE, 1]]),
+        ({"values": "[-5, 7]", "ignore_index": -9999}, [[-5, -9999, 7]], [[0, IGNORE, 1]]),
+        ({"values": "[0, 312782560]"}, [[0, 312782560]], [[0, 1]]),
+        ({"values": "[0, 65536]"}, [[0, 65536]], [[0, 1]]),
+        ({"values": "[0, 4294967295]", "ignore_index": 4294967294}, [[4294967295, 4294967294]], [[1, IGNORE]]),
+        ({"values": "[9223372036854775807, -9223372036854775808]"}, [[2**63 - 1, -(2**63)]], [[0, 1]]),
+        ({"values": "[[0, 70000], [-3, 8]]"}, [[8, 70000, 0, -3]], [[1, 0, 0, 1]]),
     ],
 )
 def test_values_of_masks_become_class_numbers(keys, mask, expected):
-    numbers = Labels.of(section(Path("x"), **keys)).of_mask(np.array(mask, np.uint16), "m.png")
+    numbers = Labels.of(section(Path("x"), **keys)).of_mask(np.array(mask), "m.png")
     assert numbers.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bool", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", ">u2", ">i4", "f2", "f4", "f8"]
+)
+def test_the_type_of_a_mask_does_not_matter(dtype):
+    keys = {"values": "[0, 1]", "ignore_index": -1}
+    mask = np.array([[0, 1, 1, 0]]).astype(dtype)
+    assert Labels.of(section(Path("x"), **keys)).of_mask(mask, "m.png").tolist() == [[0, 1, 1, 0]]
+
+
+@pytest.mark.parametrize("wide", [256, 65536, 2**32, -(2**16), 2**31 + 1])
+@pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "i2", "u4", "i4", "i8"])
+def test_a_value_that_a_mask_cannot_hold_is_in_no_mask(dtype, wide):
+    """Numbers are compared as numbers, not after they have been cut to the bits of the mask."""
+    labels = Labels.of(section(Path("x"), values=f"[3, {wide}]"))
+    mask = np.array([[3, wide % 256 % 128]]).astype(dtype)
+    if mask[0, 1] == 3:
+        assert labels.of_mask(mask, "m.png").tolist() == [[0, 0]]
+    else:
+        with pytest.raises(UserError, match=rf"m\.png: the mask has {mask[0, 1]}, but classes are"):
+            labels.of_mask(mask, "m.png")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("keys", [{}, {"ignore_index": 0}, {"values": "[0, 5]", "ignore_index": -1}])
+def test_masks_of_no_numbers_are_refused_by_name(keys, value):
+    labels = Labels.of(section(Path("x"), **keys))
+    with pytest.raises(UserError, match=r"m\.tif: the mask has values that are no numbers \(NaN or infinite\)"):
+        labels.of_mask(np.array([[0, value]], np.float32), "m.tif")
+    with pytest.raises(UserError, match=r"m\.tif: the mask has values that are no whole numbers"):
+        labels.of_mask(np.array([[0, 0.5]], np.float32), "m.tif")
+
+
+def test_a_mask_file_with_nan_is_named_when_the_data_are_read(tmp_path):
+    write(tmp_path, ["train/a", "val/a"], kind=".tif")
+    mask = np.zeros((40, 48), np.float32)
+    Image.fromarray(mask).save(tmp_path / "masks/train/a.tif")
+    mask[3, 4] = np.nan
+    Image.fromarray(mask).save(tmp_path / "masks/val/a.tif")
+    readings = read_through(find(section(tmp_path))[0]).readings
+    assert readings["train"][0].error is None
+    assert str(tmp_path / "masks/val/a.tif") in readings["val"][0].error
+    assert "NaN" in readings["val"][0].error
+
+
+@pytest.mark.parametrize("value", [70000, -7, 2**31 - 1])
+def test_wide_numbers_in_mask_files_are_read(tmp_path, value):
+    mask = np.zeros((40, 48), np.int32)
+    mask[:, 24:] = value
+    write(tmp_path, ["train/a", "val/a"], mask, kind=".tif")
+    found, problems = find(section(tmp_path, values=f"[0, {value}]"))
+    assert not problems
+    assert np.bincount(found.samples[0].target().ravel()).tolist() == [40 * 24, 40 * 24]
+    advice = read_through(find(section(tmp_path))[0]).readings["train"][0].error
+    assert f"data.values=[0, {value}]" in advice or f"data.ignore_index={value}" in advice
 
 
 def test_unknown_values_are_named_with_the_likely_remedy():
@@ -112,7 +182,7 @@ def test_unknown_values_are_named_with_the_likely_remedy():
         labels.of_mask(np.array([[0, 255]], np.uint8), "m.png")
     with pytest.raises(UserError, match=r"m.png: the mask has 255.*data.ignore_index=255"):
         labels.of_mask(np.array([[0, 1, 255]], np.uint8), "m.png")
-    with pytest.raises(UserError, match=r"m.png: the mask has -1"):
+    with pytest.raises(UserError, match=r"m.png: the mask has -1.*data.ignore_index=-1"):
         labels.of_mask(np.array([[0, -1]], np.int16), "m.png")
     with pytest.raises(UserError, match=r"data\.colors"):
         labels.of_mask(np.zeros((2, 2, 3), np.uint8), "m.png")
@@ -134,95 +204,82 @@ def test_colours_of_masks_become_class_numbers():
         labels.of_mask(mask + 1, "m.png")
 
 
-@pytest.mark.parametrize("resize", ["squash", "shorter", "none"])
-def test_crops_keep_image_and_mask_together(resize, tmp_path):
-    mask = np.zeros((40, 48), np.uint8)
-    mask[20:] = 1  # the value of a pixel tells its row, so its class
-    write(tmp_path, [f"train/{i}" for i in range(4)] + ["val/0"], mask)
-    keys = {"mean": "[0.0]", "std": "[1.0]", "image_size": 32, "batch_size": 2, "resize": resize}
-    augment = "{scale: [0.6, 1.6], hflip: 0.5, vflip: 0.5, rot90: 0.5}"
-    data = section(tmp_path, augment=augment, crops_per_image=8, **keys)
-    found, data = prepare(find_labelled(data), data)
-    crops = TrainingCrops(found.splits["train"], data, seed=0)
-    assert len(crops) == 32
-    for n in range(len(crops)):
-        crop = crops[3, n]
-        image, truth = crop["image"][0] * 255 - crop["index"], crop["mask"]
-        assert image.shape == truth.shape == (32, 32)
-        sure = (truth != IGNORE) & ((image - 19.5).abs() > 3)
-        assert ((image > 19.5) == (truth == 1))[sure].float().mean() > 0.95
-        assert torch.equal(crops[3, n]["image"], crop["image"])
-    assert not torch.equal(crops[4, 0]["image"], crops[3, 0]["image"])
-
-
-def test_crops_find_rare_classes(tmp_path):
-    mask = np.zeros((200, 200), np.uint8)
-    mask[180:183, 10:13] = 1
-    for split in ("train", "val"):
-        for folder, content in (("images", mask + 3), ("masks", mask)):
-            path = tmp_path / folder / split / "a.png"
-            path.parent.mkdir(parents=True)
-            Image.fromarray(content).save(path)
-    shares = {}
-    for rare in (0.0, 1.0):
-        keys = {"resize": "none", "image_size": 32, "batch_size": 1, "crops_per_image": 60, "rare_crops": rare}
-        data = section(tmp_path, **keys)
-        found, data = prepare(find_labelled(data), data)
-        crops = TrainingCrops(found.splits["train"], data, seed=0)
-        shares[rare] = np.mean([(crops[0, i]["mask"] == 1).any() for i in range(60)])
-    assert shares[0.0] < 0.2
-    assert 0.3 < shares[1.0] < 0.8  # both classes are as likely to be looked for
-
-
-def test_scenes_are_evaluated_in_parts_that_cover_them_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("visionattn.crops.PART", 40)
-    write(tmp_path, ["train/a", "train/b", "val/a"], np.zeros((100, 90), np.uint8))
-    for path in (tmp_path / "images").rglob("*.png"):
-        Image.fromarray(np.zeros((100, 90), np.uint8)).save(path)
-    data = section(tmp_path, resize="none", image_size=32, batch_size=2)
-    found, data = prepare(find_labelled(data), data)
-    parts = WholeImages(found.splits["val"].items, data)
-    seen = np.zeros((100, 90), int)
-    for i in range(len(parts)):
-        part = parts[i]
-        top, bottom, left, right = part["window"]
-        seen[top:bottom, left:right] += 1
-        assert part["mask"].shape == (bottom - top, right - left)
-        inner = part["inner"]
-        assert (inner[1] - inner[0], inner[3] - inner[2]) == part["mask"].shape
-        assert part["image"].shape[1:] == part["extent"]
-    assert (seen == 1).all()
-
-
-def test_augmentation_leaves_masks_whole_numbers_and_a_band():
-    augment = SegmentationAugment(hflip=1.0, rotate=45.0, jitter=0.5, band_dropout=0.9)
-    change = augmentation(augment)
-    torch.manual_seed(0)
-    for _ in range(20):
-        image, mask = change(
-            tv_tensors.Image(torch.rand(5, 32, 32) + 1), tv_tensors.Mask(torch.ones(32, 32, dtype=torch.uint8))
-        )
-        assert set(mask.unique().tolist()) <= {1, IGNORE}
-        assert image.abs().flatten(1).amax(1).max() > 0
-        assert image.shape == (5, 32, 32)
-
-
-@pytest.mark.parametrize("tta", [["hflip"], ["hflip", "vflip"], ["hflip", "vflip", "rot90"]])
-def test_views_are_turned_back(tta):
-    image = torch.rand(2, 3, 8, 12)
-    views = _views(tta)
-    assert len(views) == {1: 2, 2: 4, 3: 16}[len(tta)]
-    for forth, back in views:
-        assert torch.equal(back(forth(image)), image)
-
-
 def test_builtin_scenes_use_every_digit_once():
     data = recipe.load("segmentation/quickstart").data
     found, problems = find(data)
     assert not problems
     assert {name: len(split) for name, split in found.splits.items()} == {"train": 875, "val": 125, "test": 250}
-    item = found.splits["test"].items[0]
-    image, mask = item.image(), item.mask()
+    sample = found.splits["test"][0]
+    image, mask = sample.image(), sample.target()
     assert image.shape == (1, 64, 64)
     assert ((image[0] == 0) == (mask == 0)).all()
-    assert set(np.unique(mask)) - {0, IGNORE} == set((item.labels + 1).tolist())
+    assert set(np.unique(mask)) - {0, IGNORE} == set((sample.numbers + 1).tolist())
+
+
+@pytest.mark.parametrize("form", sorted(DATA))
+def test_every_format_takes_the_keys_of_every_data_set(form):
+    keys = {"root": "x", "classes": 2} if form != "builtin" else {}
+    data = DATA[form](format=form, **keys, lists={"train": "t.txt"}, skip_bad=True, val_fraction=0.3, test_fraction=0.1)
+    assert (data.lists.train, data.skip_bad) == (Path("t.txt").absolute(), True)
+    assert (data.val_fraction, data.test_fraction) == (0.3, 0.1)
+
+
+@pytest.mark.parametrize("name", ["images/.hidden.png", "images/._a.png", "images/@eaDir/a.png", "@eaDir/images/a.png"])
+@pytest.mark.parametrize("top", ["", "__MACOSX/"])
+def test_what_systems_leave_is_neither_an_image_nor_a_mask(tmp_path, name, top):
+    write(tmp_path, ["a", "b", "c", "d", "e"])
+    for part in (name, name.replace("images", "masks", 1)):
+        path = tmp_path / top / part
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((tmp_path / "images/a.png").read_bytes())
+    found, problems = find(section(tmp_path))
+    assert not problems
+    assert sorted(sample.name for sample in found.samples) == ["a", "b", "c", "d", "e"]
+
+
+@pytest.mark.parametrize("place", ["up", "images/up", "masks/up", "images/deep/up"])
+def test_a_link_to_a_folder_above_does_not_multiply_the_pairs(tmp_path, place):
+    write(tmp_path / "in", ["a", "b", "c", "d", "e"])
+    link = tmp_path / "in" / place
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(tmp_path / "in", target_is_directory=True)
+    found, problems = find(section(tmp_path / "in"))
+    assert not problems
+    assert sorted(sample.name for sample in found.samples) == ["a", "b", "c", "d", "e"]
+
+
+def test_links_to_each_other_s_parents_end(tmp_path):
+    for one, other in (("x", "y"), ("y", "x")):
+        write(tmp_path / one, ["a", "b", "c"])
+        for k in range(12):
+            (tmp_path / one / f"images/to{k}").symlink_to(tmp_path / other, target_is_directory=True)
+    found, problems = find(section(tmp_path))
+    assert not problems
+    assert sorted(sample.name for sample in found.samples) == ["x/a", "x/b", "x/c", "y/a", "y/b", "y/c"]
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_names_that_differ_in_unicode_normalisation_only_are_one_name(tmp_path, forms):
+    names = ["Zürich_é", "naïve", "Ångström/über", "plain", "가나"]
+    for folder, form in zip(("images", "masks"), forms, strict=True):
+        for name in names:
+            write(tmp_path / "all", [unicodedata.normalize(form, name)])
+            source = tmp_path / "all" / folder / f"{unicodedata.normalize(form, name)}.png"
+            target = tmp_path / "in" / folder / f"{unicodedata.normalize(form, name)}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.rename(target)
+    found, problems = find(section(tmp_path / "in"))
+    assert not problems
+    assert {sample.name for sample in found.samples} == {unicodedata.normalize("NFC", name) for name in names}
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_list_files_name_images_in_either_normalisation(tmp_path, form):
+    write(tmp_path, [unicodedata.normalize("NFD", "Zürich"), "Genève", "Bern"])
+    lists = {}
+    for part, names in (("train", ["Zürich", "Bern"]), ("val", ["Genève"])):
+        lists[f"lists.{part}"] = tmp_path / f"{part}.txt"
+        (tmp_path / f"{part}.txt").write_text("\n".join(unicodedata.normalize(form, name) for name in names))
+    found, problems = find(section(tmp_path, **lists))
+    assert not problems
+    assert names_of(found) == {"train": ["Zürich", "Bern"], "val": ["Genève"]}

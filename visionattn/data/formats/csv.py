@@ -4,6 +4,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
+from unicodedata import normalize
 
 import numpy as np
 from pydantic import Field
@@ -39,9 +40,9 @@ def find(section: Section) -> Found:
     """The images in the order of the rows; none is opened."""
     rows = _rows(section)
     base = section.images or section.root.parent
-    paths = [base / row[section.path_column] for row in rows]
+    paths = [_existing(base, row[section.path_column]) for row in rows]
     _refuse_files(rows, paths, section)
-    texts = [row[section.label_column] for row in rows]
+    texts = [normalize("NFC", row[section.label_column]) for row in rows]
     if section.label_separator:
         sets = [{x.strip() for x in text.split(section.label_separator)} - {""} for text in texts]
         classes = class_order(set().union(*sets), section)
@@ -57,6 +58,12 @@ def find(section: Section) -> Found:
         group = row[section.group_column] if section.group_column else name
         samples.append(ImageFile(name, name, group, section.channels, split=split, label=label, path=path))
     return Found(samples, classes, [])
+
+
+def _existing(base: Path, name: str) -> Path:
+    """The file of this name, or of the same characters composed or decomposed, as other systems write them."""
+    spelt = [base / name, *(base / normalize(form, name) for form in ("NFC", "NFD"))]
+    return next((path for path in spelt if path.is_file()), spelt[0])
 
 
 def _refuse_files(rows: list[dict[str, str]], paths: list[Path], section: Section) -> None:

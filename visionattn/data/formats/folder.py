@@ -1,13 +1,15 @@
 """`format: folder`: a folder of images for each class."""
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Literal
+from unicodedata import normalize
 
 from pydantic import Field
 
 from visionattn.data.formats import Found, Kind
-from visionattn.data.images import ImageFile, files_below, image_samples
+from visionattn.data.images import ImageFile, files_below, identities, image_samples, is_data
 from visionattn.data.labels import ClassSection, class_order
 from visionattn.data.sample import SPLITS, Sample
 from visionattn.data.splits import OTHER_NAMES
@@ -36,7 +38,12 @@ def find(section: Section) -> Found:
         parents = {name: root / name for name in SPLITS if (root / name).is_dir()}
     else:
         parents = {"": root}
-    files = {split: {f.name: list(files_below(f)) for f in _folders(parent)} for split, parent in parents.items()}
+    inside = {split: _folders(parent) for split, parent in parents.items()}
+    walked = identities([root, *parents.values(), *chain(*inside.values())])
+    files: dict[str, dict[str, list[Path]]] = {split: {} for split in parents}
+    for split, part in inside.items():
+        for folder in part:
+            files[split].setdefault(normalize("NFC", folder.name), []).extend(files_below(folder, others=walked))
     empty = [f"{parents[split] / c}" for split, content in files.items() for c, paths in content.items() if not paths]
     empty += [str(parents[split]) for split, content in files.items() if not content]
     if empty:
@@ -52,7 +59,7 @@ def find(section: Section) -> Found:
 
 
 def _folders(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")) if path.is_dir() else []
+    return sorted(p for p in path.iterdir() if p.is_dir() and is_data(p.name)) if path.is_dir() else []
 
 
 def unlabelled(paths: Sequence[Path], section: Section, channels: int) -> tuple[list[Sample], list[str]]:
