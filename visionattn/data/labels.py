@@ -182,6 +182,8 @@ def _translated(values: np.ndarray, table: dict[int, int]) -> np.ndarray:
         for value in table.keys() & set(range(256)):
             meaning[value] = table[value]
         return meaning[values]
+    if values.dtype.kind not in "iu":
+        values = values.astype(np.uint8 if values.dtype == bool else np.float64)
     limits = np.iinfo(values.dtype) if values.dtype.kind in "iu" else None
     known = sorted(value for value in table if limits is None or limits.min <= value <= limits.max)
     if not known:

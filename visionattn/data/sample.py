@@ -4,10 +4,13 @@ A sample is picklable, so that loading processes can have it, and holds no open 
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
+
+from visionattn.errors import UserError
 
 __all__ = ["IGNORE", "SPLITS", "Dataset", "Reading", "Sample", "Window", "blocks", "cases", "unit_range"]
 
@@ -136,12 +139,16 @@ class Dataset:
 
     @property
     def channels(self) -> int:
-        """Of the images as they are stored, transparency not counted: of all that were read, else of the first one."""
+        """Of the images as stored, transparency not counted: of all that were read, else of the first readable one."""
         if self.readings:
             return max(reading.channels for readings in self.readings.values() for reading in readings)
-        first = self.samples[0]
-        stored = first.channels or len(first.image())
-        return stored if first.channels else {2: 1, 4: 3}.get(stored, stored)
+        for sample in self.samples:
+            if sample.channels:
+                return sample.channels
+            with suppress(UserError):
+                stored = len(sample.image())
+                return {2: 1, 4: 3}.get(stored, stored)
+        return 1
 
     def with_channels(self, channels: int) -> Self:
         """The same with images of this many channels."""

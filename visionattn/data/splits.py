@@ -6,6 +6,7 @@ together; samples with masks are drawn as groups, of which each may be one image
 
 import warnings
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 
@@ -74,14 +75,18 @@ def _listed_splits(samples: list[Sample], lists: dict[str, Path]) -> tuple[dict[
     known: dict[str, list[Sample]] = {}
     for sample in samples:
         for key in {sample.name, sample.case, sample.case.rsplit("/", 1)[-1]}:
-            known.setdefault(key, []).append(sample)
+            known.setdefault(normalize("NFC", key), []).append(sample)
     splits: dict[str, list[Sample]] = {}
     homes: dict[str, list[str]] = {}
     problems = []
     for name, path in lists.items():
         if not path.is_file():
             raise UserError(f"data.lists.{name}: {path}: no such file")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        try:
+            text = normalize("NFC", path.read_text(encoding="utf-8-sig"))
+        except UnicodeDecodeError:
+            raise UserError(f"data.lists.{name}: {path}: not a text file; expected a name in each line") from None
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         problems += [f"{path}: no image called {line}" for line in lines if line not in known]
         splits[name] = [sample for line in lines for sample in known.get(line, [])]
         for line in lines:

@@ -4,6 +4,7 @@ Memory is that of a few images, or of a few blocks of large scenes.
 """
 
 import hashlib
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 
 from visionattn.data.images import match_channels
 from visionattn.data.sample import IGNORE, Dataset, Reading, Sample, Window, blocks, unit_range
-from visionattn.errors import UserError, listed
+from visionattn.errors import UserError, listed, plural
 from visionattn.progress import progress
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     *("same_ground", "usable"),
 ]
 
+log = logging.getLogger(__name__)
 T, R = TypeVar("T"), TypeVar("R")
 BLOCK = 2048  # pixels of a side: larger scenes are read in blocks
 PLACES = 64  # positions kept of each class and image, for crops around rare classes
@@ -155,6 +157,7 @@ def usable(dataset: Dataset, skip_bad: bool) -> Dataset:
             f"{count} cannot be used; mend or remove them, or leave them out by data.skip_bad=true:\n"
             f"{listed(errors, chr(10))}"
         )
+    log.warning("%s cannot be used and are left out (data.skip_bad)", plural(len(errors), "image"))
     splits, readings = {}, {}
     for name, samples in dataset.splits.items():
         pairs = list(zip(samples, dataset.readings[name], strict=True))
