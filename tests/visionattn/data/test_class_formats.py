@@ -312,6 +312,35 @@ def test_csv_groups_across_given_splits_are_refused(tmp_path, images):
         prepare(csv_data(path, split_column="part", group_column="who"))
 
 
+@pytest.mark.parametrize("line", ["0.png,a,b", "0.png", '0.png,"a",b'])
+@pytest.mark.parametrize("separator", [None, ","])
+def test_csv_lines_that_do_not_fit_the_header_are_named(tmp_path, images, line, separator):
+    rows = [f'{p},"a"' for p in images[1:]]
+    path = table(tmp_path / "t.csv", "path,label", [*rows[:3], line, *rows[3:], line])
+    with pytest.raises(UserError, match=r"more or fewer fields than the 2 of the header in line 5, 42; .* in quotes"):
+        find(csv_data(path, label_separator=separator))
+
+
+def test_csv_labels_with_commas_stand_in_quotes(tmp_path, images):
+    path = table(tmp_path / "t.csv", "path,label", [f'{p},"{("a", "a,b")[i % 2]}"' for i, p in enumerate(images)])
+    assert find(csv_data(path)).classes == ["a", "a,b"]
+    found = find(csv_data(path, label_separator=","))
+    assert np.concatenate([labels_of(found, name) for name in found.splits]).sum(0).tolist() == [40, 20]
+
+
+@pytest.mark.parametrize("separator", [";", "\t", ","])
+def test_csv_columns_are_separated_as_the_header_is(tmp_path, images, separator):
+    rows = [f"{p}{separator}{'ab'[i % 2]}" for i, p in enumerate(images)]
+    path = table(tmp_path / "t.csv", f"\ufeffpath{separator}label", rows)
+    assert counts(find(csv_data(path))) == {"train": [16, 16], "val": [4, 4]}
+
+
+def test_csv_columns_of_one_name_are_refused(tmp_path, images):
+    path = table(tmp_path / "t.csv", "path,label,label", [f"{p},a,b" for p in images])
+    with pytest.raises(UserError, match=r"columns of one name: label"):
+        find(csv_data(path))
+
+
 def test_csv_that_is_none(tmp_path):
     with pytest.raises(UserError, match=r"gone\.csv: not readable as a table \(No such file"):
         find(csv_data(tmp_path / "gone.csv"))

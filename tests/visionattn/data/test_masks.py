@@ -176,6 +176,58 @@ def test_wide_numbers_in_mask_files_are_read(tmp_path, value):
     assert f"data.values=[0, {value}]" in advice or f"data.ignore_index={value}" in advice
 
 
+def write_scene(root: Path, name: str, mask: np.ndarray) -> None:
+    import rasterio
+
+    place = {"crs": "EPSG:32633", "transform": rasterio.Affine(10, 0, 5e5, 0, -10, 5e6)}
+    for folder, content in (("images", np.zeros(mask.shape, np.uint8)), ("masks", mask)):
+        path = root / folder / f"{name}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = {"height": mask.shape[0], "width": mask.shape[1], "count": 1}
+        with rasterio.open(path, "w", driver="GTiff", dtype=content.dtype, **size, **place) as file:
+            file.write(content, 1)
+
+
+def write_volume(root: Path, name: str, mask: np.ndarray) -> None:
+    import nibabel
+
+    for folder, content in (("images", np.zeros(mask.shape, np.float32)), ("masks", mask)):
+        path = root / folder / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(content[..., None], np.eye(4), dtype=content.dtype), path)
+
+
+WRITERS = {"geotiff": write_scene, "nifti": write_volume}
+
+
+@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize(
+    ("dtype", "value", "ignored"),
+    [("i4", 312782560, -1), ("i2", -5, -9999), ("u4", 2**32 - 1, 70000), ("f4", 65536, -1), ("f8", 312782561, -7)],
+)
+def test_any_integer_of_a_mask_file_can_be_a_class_in_every_format(tmp_path, form, dtype, value, ignored):
+    mask = np.zeros((40, 48), dtype)
+    mask[:, 16:32], mask[:, 32:] = value, ignored
+    WRITERS[form](tmp_path, "a", mask)
+    data = DATA[form](format=form, root=tmp_path, classes=2, values=[0, value], ignore_index=ignored)
+    (sample,), _, problems = formats.find(data)
+    assert not problems
+    found = sample.target()
+    assert {k: int((found == k).sum()) for k in (0, 1, IGNORE)} == {0: 640, 1: 640, IGNORE: 640}
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_masks_with_nan_are_refused_by_name_in_every_format(tmp_path, form):
+    mask = np.zeros((40, 48), np.float32)
+    mask[3, 4] = np.nan
+    WRITERS[form](tmp_path, "broken", mask)
+    samples, classes, problems = formats.find(DATA[form](format=form, root=tmp_path, classes=2))
+    assert not problems
+    (reading,) = read_through(Dataset(classes, {"train": samples})).readings["train"]
+    assert "masks/broken" in reading.error
+    assert "NaN" in reading.error
+
+
 def test_unknown_values_are_named_with_the_likely_remedy():
     labels = Labels.of(section(Path("x")))
     with pytest.raises(UserError, match=r"m.png: the mask has 255.*data.values=\[0, 255\]"):

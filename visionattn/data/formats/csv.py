@@ -1,6 +1,7 @@
 """`format: csv`: a table of images and their labels."""
 
 import csv
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
@@ -17,6 +18,8 @@ from visionattn.errors import UserError, listed, nearest
 from visionattn.recipe.sections import FilePath
 
 KIND = Kind("class", endings=(".csv",))
+SEPARATORS = ",;\t"
+log = logging.getLogger(__name__)
 
 
 class Section(ClassSection):
@@ -81,21 +84,21 @@ def _refuse_files(rows: list[dict[str, str]], paths: list[Path], section: Sectio
 
 def _rows(section: Section) -> list[dict[str, str]]:
     """Rows of the table as stripped text, with all the columns that the recipe names."""
-    try:
-        with open(section.root, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            header = list(reader.fieldnames or [])
-            lines = [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"data.root: {section.root}: not readable as a table ({reason})") from None
+    header, lines = _table(section)
     keys = ["path_column", "label_column", "split_column", "group_column"]
     columns = {key: getattr(section, key) for key in keys if getattr(section, key) is not None}
     for key, column in columns.items():
         if column not in header:
             hint = nearest(column, header, cutoff=0.5)
             raise UserError(f"data.{key}: {section.root} has no column {column!r}; it has {listed(header)}{hint}")
-    rows = [(line, {column: (row[column] or "").strip() for column in columns.values()}) for line, row in lines]
+    misfits = [line for line, row in lines if len(row) != len(header)]
+    if misfits:
+        raise UserError(
+            f"data.root: {section.root}: more or fewer fields than the {len(header)} of the header in line "
+            f"{listed(misfits)}; a text that has the separator in it stands in quotes"
+        )
+    places = {column: header.index(column) for column in columns.values()}
+    rows = [(line, {column: row[place].strip() for column, place in places.items()}) for line, row in lines]
     if not rows:
         raise UserError(f"data.root: {section.root}: no rows below the header")
     optional = {section.label_column} if section.label_separator else set()  # an image may have none of the labels
@@ -104,6 +107,29 @@ def _rows(section: Section) -> list[dict[str, str]]:
         if empty:
             raise UserError(f"data.root: {section.root}: {column} is empty in line {listed(empty)}")
     return [row for _, row in rows]
+
+
+def _table(section: Section) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header, and each line that is not empty with its number; separated by what makes the path a column."""
+    try:
+        with open(section.root, newline="", encoding="utf-8-sig") as file:
+            first = file.readline()
+            known = (
+                mark for mark in SEPARATORS if section.path_column in next(csv.reader([first], delimiter=mark), [])
+            )
+            separator = next(known, ",")
+            file.seek(0)
+            reader = csv.reader(file, delimiter=separator)
+            header = next(reader, [])
+            lines = [(reader.line_num, row) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"data.root: {section.root}: not readable as a table ({reason})") from None
+    if separator != ",":
+        log.info("%s: its columns are separated by %r", section.root, separator)
+    if twice := sorted({column for column in header if header.count(column) > 1}):
+        raise UserError(f"data.root: {section.root}: columns of one name: {listed(twice)}")
+    return header, lines
 
 
 def _splits(rows: list[dict[str, str]], section: Section) -> list[str]:
