@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from visionattn.data.sample import Sample, Window
 from visionattn.errors import UserError, listed
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 SUFFIXES = {".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+WHITE_IS_ZERO = 0  # TIFF 6.0, PhotometricInterpretation
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 Place = tuple[int, int]  # of a folder: device and number
 NO_DATA = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN"}  # what file servers and systems leave among the files
@@ -83,14 +85,14 @@ def read_image(path: str | Path, channels: int | None = None) -> np.ndarray:
 def decode(path: str | Path) -> np.ndarray:
     """Pixels (H, W) or (H, W, C) of an image file in its own depth.
 
-    Palettes and CMYK become RGB, one-bit images 0 and 255; transparency is kept as a last channel.
-    Raises UserError with the file and the reason.
+    Palettes and CMYK become RGB, one-bit images 0 and 255; white as zero is turned round; transparency is kept as a
+    last channel. Raises UserError with the file and the reason.
     """
     try:
         with Image.open(path) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            return np.array(_without_palette(image))
+            return _black_is_zero(image, np.array(_without_palette(image)))
     except Image.UnidentifiedImageError:
         raise UserError(f"{path}: not an image, or of a kind that Pillow cannot read") from None
     except Image.DecompressionBombError as error:
@@ -99,6 +101,14 @@ def decode(path: str | Path) -> np.ndarray:
         if isinstance(error, OSError) and error.errno:
             raise UserError(f"{path}: {error.strerror}") from None
         raise UserError(f"{path}: damaged image ({str(error) or type(error).__name__})") from None
+
+
+def _black_is_zero(image: Image.Image, pixels: np.ndarray) -> np.ndarray:
+    """Deep TIFFs with white as zero turned round, as Pillow does it of 8-bit ones only."""
+    tags = getattr(image, "tag_v2", {})
+    if not image.mode.startswith("I;16") or tags.get(PHOTOMETRIC_INTERPRETATION) != WHITE_IS_ZERO:
+        return pixels
+    return 2 ** tags[BITSPERSAMPLE][0] - 1 - pixels
 
 
 def pixels_of(image: Image.Image | np.ndarray, name: str) -> np.ndarray:

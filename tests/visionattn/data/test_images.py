@@ -72,6 +72,26 @@ def test_big_endian_sixteen_bits(tmp_path):
     np.testing.assert_allclose(read_image(tmp_path / "a.pgm"), planes(DEEP / 65535), rtol=0, atol=1e-7)
 
 
+def grey_tiff(path: Path, pixels: np.ndarray, photometric: int) -> Path:
+    """A TIFF of one strip, as Pillow writes it, but with any photometric interpretation (0 is white as zero)."""
+    height, width = pixels.shape
+    tags = {256: width, 257: height, 258: pixels.itemsize * 8, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in (tags | {279: pixels.nbytes}).items())
+    header = b"II*\0" + struct.pack("<I", 8 + pixels.nbytes)
+    path.write_bytes(header + pixels.tobytes() + struct.pack("<H", len(tags) + 1) + entries + b"\0" * 4)
+    return path
+
+
+@pytest.mark.parametrize("pixels", [GREY, DEEP], ids=["8 bits", "16 bits"])
+def test_white_as_zero_is_turned_round_in_either_depth(tmp_path, pixels):
+    black, white = (read_image(grey_tiff(tmp_path / f"{k}.tif", pixels, k)) for k in (1, 0))
+    top = 255 if pixels.dtype == np.uint8 else 1
+    assert white.dtype == black.dtype
+    np.testing.assert_allclose(white, top - black, rtol=0, atol=1e-6)
+    scale = 1 if pixels.dtype == np.uint8 else 65535
+    np.testing.assert_allclose(black * scale, planes(pixels), rtol=1e-6)
+
+
 def test_thirty_two_bit_integers_are_on_the_sixteen_bit_scale(tmp_path):
     image = read_image(saved(tmp_path, DEEP.astype(np.int32), "a.tif"))
     np.testing.assert_allclose(image, planes(DEEP / 65535), rtol=0, atol=1e-7)
