@@ -35,6 +35,14 @@ SHORTER = {  # arguments by family: fewer blocks test as much, in less time
     "convit": {"depth": 4, "local_up_to_layer": 2},
     "nat_isotropic": {"depth": 4},
 }
+NARROWER = {  # the same for widths, of the models that are tested by default
+    "biformer": {"embed_dim": (32, 64, 128, 256)},
+    "crossformer": {"embed_dim": 32, "num_heads": (1, 2, 4, 8)},
+    "halonet": {"channels": (32, 64, 128, 256)},
+    "nat": {"embed_dim": 32, "num_heads": (1, 2, 4, 8)},
+    "davit": {"embed_dims": (48, 96, 192, 384), "num_heads": (2, 4, 8, 16)},
+    "nat_isotropic": {"embed_dim": 96, "num_heads": 3},
+}
 STRIDES = {  # by family or model, of the maps that `features_only` gives; all others are pyramids
     "volo": [8, 16, 16, 16],
     "nat_isotropic": [16, 16, 16],
@@ -104,7 +112,8 @@ def _same_numbers_every_time() -> None:
 
 
 def create(name: str, **kwargs) -> nn.Module:
-    return timm.create_model(name, **SHORTER.get(family(name), {}), **kwargs)
+    narrower = NARROWER.get(family(name), {}) if name in FAST else {}
+    return timm.create_model(name, **SHORTER.get(family(name), {}), **narrower, **kwargs)
 
 
 @functools.lru_cache(maxsize=16)  # all weights of all models would fill the memory
@@ -452,7 +461,12 @@ def test_checkpoints_load_strictly(name, wrapper, tmp_path):
     torch.save(weights if wrapper is None else {wrapper: weights, "epoch": 3}, file)
     overlay = {"file": str(file), "num_classes": 10}
     same_weights(create(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10), ready(name))
-    same_weights(create(name, checkpoint_path=str(file), num_classes=10), ready(name))
+
+
+@models
+def test_checkpoints_load_by_path(name, tmp_path):
+    torch.save({"state_dict": ready(name).state_dict()}, tmp_path / "weights.pth")
+    same_weights(create(name, checkpoint_path=str(tmp_path / "weights.pth"), num_classes=10), ready(name))
 
 
 @models
@@ -519,8 +533,9 @@ def test_low_rank_adapters_act_like_merged_weights(name):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch.ao itself
 @torch.no_grad()
 def test_dynamic_quantization(name):
+    quantization = pytest.importorskip("torch.ao.quantization")  # deprecated
     x = images(name)
-    quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(ready(name)), {nn.Linear}, dtype=torch.qint8)
+    quantized = quantization.quantize_dynamic(copy.deepcopy(ready(name)), {nn.Linear}, dtype=torch.qint8)
     assert not [key for key, layer in quantized.named_modules() if type(layer) is nn.Linear]
     assert relative_error(quantized(x), ready(name)(x)) < 0.1
 
