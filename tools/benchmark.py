@@ -156,7 +156,7 @@ def _model(name: str, size: tuple[int, int]) -> torch.nn.Module:
     torch.manual_seed(0)
     try:
         return timm.create_model(name, img_size=size)
-    except TypeError:  # a family that takes any size, and no such argument
+    except (TypeError, ValueError):  # a family that takes any size, and no such argument
         return timm.create_model(name)
 
 

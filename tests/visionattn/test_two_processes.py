@@ -84,7 +84,14 @@ def test_validation_on_two_processes_gives_the_numbers_of_one(recipe, tmp_path):
     """Weights that do not move, and no batch norm: what is measured does not depend on the number of processes."""
     decoder = "decoder: fpn, decoder_args: {pyramid_channels: 32, segmentation_channels: 32}"
     network = f"model={{name: test_convnext, {decoder if 'masks' in recipe.name else ''}}}"
-    still = [network, "optim.lr=1e-30", "optim.weight_decay=0", "optim.min_lr=0", "train.epochs=1"]
+    still = [
+        network,
+        "data.image_size=64",
+        "optim.lr=1e-30",
+        "optim.weight_decay=0",
+        "optim.min_lr=0",
+        "train.epochs=1",
+    ]
     two = visionattn("fit", recipe, *TWO, *still, "--run", tmp_path / "two", cwd=tmp_path)
     assert two.returncode == 0, two.stderr
     assert main(["fit", str(recipe), *still, "--run", str(tmp_path / "one")]) == 0

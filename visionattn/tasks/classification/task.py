@@ -110,7 +110,7 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
     labelling_of(dataset.classes, several)
     if dataset.readings and (small := too_small(dataset, spec)):
         raise UserError(f"data.resize is none, but smaller than data.image_size are: {listed(small)}")
-    channels = data.channels or dataset.channels
+    channels = data.channels or (dataset.channels if dataset.readings or not data.mean else len(data.mean))
     found: dict[str, Any] = {"mean": [0.0] * channels, "std": [1.0] * channels}
     if dataset.readings:
         mean, std = mean_std(dataset.readings["train"])
