@@ -245,8 +245,8 @@ def test_ours_as_backbone_in_torchgeo():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("resnet18", "unett"), "decoder 'unett' is unknown; did you mean unet"),
-        (("biformer_tini", "fpn"), "model 'biformer_tini' is unknown; did you mean biformer_tiny"),
+        (("resnet18", "unett"), "model.decoder is 'unett': unknown decoder; did you mean unet"),
+        (("biformer_tini", "fpn"), "model.name is 'biformer_tini': unknown model; did you mean biformer_tiny"),
         (("emcad_pvt_v2_b0", "fpn"), "is a whole segmenter: leave the decoder out"),
         (("resnet18", None), "model resnet18 is no segmenter: add a decoder, one of emcad"),
         (("levit_128", "fpn"), r"maps at strides \[16, 32, 64\]: expected \[4, 8, 16, 32\]"),

@@ -110,7 +110,7 @@ class Tversky(SegmentationLoss):
         self.tversky = smp.TverskyLoss("multiclass", alpha=alpha, beta=1 - alpha, class_weights=self.class_weights)
 
     def pixel_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return self.tversky(logits.T[None], labels[None]) * _all_over_present(logits, labels)
+        return self.tversky(logits.T[None], labels[None]) * _all_over_present(logits, labels, self.weights(logits))
 
 
 class Lovasz(SegmentationLoss):
@@ -176,9 +176,10 @@ class Boundary(SegmentationLoss):
         return (entropy * total).sum() / total.sum() + 1 - iou.mean()
 
 
-def _all_over_present(logits: Tensor, labels: Tensor) -> float:
+def _all_over_present(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """What turns smp's mean over all classes, where absent ones count 0, into the mean over those that have pixels."""
-    return logits.shape[1] / len(labels.unique())
+    weights = logits.new_ones(logits.shape[1]) if weights is None else weights
+    return weights.sum() / weights[labels.unique()].sum()
 
 
 LOSSES = {

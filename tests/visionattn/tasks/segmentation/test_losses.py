@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from visionattn.data.sample import IGNORE
@@ -158,6 +158,52 @@ def test_regions_of_sure_predictions(name, score):
 def test_classes_without_pixels_do_not_count(name):
     truth = labels().clamp(max=1)
     assert make_loss(name, CLASSES)(certain(truth), truth) == pytest.approx(0, abs=1e-4)
+
+
+REGIONS = ["dice", "tversky", "lovasz", "dice_ce", "mutation", "boundary"]
+
+
+def region_loss(name: str, classes: int, **settings) -> nn.Module:
+    """A loss, or the part of it that counts regions."""
+    alone = {"ce_weight": 0.0, "dice_weight": 1.0} if name in ("dice_ce", "mutation") else {}
+    return make_loss(name, classes, **alone | settings)
+
+
+@pytest.mark.parametrize("name", [name for name in REGIONS if name != "boundary"])  # which has cross-entropy in it
+def test_a_wholly_wrong_prediction_costs_1_however_many_classes_are_absent(name):
+    truth = labels().clamp(max=1)  # 2 of 10 classes
+    wrong = 1e3 * F.one_hot(1 - truth, 10).movedim(-1, 1).float()
+    assert region_loss(name, 10)(wrong, truth) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_absent_classes_with_no_probability_change_nothing(name):
+    x, truth = torch.randn(2, 2, 6, 7), labels(ignored=0.2)
+    truth = torch.where(truth == IGNORE, truth, truth.clamp(max=1))
+    wider = F.pad(x, (0, 0, 0, 0, 0, 8), value=-1e4)
+    assert_close(region_loss(name, 10)(wider, truth), region_loss(name, 2)(x, truth))
+
+
+@pytest.mark.parametrize("name", ["dice", "dice_ce", "mutation"])
+def test_dice_of_two_of_four_classes_by_hand(name):
+    """Three pixels of the classes 0, 0, 2 with probabilities (1/2, 0, 1/2, 0), (1, 0, 0, 0), (1/4, 1/4, 1/4, 1/4).
+
+    Class 0: 2 x 1.5 / (1.75 + 2) = 0.8; class 2: 2 x 0.25 / (0.75 + 1) = 2/7; the others have no pixels.
+    """
+    p = torch.tensor([[0.5, 0, 0.5, 0], [1, 0, 0, 0], [0.25, 0.25, 0.25, 0.25]])
+    x, truth = p.clamp_min(1e-12).log().T[None, :, None], torch.tensor([[[0, 0, 2]]])
+    assert region_loss(name, 4)(x, truth) == pytest.approx(1 - (0.8 + 2 / 7) / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize(("name", "alpha"), [("dice", 0.5), ("tversky", 0.3)])
+def test_weights_of_absent_classes_do_not_count(name, alpha):
+    """Scores by hand as above, with weights 1 and 3 of the classes that have pixels."""
+    p = torch.tensor([[0.5, 0, 0.5, 0], [1, 0, 0, 0], [0.25, 0.25, 0.25, 0.25]])
+    x, truth = p.clamp_min(1e-12).log().T[None, :, None], torch.tensor([[[0, 0, 2]]])
+    first = 1.5 / (1.5 + alpha * 0.25 + (1 - alpha) * 0.5)
+    third = 0.25 / (0.25 + alpha * 0.5 + (1 - alpha) * 0.75)
+    loss = make_loss(name, 4, [1.0, 50.0, 3.0, 70.0], alpha=0.3)
+    assert loss(x, truth) == pytest.approx(1 - (first + 3 * third) / 4, abs=1e-6)
 
 
 def test_dice_and_cross_entropy():
