@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from visionattn.data.prediction import Prediction
-from visionattn.data.sample import Sample
+from visionattn.data.sample import Sample, cases
 from visionattn.errors import UserError
 from visionattn.files import Unwritable
 
@@ -45,7 +45,7 @@ class Writer(ABC):
 
 
 class FilePerCase(Writer):
-    """Into a new folder a file for each case, called as the case with `suffix`."""
+    """Into a folder a mask for each case, called as the case with `suffix`, and what a subclass writes beside it."""
 
     suffix: str
 
@@ -54,14 +54,18 @@ class FilePerCase(Writer):
         if out.is_file():
             raise Unwritable(f"{out} is a file; masks are written into a folder: give another --out")
 
-    def path_of(self, case: Sequence[Sample], suffix: str | None = None) -> Path:
-        """The file of a case; its folder is made."""
-        path = self.out / f"{case[0].case}{suffix or self.suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+    def files_of(self, case: str) -> list[Path]:
+        """Every file of a case, its mask first."""
+        return [self.out / f"{case}{self.suffix}"]
+
+    def made_for(self, case: str) -> list[Path]:
+        """The same, once their folders are there."""
+        for path in self.files_of(case):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return self.files_of(case)
 
     def refuse(self, samples: Sequence[Sample]) -> None:
-        there = [path for sample in samples if (path := self.out / f"{sample.case}{self.suffix}").exists()]
+        there = [path for case in cases(samples) for path in self.files_of(case) if path.exists()]
         if there:
             raise Unwritable(f"{there[0]} exists; predictions are never overwritten: give another --out")
 

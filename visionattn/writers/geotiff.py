@@ -14,7 +14,7 @@ import numpy as np
 from visionattn.data.prediction import Prediction
 from visionattn.data.sample import IGNORE, Sample
 from visionattn.errors import UserError, listed
-from visionattn.files import Unwritable, new_file
+from visionattn.files import new_file
 from visionattn.writers import FilePerCase, readable
 
 __all__ = ["open"]
@@ -33,6 +33,9 @@ class Scenes(FilePerCase):
         super().__init__(out)
         self.classes, self.left_out, self.polygons = classes, leave_out, polygons
 
+    def files_of(self, case: str) -> list[Path]:
+        return super().files_of(case) + ([self.out / f"{case}.gpkg"] if self.polygons else [])
+
     def refuse(self, samples: Sequence[Sample]) -> None:
         super().refuse(samples)
         if not self.polygons:
@@ -43,9 +46,6 @@ class Scenes(FilePerCase):
                 f"no coordinate reference system, so no polygons: {listed(placeless)}; assign one (rio edit-info --crs "
                 "EPSG:... FILE, or gdal_edit.py -a_srs), or leave --polygons out"
             )
-        there = [path for sample in samples if (path := self.out / f"{sample.case}.gpkg").exists()]
-        if there:
-            raise Unwritable(f"{there[0]} exists; predictions are never overwritten: give another --out")
         _polygon_writer()
 
     def write(self, case: Sequence[Sample], predictions: Iterable[Prediction]) -> None:
@@ -55,10 +55,11 @@ class Scenes(FilePerCase):
         from visionattn.data.formats._rasters import open_quietly, opened
 
         (scene,) = case
+        mask, *layers = self.made_for(scene.case)
         with (
             rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE),
             opened(scene.path) as source,
-            new_file(self.path_of(case)) as whole,
+            new_file(mask) as whole,
         ):
             profile = {"driver": "GTiff", "count": 2, "dtype": "uint8", "nodata": IGNORE, "height": source.height}
             profile |= {"width": source.width, "crs": source.crs, "transform": source.transform, "zlevel": 1}
@@ -71,8 +72,8 @@ class Scenes(FilePerCase):
             with _gdal_errors():
                 copied = {"driver": "COG", "blocksize": TILE, "overview_resampling": "nearest", **COMPRESSION}
                 rasterio.shutil.copy(plain, whole, **copied)
-            if self.polygons:
-                with new_file(self.path_of(case, ".gpkg")) as layer:
+            for path in layers:
+                with new_file(path) as layer:
                     _polygon_writer()(plain, layer, self.classes, self.left_out)
 
 

@@ -31,7 +31,8 @@ class Volumes(FilePerCase):
         labels = np.full((len(case), *case[0].size), IGNORE, np.uint8)
         for prediction in readable(predictions):
             labels[(prediction.index, *(prediction.window or ()))] = np.asarray(prediction.value)
-        with new_file(self.path_of(case)) as path:
+        (out,) = self.made_for(case[0].case)
+        with new_file(out) as path:
             nibabel.save(_as_stored(case[0].volume, labels), path)
 
 

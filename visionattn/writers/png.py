@@ -27,17 +27,18 @@ class Masks(FilePerCase):
             raise UserError("--polygons is for scenes, but the model was trained on images")
         self.colors = colors
 
+    def files_of(self, case: str) -> list[Path]:
+        return [*super().files_of(case), self.out / "overlays" / f"{case}.png"]
+
     def write(self, case: Sequence[Sample], predictions: Iterable[Prediction]) -> None:
         (sample,) = case
         mask = np.full(sample.size, IGNORE, np.uint8)
         for prediction in readable(predictions):
             mask[prediction.window or ()] = np.asarray(prediction.value)
-        with new_file(self.path_of(case)) as path:
+        out, shown = self.made_for(sample.case)
+        with new_file(out) as path, new_file(shown) as picture:
             _with_palette(mask, self.colors).save(path, format="PNG")
-        picture = self.out / "overlays" / f"{sample.case}.png"
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(picture) as path:
-            overlay(unit_range(sample.image()), mask, self.colors).save(path, format="PNG")
+            overlay(unit_range(sample.image()), mask, self.colors).save(picture, format="PNG")
 
 
 def _with_palette(mask: np.ndarray, colors: Colors) -> Image.Image:

@@ -1,19 +1,28 @@
 """GeoTIFF scenes: windows, missing pixels, masks, and what does not fit together."""
 
+import os
 import pickle
 import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
+from visionattn.data import formats
+from visionattn.data.formats import geotiff
 from visionattn.data.sample import IGNORE
+from visionattn.data.splits import split
+from visionattn.data.survey import same_ground
 from visionattn.errors import UserError
-from visionattn.recipe import GeotiffData, Lists
-from visionattn.tasks.segmentation.check import check
+from visionattn.recipe.sections import Data, Lists
+from visionattn.tasks.segmentation.recipe import DATA
 
 rasterio = pytest.importorskip("rasterio")
-from visionattn.data.formats import geotiff as rasters  # noqa: E402
+from visionattn.data.formats import _rasters  # noqa: E402
 
 SIZE = (40, 50)
 UTM = "EPSG:32633"
@@ -35,7 +44,7 @@ def save(path: Path, array: np.ndarray, crs=UTM, transform=PLACE, valid: np.ndar
     profile = {"driver": "GTiff", "count": len(array), "height": array.shape[1], "width": array.shape[2]}
     with (
         rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
-        rasters.open_quietly(path, "w", **profile, dtype=array.dtype, crs=crs, transform=transform, **keys) as sink,
+        _rasters.open_quietly(path, "w", **profile, dtype=array.dtype, crs=crs, transform=transform, **keys) as sink,
     ):
         sink.write(array)
         if valid is not None:
@@ -43,8 +52,8 @@ def save(path: Path, array: np.ndarray, crs=UTM, transform=PLACE, valid: np.ndar
     return path
 
 
-def section(root: Path, **keys) -> GeotiffData:
-    return GeotiffData(format="geotiff", root=root, **{"classes": ["other", "water", "road"]} | keys)
+def section(root: Path, **keys) -> Data:
+    return DATA["geotiff"](format="geotiff", root=root, **{"classes": ["other", "water", "road"]} | keys)
 
 
 @pytest.fixture
@@ -54,35 +63,35 @@ def root(tmp_path) -> Path:
     return tmp_path
 
 
-def only(root: Path, **keys) -> rasters.Scene:
-    (item,), problems = rasters.scan(section(root, **keys))
+def only(root: Path, **keys) -> _rasters.Scene:
+    (scene,), _, problems = formats.find(section(root, **keys))
     assert problems == []
-    return item
+    return scene
 
 
 def test_a_scene_is_read_by_windows(root):
-    item = only(root)
-    assert (item.name, item.case, item.group, item.size, item.channels) == ("a", "a", "a", SIZE, 4)
-    np.testing.assert_array_equal(item.image(), bands())
-    np.testing.assert_array_equal(item.mask(), numbers())
-    assert (item.image().dtype, item.mask().dtype) == (np.float32, np.int64)
+    scene = only(root)
+    assert (scene.name, scene.case, scene.group, scene.size, scene.channels) == ("a", "a", "a", SIZE, 4)
+    np.testing.assert_array_equal(scene.image(), bands())
+    np.testing.assert_array_equal(scene.target(), numbers())
+    assert (scene.image().dtype, scene.target().dtype) == (np.float32, np.int64)
     window = slice(3, 20), slice(11, 50)
-    np.testing.assert_array_equal(item.image(window), bands()[:, *window])
-    np.testing.assert_array_equal(item.mask(window), numbers()[window])
-    assert (item.crs, item.resolution) == (UTM, (10.0, 10.0))
+    np.testing.assert_array_equal(scene.image(window), bands()[:, *window])
+    np.testing.assert_array_equal(scene.target(window), numbers()[window])
+    assert (scene.crs, scene.resolution) == (UTM, (10.0, 10.0))
 
 
-def test_items_can_be_sent_to_another_process(root):
-    item = only(root)
-    again = pickle.loads(pickle.dumps(item))
-    assert again == item
+def test_scenes_can_be_sent_to_another_process(root):
+    scene = only(root)
+    again = pickle.loads(pickle.dumps(scene))
+    assert again == scene
     np.testing.assert_array_equal(again.image(), bands())
 
 
 def test_bands_are_chosen_by_number(root):
-    item = only(root, bands=[4, 1])
-    assert item.channels == 2
-    np.testing.assert_array_equal(item.image(), bands()[[3, 0]])
+    scene = only(root, bands=[4, 1])
+    assert scene.channels == 2
+    np.testing.assert_array_equal(scene.image(), bands()[[3, 0]])
 
 
 def test_nodata_is_nan_in_images_and_ignored_in_masks(tmp_path):
@@ -91,15 +100,15 @@ def test_nodata_is_nan_in_images_and_ignored_in_masks(tmp_path):
     image[1, 20:30] = 0  # one band has none
     save(tmp_path / "images/a.tif", image, nodata=0)
     save(tmp_path / "masks/a.tif", numbers())
-    item = only(tmp_path)
-    np.testing.assert_array_equal(np.isnan(item.image()), image == 0)
-    assert (item.mask()[:10] == IGNORE).all()
-    np.testing.assert_array_equal(item.mask()[10:], numbers()[10:])
+    scene = only(tmp_path)
+    np.testing.assert_array_equal(np.isnan(scene.image()), image == 0)
+    assert (scene.target()[:10] == IGNORE).all()
+    np.testing.assert_array_equal(scene.target()[10:], numbers()[10:])
 
 
 def test_the_recipe_says_what_is_nodata(root):
-    item = only(root, nodata=7)
-    np.testing.assert_array_equal(np.isnan(item.image()), bands() == 7)
+    scene = only(root, nodata=7)
+    np.testing.assert_array_equal(np.isnan(scene.image()), bands() == 7)
 
 
 def test_internal_masks_are_obeyed(tmp_path):
@@ -107,9 +116,9 @@ def test_internal_masks_are_obeyed(tmp_path):
     valid[:, 30:] = False
     save(tmp_path / "images/a.tif", bands(3), valid=valid)
     save(tmp_path / "masks/a.tif", numbers(), valid=np.roll(valid, 5, axis=1))
-    item = only(tmp_path)
-    np.testing.assert_array_equal(np.isnan(item.image()).all(0), ~valid)
-    np.testing.assert_array_equal(item.mask() == IGNORE, ~valid | ~np.roll(valid, 5, axis=1))
+    scene = only(tmp_path)
+    np.testing.assert_array_equal(np.isnan(scene.image()).all(0), ~valid)
+    np.testing.assert_array_equal(scene.target() == IGNORE, ~valid | ~np.roll(valid, 5, axis=1))
 
 
 def test_a_fourth_band_called_alpha_is_data_unless_it_is_left_out(tmp_path):
@@ -127,13 +136,13 @@ def test_nodata_of_a_mask_is_no_label(root, dtype):
     mask = numbers().astype(dtype)
     mask[5:9] = 99
     save(root / "masks/a.tif", mask, nodata=99)
-    assert (only(root).mask()[5:9] == IGNORE).all()
-    np.testing.assert_array_equal(only(root).mask()[9:], numbers()[9:])
+    assert (only(root).target()[5:9] == IGNORE).all()
+    np.testing.assert_array_equal(only(root).target()[9:], numbers()[9:])
 
 
 def test_a_class_stays_a_class_though_masks_call_it_nodata(root):
     save(root / "masks/a.tif", numbers(), nodata=0)
-    np.testing.assert_array_equal(only(root).mask(), numbers())
+    np.testing.assert_array_equal(only(root).target(), numbers())
 
 
 def test_infinite_values_are_missing(tmp_path):
@@ -151,16 +160,16 @@ def test_masks_of_colours(root):
     valid = np.ones(SIZE, dtype=bool)
     valid[:4] = False
     save(root / "masks/a.tif", np.moveaxis(table[numbers()], -1, 0), photometric="rgb", valid=valid)
-    mask = only(root, colors=colours).mask()
+    mask = only(root, colors=colours).target()
     np.testing.assert_array_equal(mask, np.where(valid, numbers(), IGNORE))
     with pytest.raises(UserError, match=r"masks/a\.tif: an RGB mask; give the colour"):
-        only(root).mask()
+        only(root).target()
 
 
 def test_values_that_are_no_classes_are_named(root):
     save(root / "masks/a.tif", numbers() * 5)
     with pytest.raises(UserError, match=r"masks/a\.tif: the mask has 5, 10, but classes are 0, 1, 2"):
-        only(root).mask()
+        only(root).target()
 
 
 @pytest.mark.parametrize(
@@ -178,39 +187,39 @@ def test_values_that_are_no_classes_are_named(root):
 )
 def test_masks_of_another_grid_are_problems(root, mask, keys, says):
     save(root / "masks/a.tif", mask, **keys)
-    items, problems = rasters.scan(section(root))
-    assert items == []
+    scenes, _, problems = geotiff.find(section(root))
+    assert scenes == []
     assert len(problems) == 1
     assert re.search(says, problems[0])
 
 
 def test_masks_without_a_place_are_taken_by_their_pixels(root):
     save(root / "masks/a.tif", numbers(), crs=None, transform=rasterio.Affine.identity())
-    np.testing.assert_array_equal(only(root).mask(), numbers())
+    np.testing.assert_array_equal(only(root).target(), numbers())
 
 
 def test_mixed_band_counts_are_problems(root):
     for name, count in (("b", 4), ("c", 3)):
         save(root / f"images/{name}.tif", bands(count))
         save(root / f"masks/{name}.tif", numbers())
-    _, (problem,) = rasters.scan(section(root))
+    *_, (problem,) = formats.find(section(root))
     assert re.search(r"images/c\.tif: 3 bands, but 2 of 3 scenes have 4", problem)
-    items, problems = rasters.scan(section(root, bands=[1, 3]))
+    scenes, _, problems = formats.find(section(root, bands=[1, 3]))
     assert problems == []
-    assert {item.channels for item in items} == {2}
-    _, (problem,) = rasters.scan(section(root, bands=[1, 4]))
+    assert {scene.channels for scene in scenes} == {2}
+    *_, (problem,) = formats.find(section(root, bands=[1, 4]))
     assert re.search(r"images/c\.tif: 3 bands, but data\.bands asks for band 4", problem)
 
 
 def test_scenes_of_other_coordinates_or_resolution_are_a_note(root):
-    assert rasters.notes(rasters.scan(section(root))[0]) == []
+    assert geotiff.notes(formats.find(section(root)).samples) == []
     others = {"b": {"crs": "EPSG:32634"}, "c": {"transform": PLACE @ PLACE.scale(0.5)}, "d": {"crs": None}}
     for name, keys in others.items():
         save(root / f"images/{name}.tif", bands(), **keys)
         save(root / f"masks/{name}.tif", numbers(), **keys)
-    items, problems = rasters.scan(section(root))
+    scenes, _, problems = formats.find(section(root))
     assert problems == []
-    assert rasters.notes(items) == [
+    assert geotiff.notes(scenes) == [
         "scenes have different coordinate systems: 2 EPSG:32633, 1 EPSG:32634, 1 none",
         "scenes have different resolutions: pixels from 5 (c) to 10 (a) units of the CRS",
     ]
@@ -230,7 +239,10 @@ def test_scenes_of_different_splits_must_not_share_ground(root, tmp_path, column
     for split, names in (("train", "a\nc"), ("val", "b")):
         (tmp_path / f"{split}.txt").write_text(names)
     lists = Lists(train=tmp_path / "train.txt", val=tmp_path / "val.txt")
-    problems = [text for text in check(section(root, lists=lists)).problems if "ground" in text]
+    data = section(root, lists=lists)
+    samples, classes, _ = formats.find(data)
+    dataset, _ = split(samples, classes, data)
+    problems = same_ground(dataset)
     assert len(problems) == shared
     assert not shared or "train: a and val: b" in problems[0]
 
@@ -238,21 +250,156 @@ def test_scenes_of_different_splits_must_not_share_ground(root, tmp_path, column
 @pytest.mark.parametrize("folder", ["images", "masks"])
 def test_unreadable_files_are_problems(root, folder):
     (root / folder / "a.tif").write_bytes(b"not a raster")
-    items, problems = rasters.scan(section(root))
-    assert items == []
+    scenes, _, problems = geotiff.find(section(root))
+    assert scenes == []
     assert re.search(rf"{folder}/a\.tif: not a readable raster", problems[0])
 
 
 def test_a_damaged_scene_is_named(root):
     path = save(root / "images/a.tif", bands(), tiled=True, blockxsize=16, blockysize=16, compress="deflate")
-    item = only(root)
+    scene = only(root)
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(UserError, match=r"images/a\.tif: (damaged|not a readable)"):
-        item.image()
+        scene.image()
 
 
 def test_a_missing_mask_is_named(root):
     save(root / "images/b.tif", bands())
-    items, problems = rasters.scan(section(root))
-    assert len(items) == 1
+    scenes, _, problems = formats.find(section(root))
+    assert len(scenes) == 1
     assert re.search(r"images/b\.tif: no mask", problems[0])
+
+
+# Files that stay open
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list[str]:
+    """The names of the files that are opened from now on, by whichever thread."""
+    names: list[str] = []
+    real = rasterio.open
+
+    def open_and_note(path, *arguments, **keys):
+        names.append(Path(path).parent.name)
+        return real(path, *arguments, **keys)
+
+    monkeypatch.setattr(rasterio, "open", open_and_note)
+    return names
+
+
+def windows(step: int = 10) -> Iterator[tuple[slice, slice]]:
+    for top in range(0, SIZE[0], step):
+        for left in range(0, SIZE[1], step):
+            yield slice(top, top + step), slice(left, left + step)
+
+
+def test_many_windows_open_each_file_once(root, opened):
+    scene = only(root)
+    opened.clear()
+    for window in windows():
+        np.testing.assert_array_equal(scene.image(window), bands()[:, *window])
+        np.testing.assert_array_equal(scene.target(window), numbers()[window])
+    assert sorted(opened) == ["images", "masks"]
+
+
+def test_files_of_a_thread_are_its_own(root):
+    scene = only(root)
+
+    def read(window: tuple[slice, slice]) -> bool:
+        image, mask = scene.image(window), scene.target(window)
+        return np.array_equal(image, bands()[:, *window]) and np.array_equal(mask, numbers()[window])
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(read, list(windows(5)) * 3))
+
+
+@pytest.mark.parametrize("same_time", [False, True])
+def test_a_file_that_is_written_anew_is_read_anew(root, same_time):
+    scene, path = only(root), root / "images/a.tif"
+    np.testing.assert_array_equal(scene.image(), bands())
+    before = path.stat()
+    save(root / "new/a.tif", bands() + np.uint16(7))
+    if same_time:  # as copies that keep their times have it
+        os.utime(root / "new/a.tif", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (root / "new/a.tif").replace(path)
+    np.testing.assert_array_equal(scene.image(), bands() + 7)
+    path.unlink()
+    with pytest.raises(UserError, match=r"images/a\.tif: not a readable raster"):
+        scene.image()
+
+
+def test_only_some_files_stay_open(tmp_path):
+    for i in range(30):
+        save(tmp_path / f"images/{i}.tif", bands())
+        save(tmp_path / f"masks/{i}.tif", numbers())
+    scenes = formats.find(section(tmp_path)).samples
+
+    def open_here() -> int:
+        links = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if fd.isdecimal()]
+        return sum(link.startswith(str(tmp_path)) for link in links)
+
+    def count() -> int:
+        for scene in scenes:
+            scene.image()
+            scene.target()
+        return open_here()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert 0 < pool.submit(count).result() <= _rasters.KEPT_OPEN
+    assert open_here() == 0  # the thread is gone
+
+
+class Windows(torch.utils.data.Dataset):
+    """The windows of a scene, as a loader reads them."""
+
+    def __init__(self, scene: _rasters.Scene) -> None:
+        self.scene, self.places = scene, list(windows(5))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> tuple[int, np.ndarray, np.ndarray]:
+        return i, self.scene.image(self.places[i]), self.scene.target(self.places[i])
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_loading_processes_read_what_this_one_has_open(tmp_path, start):
+    """A fork that read by its parent's file descriptors would move the others' places in the files."""
+    keys = {"tiled": True, "blockxsize": 16, "blockysize": 16, "compress": "deflate"}
+    save(tmp_path / "images/a.tif", bands(), **keys)
+    save(tmp_path / "masks/a.tif", numbers(), **keys)
+    scene = only(tmp_path)
+    scene.image()
+    scene.target()
+    loader = DataLoader(Windows(scene), batch_size=None, num_workers=3, multiprocessing_context=start)
+    seen = 0
+    for i, image, mask in loader:
+        window = loader.dataset.places[i]
+        np.testing.assert_array_equal(scene.image(window), bands()[:, *window])
+        np.testing.assert_array_equal(image, bands()[:, *window])
+        np.testing.assert_array_equal(mask, numbers()[window])
+        seen += 1
+    assert seen == 80
+
+
+# Scenes to predict
+
+
+def test_scenes_with_other_bands_are_named_and_the_others_predicted(tmp_path):
+    for name, count in (("a", 4), ("b", 3), ("c", 4)):
+        save(tmp_path / f"{name}.tif", bands(count))
+    (tmp_path / "d.tif").write_bytes(b"not a raster")
+    scenes, problems = formats.unlabelled([tmp_path], section(Path()), 4)
+    assert [scene.name for scene in scenes] == ["a", "c"]
+    assert [scene.target() for scene in scenes] == [None, None]
+    other, unreadable = problems
+    assert re.search(r"b\.tif: 3 bands, but the network was trained on 4 bands", other)
+    assert re.search(r"d\.tif: not a readable raster", unreadable)
+    scenes, (problem,) = formats.unlabelled([tmp_path / "a.tif", tmp_path / "b.tif"], section(Path(), bands=[1, 4]), 2)
+    np.testing.assert_array_equal(scenes[0].image(), bands()[[0, 3]])
+    assert re.search(r"b\.tif: 3 bands, but the network was trained on bands 1, 4", problem)
+
+
+def test_a_scene_is_measured_in_pixels(root):
+    scene = only(root)
+    assert (scene.spacing, scene.unit) == ((1.0, 1.0), "pixels")
