@@ -114,10 +114,11 @@ def _kept_open(path: Path) -> rasterio.DatasetReader:
     """A raster for reading, which this thread of this process keeps open with the others that it used last."""
     if getattr(_OPEN, "process", None) != os.getpid():  # a fork shares its parent's places in files
         _OPEN.process, _OPEN.files = os.getpid(), OrderedDict()
-    files: OrderedDict[Path, tuple[int, rasterio.DatasetReader]] = _OPEN.files
-    changed = path.stat().st_mtime_ns if path.exists() else 0
-    if path not in files or files[path][0] != changed:
-        files[path] = changed, _open(path)
+    files: OrderedDict[Path, tuple[Any, rasterio.DatasetReader]] = _OPEN.files
+    now = path.stat() if path.exists() else None
+    written = now and (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns)
+    if path not in files or files[path][0] != written:
+        files[path] = written, _open(path)
     files.move_to_end(path)
     while len(files) > KEPT_OPEN:
         files.popitem(last=False)[1][1].close()
