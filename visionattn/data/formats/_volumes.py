@@ -6,10 +6,15 @@ Image and mask are compared after that turn. An uncompressed .nii is mapped into
 whole is kept, up to CACHE_BYTES in each process.
 """
 
+import gzip
 import itertools
+import logging
+import re
 import threading
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +23,9 @@ import nibabel
 import numpy as np
 import pydicom
 from nibabel import orientations
-from pydicom.errors import InvalidDicomError
-from pydicom.pixels import get_decoder
+from pydicom.config import IGNORE, disable_value_validation
+from pydicom.pixels import apply_modality_lut, get_decoder
+from pydicom.uid import UID, ImplicitVRLittleEndian
 
 from visionattn.data.formats.nifti import VolumeSection
 from visionattn.data.labels import Labels
@@ -27,8 +33,9 @@ from visionattn.data.pairs import Pair
 from visionattn.data.sample import Sample, Window
 from visionattn.errors import UserError, listed
 
-__all__ = ["Slice", "Volume", "Voxels", "labelled", "open_volume", "unlabelled"]
+__all__ = ["Slice", "Volume", "Voxels", "is_series", "labelled", "open_volume", "unlabelled"]
 
+log = logging.getLogger(__name__)
 CACHE_BYTES = 2 * 2**30
 PERCENTILES = (0.5, 99.5)
 SAMPLES = 2**20  # voxels that percentiles are taken of
@@ -37,8 +44,10 @@ UNEVEN = 0.1  # largest deviation from the usual distance between slices, in dis
 TAGS = [
     "SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness",
     "SpacingBetweenSlices", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation",
-    "RescaleSlope", "RescaleIntercept",
+    "SOPClassUID",
 ]  # fmt: skip
+STANDARD = "1.2.840.10008."  # how DICOM's own identifiers begin
+DATA_SETS = (b"\x02\x00", b"\x08\x00")  # how one without a preamble begins: with group 2 or 8, little endian
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,8 @@ class Volume:
 
     def voxels(self) -> Voxels:
         """The values, from the cache of this process where they are there. Raises UserError where damaged."""
-        return _CACHE.get((self.path, self.axis), lambda: _load(self))
+        written = self.path.stat().st_mtime_ns if self.path.exists() else 0
+        return _CACHE.get((self.path, self.axis, written), lambda: _load(self))
 
     def image(
         self, index: int, contrast: tuple[float, float] | None = None, window: Window | None = None
@@ -196,6 +206,7 @@ def labelled(pairs: Sequence[Pair], section: VolumeSection) -> tuple[list[Sample
     labels = Labels.of(section)
     samples: list[Sample] = []
     problems: list[str] = []
+    channels: dict[Path, int] = {}
     for pair in pairs:
         try:
             volume, mask = open_volume(pair.image, section.axis), open_volume(pair.mask, section.axis)
@@ -205,8 +216,9 @@ def labelled(pairs: Sequence[Pair], section: VolumeSection) -> tuple[list[Sample
         differ = _differences(pair, volume, mask)
         problems += differ
         if not differ:
+            channels[pair.image] = volume.channels
             samples += _slices(pair.name, volume, section, group=pair.group, split=pair.split, mask=mask, labels=labels)
-    return samples, problems
+    return samples, problems + _channel_problems(channels)
 
 
 def unlabelled(paths: Mapping[str, Path], section: VolumeSection, channels: int) -> tuple[list[Sample], list[str]]:
@@ -271,6 +283,15 @@ def _differences(pair: Pair, volume: Volume, mask: Volume) -> list[str]:
     return []
 
 
+def _channel_problems(channels: Mapping[Path, int]) -> list[str]:
+    (usual, times), *others = Counter(channels.values()).most_common() or [(0, 0)]
+    return [
+        f"{path}: {count} channels, but {times} of {len(channels)} volumes have {usual}"
+        for path, count in channels.items()
+        if others and count != usual
+    ]
+
+
 def open_volume(path: Path, axis: int = 2) -> Volume:
     """A NIfTI file, or a folder with a DICOM series, by its headers.
 
@@ -324,41 +345,102 @@ def _position(header: pydicom.Dataset) -> np.ndarray:
     return np.array(header.ImagePositionPatient, dtype=np.float64)
 
 
-def _series_headers(folder: Path) -> dict[Path, pydicom.Dataset]:
-    """Headers of the DICOM files in a folder, which make one series of equal geometry."""
-    headers = {}
-    for file in sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")):
+def is_series(folder: Path) -> bool:
+    """Whether a folder holds a DICOM image, be it a damaged one."""
+    for file in _candidates(folder):
         try:
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=TAGS)
-        except InvalidDicomError:
-            if file.suffix.lower() == ".dcm":
-                raise UserError(f"{file}: not a DICOM file") from None
-            continue
-        except Exception as error:
-            raise UserError(f"{file}: damaged DICOM file ({error})") from None
-        if "Rows" in header:  # others, such as DICOMDIR, hold no image
-            headers[file] = _sound(header, file)
+            header = _header(file)
+        except UserError:
+            return True
+        if header is not None and _is_image(header):
+            return True
+    return False
+
+
+def _candidates(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+
+
+def _series_headers(folder: Path) -> dict[Path, pydicom.Dataset]:
+    """Headers of the DICOM images in a folder, which make one series of equal geometry."""
+    read = {file: _header(file) for file in _candidates(folder)}
+    headers = {file: _sound(header, file) for file, header in read.items() if header is not None and _is_image(header)}
     if not headers:
         raise UserError(f"{folder}: no DICOM images in this folder")
     series = Counter(header.SeriesInstanceUID for header in headers.values())
     if len(series) > 1:
         counts = [f"{count} files of {uid}" for uid, count in series.items()]
         raise UserError(f"{folder}: {len(series)} series in one folder ({listed(counts, most=4)}); expected one")
+    called = {_without_digits(file) for file in headers}
+    for file in read.keys() - headers.keys():
+        header = read[file]
+        if header is None and _without_digits(file) in called:
+            raise UserError(f"{file}: called as the slices beside it, but not a DICOM file; copy the series anew")
+        if header is not None and header.get("SeriesInstanceUID") in series:
+            raise UserError(f"{file}: of the series beside it, but not an image")
     return _alike(headers)
 
 
+def _header(file: Path) -> pydicom.Dataset | None:
+    """Of a DICOM file, one without a preamble too; None where it is something else.
+
+    Raises:
+        UserError: called .dcm but something else, or damaged.
+    """
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(132)
+        marked, header = start[128:] == b"DICM", pydicom.Dataset()
+        if marked or start[:2] in DATA_SETS:
+            with warnings.catch_warnings(), disable_value_validation():
+                warnings.simplefilter("ignore")  # which would not name the file; what is wrong is told below
+                header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=TAGS, force=True)
+                list(header), list(header.file_meta)  # values are made when they are asked for
+    except Exception as error:  # readers raise nearly anything on damaged files
+        raise UserError(f"{file}: damaged DICOM file ({str(error) or type(error).__name__})") from None
+    if marked or header:
+        return header
+    if file.suffix.lower() == ".dcm":
+        raise UserError(f"{file}: not a DICOM file")
+    return None
+
+
+def _is_image(header: pydicom.Dataset) -> bool:
+    """Whether a DICOM file holds pixels, as a DICOMDIR or a report does not, or is cut too short to tell."""
+    kind = str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
+    name = UID(kind, IGNORE).name
+    cut = name == kind and (kind.startswith(STANDARD) or STANDARD.startswith(kind))  # no such class is known
+    return cut or header.get("Rows") is not None or "Image Storage" in name
+
+
+def _without_digits(file: Path) -> str:
+    return re.sub(r"\d+", "0", file.name)
+
+
 def _sound(header: pydicom.Dataset, file: Path) -> pydicom.Dataset:
-    needed = ("SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+    lengths = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
+    needed = ("SeriesInstanceUID", *lengths, "Rows", "Columns")
     if int(header.get("NumberOfFrames") or 1) > 1:
         raise UserError(f"{file}: several frames in one file; turn it into NIfTI, for example by dcm2niix")
     if missing := [tag for tag in needed if not header.get(tag)]:
-        raise UserError(f"{file}: without {listed(missing)}, so its place in a volume is not known")
+        raise UserError(f"{file}: without {listed(missing)}, so it is no slice of a volume, or cut short")
+    for tag, length in lengths.items():
+        if len(_numbers(header[tag].value)) != length:
+            raise UserError(f"{file}: {tag} is {header[tag].value}, expected {length} numbers")
     if header.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"):
         raise UserError(f"{file}: pixels are {header.get('PhotometricInterpretation')}, expected MONOCHROME1 or 2")
     syntax = header.file_meta.get("TransferSyntaxUID")
     if syntax is not None and syntax.is_compressed and not get_decoder(syntax).is_available:
         raise UserError(f"{file}: compressed as {syntax.name}; pip install pylibjpeg[all] reads that")
     return header
+
+
+def _numbers(values: Sequence[str | float]) -> np.ndarray:
+    """The finite ones; none where something else is among them."""
+    with suppress(TypeError, ValueError):
+        numbers = np.array(values, dtype=np.float64)
+        return numbers[np.isfinite(numbers)]
+    return np.zeros(0)
 
 
 def _alike(headers: dict[Path, pydicom.Dataset]) -> dict[Path, pydicom.Dataset]:
@@ -395,12 +477,34 @@ def _load(volume: Volume) -> Voxels:
         return Voxels(volume.turned(_read_series(volume)[..., None]))
     try:
         proxy = nibabel.load(volume.path).dataobj
-        stored = proxy.get_unscaled()
+        stored = _unpacked(volume.path) if volume.path.suffix.lower() == ".gz" else proxy.get_unscaled()
         stored[..., -1:, -1:].max()  # a map of a file that is too short fails here, not later
     except Exception as error:
         raise UserError(f"{volume.path}: damaged, cannot be read ({str(error) or type(error).__name__})") from None
     stored = stored[..., None] if stored.ndim == 3 else stored
-    return Voxels(volume.turned(stored), float(proxy.slope), float(proxy.inter))
+    voxels = Voxels(volume.turned(stored), float(proxy.slope), float(proxy.inter))
+    _tell_missing(volume.path, voxels)
+    return voxels
+
+
+def _unpacked(path: Path) -> np.ndarray:
+    """The numbers in a compressed file, which is read to its end, where its check sum is."""
+    with gzip.open(path) as stream:
+        holder = nibabel.FileHolder(str(path), stream)
+        stored = type(nibabel.load(path)).from_file_map({"image": holder}).dataobj.get_unscaled()
+        while stream.read(2**20):
+            pass
+    return stored
+
+
+def _tell_missing(path: Path, voxels: Voxels) -> None:
+    """Warn, once in a process, of voxels without a value, which are shown as the darkest ones."""
+    if voxels.stored.dtype.kind != "f" or path in _TOLD:
+        return
+    _TOLD.add(path)
+    missing = sum(int(np.count_nonzero(~np.isfinite(plane))) for plane in voxels.stored)
+    if missing:
+        log.warning("%s: %s of %s voxels are NaN or infinite", path, f"{missing:,}", f"{voxels.stored.size:,}")
 
 
 def _read_series(volume: Volume) -> np.ndarray:
@@ -408,24 +512,32 @@ def _read_series(volume: Volume) -> np.ndarray:
     planes = []
     for file in volume.files:
         try:
-            source = pydicom.dcmread(file)
-            slope, intercept = float(source.get("RescaleSlope", 1)), float(source.get("RescaleIntercept", 0))
-            plane = source.pixel_array.T * slope + intercept
+            plane = _values(pydicom.dcmread(file, force=True)).T
         except Exception as error:
             raise UserError(f"{file}: damaged, cannot be read ({str(error) or type(error).__name__})") from None
-        whole = slope.is_integer() and intercept.is_integer() and np.abs(plane).max() < 2**15
+        whole = np.abs(plane).max() < 2**15 and (plane == np.round(plane)).all()
         planes.append(plane.astype(np.int16 if whole else np.float32))
     return np.stack(planes, axis=-1)
+
+
+def _values(source: pydicom.Dataset) -> np.ndarray:
+    """(rows, columns) in the unit of the modality: by its table, else by slope and intercept, which may be empty."""
+    if "TransferSyntaxUID" not in source.file_meta:  # of files without a preamble: DICOM's default
+        source.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    if source.get("ModalityLUTSequence"):
+        return apply_modality_lut(source.pixel_array, source)
+    slope, intercept = source.get("RescaleSlope"), source.get("RescaleIntercept")
+    return source.pixel_array * float(1 if slope is None else slope) + float(intercept or 0)
 
 
 class _Cache:
     """The volumes used last; threads that want the same one wait for it to be read once."""
 
     def __init__(self) -> None:
-        self.kept: OrderedDict[tuple[Path, int], Voxels] = OrderedDict()
+        self.kept: OrderedDict[tuple[Path, int, int], Voxels] = OrderedDict()
         self.lock = threading.Lock()
 
-    def get(self, key: tuple[Path, int], load: Callable[[], Voxels]) -> Voxels:
+    def get(self, key: tuple[Path, int, int], load: Callable[[], Voxels]) -> Voxels:
         with self.lock:
             if key not in self.kept:
                 self.kept[key] = load()
@@ -446,3 +558,4 @@ def _bytes(voxels: Voxels) -> int:
 
 
 _CACHE = _Cache()
+_TOLD: set[Path] = set()

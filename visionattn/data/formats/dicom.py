@@ -36,19 +36,26 @@ def unlabelled(paths: Sequence[Path], section: Section, channels: int) -> tuple[
 
 
 def _series_folders(paths: Sequence[Path]) -> dict[str, Path]:
-    """Folders that hold files, at or below the given ones, by the name of their result."""
+    """Folders that hold a series, at or below the given ones, by the name of their result.
+
+    Raises:
+        UserError: a given path that is no folder or without any series; two series of one name.
+    """
+    from visionattn.data.formats import _volumes
+
     missing = [str(path) for path in paths if not path.is_dir()]
     if missing:
         raise UserError(f"expected folders of DICOM series, but these are none: {listed(missing)}")
     named: dict[str, Path] = {}
+    empty = []
     for given in paths:
-        for here, _, files in walk(given):
+        folders = [here for here, _, files in walk(given) if files and _volumes.is_series(here)]
+        empty += [] if folders else [str(given)]
+        for here in folders:
             name = here.relative_to(given).as_posix() if here != given else given.resolve().name
-            if not files:
-                continue
             if name in named:
                 raise UserError(f"{named[name]} and {here} would both be written as {name}; predict them apart")
             named[name] = here
-    if not named:
-        raise UserError(f"no files in {listed(paths)}")
+    if empty:
+        raise UserError(f"no DICOM images in {listed(empty)}")
     return named
