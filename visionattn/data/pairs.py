@@ -62,7 +62,10 @@ class Pair(NamedTuple):
 
 
 def find_pairs(
-    section: PairSection, image_endings: Collection[str] | None, mask_endings: Collection[str] | None = None
+    section: PairSection,
+    image_endings: Collection[str] | None,
+    mask_endings: Collection[str] | None = None,
+    is_image: Callable[[Path], bool] = Path.is_dir,
 ) -> tuple[list[Pair], list[str]]:
     """The pairs of a data section, sorted by name, and a line for each file that has no partner.
 
@@ -70,6 +73,7 @@ def find_pairs(
         image_endings: lower-case endings of image files, such as {".nii", ".nii.gz"}; others are no images. None: an
             image is a folder of files.
         mask_endings: of mask files; None: the same.
+        is_image: which folders of files are images, where images are folders.
 
     Raises:
         UserError: no folder of images, one without a folder of masks beside it, or a name without a group.

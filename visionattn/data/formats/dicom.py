@@ -24,7 +24,7 @@ def find(section: Section) -> Found:
     """The slices of every series with its mask; only headers are read."""
     from visionattn.data.formats import _volumes
 
-    pairs, problems = find_pairs(section, None, nifti.ENDINGS)
+    pairs, problems = find_pairs(section, None, nifti.ENDINGS, _volumes.is_series)
     samples, more = _volumes.labelled(pairs, section)
     return Found(samples, section.class_names, problems + more)
 

@@ -332,6 +332,20 @@ def test_folders_without_images_are_no_series(study):
     assert {sample.case for sample in samples} == {"p1", "p2/axial"}
 
 
+def test_a_readme_above_a_labelled_series_is_no_series(study):
+    (study / "images/p1/docs").mkdir()
+    for folder in ("images", "images/p1/docs"):
+        (study / folder / "README").write_text("not an image")
+    (study / "images/p3").mkdir()
+    (study / "images/p3/README").write_text("not an image")
+    (study / "images/p1").rename(study / "images/p3/axial")
+    (study / "masks/p3").mkdir()
+    (study / "masks/p1.nii.gz").rename(study / "masks/p3/axial.nii.gz")
+    samples, problems = scan(dicom(study))
+    assert problems == []
+    assert {sample.case for sample in samples} == {"p3/axial"}
+
+
 def test_a_given_folder_without_any_series_is_refused(study):
     (study / "docs").mkdir()
     (study / "docs/README").write_text("not an image")

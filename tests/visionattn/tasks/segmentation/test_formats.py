@@ -83,6 +83,36 @@ def test_volumes_are_trained_by_slices_measured_whole_and_written_back(volumes, 
         np.testing.assert_allclose(written.affine, truths[name].affine)
         assert set(np.unique(np.asarray(written.dataobj))) <= {0, 1}
     assert dice([(np.asarray(found[name].dataobj), np.asarray(truths[name].dataobj)) for name in truths]) > 0.8
+    damaged = shutil.copytree(volumes, tmp_path / "damaged")
+    flip_a_bit(damaged / "images" / "p3_a.nii.gz")
+    assert main(["check", recipe, *keys, f"data.root={damaged}"]) == 1
+    assert "images/p3_a.nii.gz: damaged, cannot be read" in capsys.readouterr().out
+    assert main(["fit", recipe, "--run", str(tmp_path / "other"), *keys, f"data.root={damaged}"]) == 2
+    assert "images/p3_a.nii.gz: damaged, cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    assert main(["predict", str(run), str(damaged / "images"), "-o", str(tmp_path / "sound")]) == 1
+    assert "images/p3_a.nii.gz: damaged, cannot be read" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "sound").iterdir()} == truths.keys() - {"p3_a.nii.gz"}
+    assert main(["predict", str(run), str(volumes / "images"), "-o", str(tmp_path / "nowhere" / "out")]) == 2
+    assert "nowhere does not exist" in capsys.readouterr().err
+
+
+def flip_a_bit(path: Path) -> None:
+    """In the middle of a .nii.gz file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def test_voxels_without_a_value_are_named(volumes, tmp_path, caplog):
+    nibabel = pytest.importorskip("nibabel")
+    root = shutil.copytree(volumes, tmp_path / "data")
+    source = nibabel.load(root / "images" / "p2_a.nii.gz")
+    voxels = source.get_fdata(dtype=np.float32)
+    voxels[0, :3, 0] = np.nan, np.inf, -np.inf
+    nibabel.save(nibabel.Nifti1Image(voxels, source.affine), root / "images" / "p2_a.nii.gz")
+    assert main(["check", recipe_for("nifti", root, tmp_path)]) == 0
+    assert "images/p2_a.nii.gz: 3 of 7,200 voxels are NaN or infinite" in caplog.text
 
 
 def test_dicom_series_are_written_as_volumes_on_the_grid_of_their_masks(tmp_path, capsys):
@@ -112,6 +142,8 @@ def test_dicom_series_are_written_as_volumes_on_the_grid_of_their_masks(tmp_path
     assert main(["check", recipe, *keys]) == 0
     assert "problems: none" in capsys.readouterr().out
     assert main(["fit", recipe, "--run", str(run), *keys, "train.epochs=6", "evaluate.surface=false"]) == 0
+    for name in ("README", "DICOMDIR", ".DS_Store"):  # above the series
+        (root / "images" / name).write_text("not an image")
     assert main(["predict", str(run), str(root / "images"), "-o", str(tmp_path / "out")]) == 0
     found = {path.name: nibabel.load(path) for path in (tmp_path / "out").iterdir()}
     truths = {path.name: nibabel.load(path) for path in (root / "masks").iterdir()}
@@ -119,6 +151,12 @@ def test_dicom_series_are_written_as_volumes_on_the_grid_of_their_masks(tmp_path
     for written in found.values():
         np.testing.assert_array_equal(written.affine, affine)
     assert dice([(found[name].get_fdata(), truths[name].get_fdata()) for name in truths]) > 0.8
+    cut = root / "images" / "p1" / "4.dcm"
+    cut.write_bytes(cut.read_bytes()[:500])
+    capsys.readouterr()
+    assert main(["predict", str(run), str(root / "images"), "-o", str(tmp_path / "sound")]) == 1
+    assert "images/p1/4.dcm: without" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "sound").iterdir()} == truths.keys() - {"p1.nii.gz"}
 
 
 def test_volumes_of_a_patient_in_two_splits_are_refused(volumes, tmp_path, capsys):
@@ -191,6 +229,8 @@ def test_one_unreadable_scene_does_not_keep_the_others_from_being_predicted(scen
         profile, values = source.profile, source.read()
     with rasterio.open(given / "c.tif", "w", **profile | {"crs": None}) as sink:
         sink.write(values)
+    with rasterio.open(given / "d.tif", "w", **profile | {"count": 3}) as sink:
+        sink.write(values[:3])
     predict = ["predict", str(run), str(given), "-o"]
     assert main([*predict, str(tmp_path / "polygons"), "--polygons"]) == 2
     text = capsys.readouterr().err
@@ -198,5 +238,7 @@ def test_one_unreadable_scene_does_not_keep_the_others_from_being_predicted(scen
     assert "coordinate reference system" in text
     assert not (tmp_path / "polygons").exists()
     assert main([*predict, str(tmp_path / "out")]) == 1
-    assert "a.tif: not a readable raster" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert "a.tif: not a readable raster" in text
+    assert "d.tif: 3 bands, but the network was trained on 4 bands" in text
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b.tif", "c.tif"]
