@@ -101,6 +101,8 @@ def _migrated(content: dict[str, Any]) -> dict[str, Any]:
         content.setdefault("task", "classification")
         content.setdefault("noun", "image")
         content.setdefault("intervals", {interval["metric"]: [interval["low"], interval["high"]]} if interval else {})
+        content["bootstrap"] = {key: n for key, n in (interval or {}).items() if key in ("resamples", "groups")}
+        content["slices"] = content["noun"] == "volume"
     return content
 
 

@@ -82,6 +82,7 @@ def write_report(run: Path) -> Path:
 def _read(run: Path) -> Run:
     recipe_text = _text(run / "recipe.yaml")
     folders = sorted(path.parent for path in run.glob("evaluation/[!.]*/metrics.json"))
+    folders = [folder for folder in folders if folder.suffix != ".partial"]  # which a killed 0.1.0 left
     folders.sort(key=lambda folder: ORDER.index(folder.name) if folder.name in ORDER else len(ORDER))
     return Run(
         name=run.resolve().name,

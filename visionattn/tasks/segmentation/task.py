@@ -71,7 +71,7 @@ class Segmenter(Task):
         tta: names of views that predictions are averaged over.
         turnable: images may be turned by a quarter.
         cases: the case of each validation image.
-        empty: rule for empty classes, see `visionattn.segmetrics`.
+        empty: rule for empty classes, see `visionattn.tasks.segmentation.metrics`.
         deep: supervise every output.
         multi_scale: factors, one of which each training batch is resized by.
     """
@@ -135,7 +135,7 @@ class Segmenter(Task):
         return predictions
 
     def probabilities(self, batch: dict[str, Any]) -> list[Tensor]:
-        """Of each part of a batch (see `visionattn.crops.WholeImages`): (classes, H, W) in native pixels."""
+        """Of each part of a batch (see `visionattn.tasks.segmentation.transforms.WholeImages`): (classes, H, W) in native pixels."""
         images: list[Tensor] = batch["image"]
         if len({image.shape for image in images}) == 1 and self._fits(images[0]):
             maps = list(self.averaged(torch.stack(images)))
