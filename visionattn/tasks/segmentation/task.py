@@ -135,7 +135,7 @@ class Segmenter(Task):
         return predictions
 
     def probabilities(self, batch: dict[str, Any]) -> list[Tensor]:
-        """Of each part of a batch (see `visionattn.tasks.segmentation.transforms.WholeImages`): (classes, H, W) in native pixels."""
+        """Of each part of a batch (see `transforms.WholeImages`): (classes, H, W) in native pixels."""
         images: list[Tensor] = batch["image"]
         if len({image.shape for image in images}) == 1 and self._fits(images[0]):
             maps = list(self.averaged(torch.stack(images)))
