@@ -6,7 +6,7 @@ from the root without that folder and without suffixes: images/train/a.png and t
 
 import re
 import unicodedata
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -85,6 +85,8 @@ def find_pairs(
     not_image, not_mask = (mask_end, image_end) if section.images == section.masks else ("", "")
     for beside, folder, masks in places:
         images = _files(folder, image_endings, image_end, not_image, walked)
+        if image_endings is None:
+            images = {key: kept for key, paths in images.items() if (kept := [p for p in paths if is_image(p)])}
         partners = _files(masks, mask_endings or image_endings, mask_end, not_mask, walked)
         prefix = beside.relative_to(section.root)
         for key in sorted(images.keys() | partners.keys()):
