@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from visionattn.data import formats
 from visionattn.data.formats import geotiff
-from visionattn.data.sample import IGNORE
+from visionattn.data.sample import IGNORE, blocks
 from visionattn.data.splits import split
 from visionattn.data.survey import same_ground
 from visionattn.errors import UserError
@@ -342,10 +342,10 @@ def test_only_some_files_stay_open(tmp_path, opened):
 
 
 class Windows(torch.utils.data.Dataset):
-    """The windows of a scene, as a loader reads them."""
+    """Square windows of a scene, as a loader reads them."""
 
-    def __init__(self, scene: _rasters.Scene) -> None:
-        self.scene, self.places = scene, list(windows(5))
+    def __init__(self, scene: _rasters.Scene, side: int) -> None:
+        self.scene, self.places = scene, list(blocks(scene.size, side))
 
     def __len__(self) -> int:
         return len(self.places)
@@ -357,22 +357,22 @@ class Windows(torch.utils.data.Dataset):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on few cores
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_loading_processes_read_what_this_one_has_open(tmp_path, start):
-    """A fork that read by its parent's file descriptors would move the others' places in the files."""
-    keys = {"tiled": True, "blockxsize": 16, "blockysize": 16, "compress": "deflate"}
-    save(tmp_path / "images/a.tif", bands(), **keys)
-    save(tmp_path / "masks/a.tif", numbers(), **keys)
-    scene = only(tmp_path)
-    scene.image()
-    scene.target()
-    loader = DataLoader(Windows(scene), batch_size=None, num_workers=3, multiprocessing_context=start)
-    seen = 0
-    for i, image, mask in loader:
-        window = loader.dataset.places[i]
-        np.testing.assert_array_equal(scene.image(window), bands()[:, *window])
-        np.testing.assert_array_equal(image, bands()[:, *window])
-        np.testing.assert_array_equal(mask, numbers()[window])
-        seen += 1
-    assert seen == 80
+    """A fork that read by its parent's file descriptors would move the places of the others in the files."""
+    rng = np.random.default_rng(0)
+    image, mask = rng.integers(1, 60_000, (3, 640, 640), dtype=np.uint16), rng.integers(0, 3, (640, 640), np.uint8)
+    tiles = {"tiled": True, "blockxsize": 16, "blockysize": 16, "compress": "deflate"}
+    save(tmp_path / "images/a.tif", image, **tiles)
+    save(tmp_path / "masks/a.tif", mask, **tiles)
+    windows = Windows(only(tmp_path), 32)
+    windows[0]  # opens both files here
+    loader = DataLoader(windows, batch_size=None, num_workers=4, multiprocessing_context=start)
+    seen = set()
+    for i, *read in loader:
+        for pixels, labels in (read, windows[i][1:]):
+            np.testing.assert_array_equal(pixels, image[:, *windows.places[i]])
+            np.testing.assert_array_equal(labels, mask[windows.places[i]])
+        seen.add(i)
+    assert len(seen) == 400
 
 
 # Scenes to predict
