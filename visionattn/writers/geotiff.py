@@ -67,6 +67,10 @@ class Scenes(FilePerCase):
             plain = whole.with_name("plain.tif")
             with _gdal_errors(), open_quietly(plain, "w", **profile) as sink:
                 sink.descriptions = ("class", "confidence in percent")
+                if source.gcps[0]:
+                    sink.gcps = source.gcps
+                if source.rpcs:
+                    sink.rpcs = source.rpcs
                 sink.update_tags(classes="; ".join(f"{k}: {name}" for k, name in enumerate(self.classes)))
                 _write_tiles(readable(predictions), scene, sink)
             with _gdal_errors():

@@ -20,6 +20,9 @@ from visionattn.tasks.segmentation.recipe import Recipe
 from visionattn.tasks.segmentation.task import open_writer, predictions
 
 rasterio = pytest.importorskip("rasterio")
+from rasterio.control import GroundControlPoint  # noqa: E402
+from rasterio.rpc import RPC  # noqa: E402
+
 from visionattn.data.formats._rasters import open_quietly, opened  # noqa: E402
 
 CLASSES = ["background", "water", "road"]
@@ -103,6 +106,44 @@ def test_a_scene_becomes_a_cloud_optimised_geotiff_on_its_grid(tmp_path, files, 
     np.testing.assert_array_equal(numbers, expected(image))
     assert (confidence == 80).all()
     assert files(tmp_path) == ["out/scene.tif", "scene.tif"]
+
+
+def control_points() -> tuple[list[GroundControlPoint], rasterio.CRS]:
+    corners = [(row, column) for row in (0, 64) for column in (0, 64)]
+    points = [GroundControlPoint(row, column, 4e5 + column, 5.5e6 - row - column / 9) for row, column in corners]
+    return points, rasterio.CRS.from_epsg(32633)
+
+
+def polynomials() -> RPC:
+    offsets = {f"{axis}_off": 32.0 for axis in ("line", "samp")} | {"lat_off": 49.0, "long_off": 11.0}
+    scales = {f"{axis}_scale": 32.0 for axis in ("line", "samp")} | {"lat_scale": 1.0, "long_scale": 1.0}
+    terms = {f"{axis}_{part}_coeff": [1.0, *[0.01] * 19] for axis in ("line", "samp") for part in ("num", "den")}
+    return RPC(height_off=100.0, height_scale=9.0, **offsets, **scales, **terms)
+
+
+PLACES = {
+    "rotated": ("transform", rasterio.Affine(0.4, 0.3, 4e5, 0.3, -0.4, 5.5e6)),
+    "south up": ("transform", rasterio.Affine(0.5, 0, 4e5, 0, 0.5, 5.5e6)),
+    "control points": ("gcps", control_points()),
+    "polynomials": ("rpcs", polynomials()),
+}
+
+
+@pytest.mark.parametrize("how", PLACES)
+def test_the_place_is_kept_however_a_scene_says_it(tmp_path, how):
+    scene = tmp_path / "scene.tif"
+    crs = "EPSG:32633" if how in ("rotated", "south up") else None
+    with open_quietly(scene, "w", driver="GTiff", count=2, height=64, width=64, dtype="float32", crs=crs) as sink:
+        sink.write(blobs(64, 64))
+        setattr(sink, *PLACES[how])
+    predict_scene(scene, tmp_path / "out")
+    with opened(scene) as source, opened(tmp_path / "out/scene.tif") as written:
+        assert (written.crs, written.transform) == (source.crs, source.transform)
+        (points, system), (truth, expected_system) = written.gcps, source.gcps
+        assert [(p.row, p.col, p.x, p.y) for p in points] == [(p.row, p.col, p.x, p.y) for p in truth]
+        assert system == expected_system
+        assert (written.rpcs and written.rpcs.to_dict()) == (source.rpcs and source.rpcs.to_dict())
+        assert {"rotated": source.crs, "south up": source.crs, "control points": truth}.get(how, source.rpcs)
 
 
 def test_strips_of_columns_make_the_same_map(tmp_path, monkeypatch):

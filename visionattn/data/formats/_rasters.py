@@ -266,9 +266,11 @@ def _header(path: Path) -> _Header:
 
 
 def _bounds(source: rasterio.DatasetReader) -> tuple[float, float, float, float]:
-    """Left, bottom, right and top, though rows may run to the north."""
-    x, y = sorted(source.bounds[::2]), sorted(source.bounds[1::2])
-    return x[0], y[0], x[1], y[1]
+    """Left, bottom, right and top of what may be rotated, or have rows that run to the north."""
+    height, width = source.shape
+    corners = np.array([[0, 0, 1], [width, 0, 1], [0, height, 1], [width, height, 1]]).T
+    x, y = np.reshape(source.transform[:6], (2, 3)) @ corners
+    return float(x.min()), float(y.min()), float(x.max()), float(y.max())
 
 
 def _differences(pair: Pair, image: _Header, mask: _Header) -> list[str]:

@@ -81,6 +81,21 @@ def test_a_scene_is_read_by_windows(root):
     assert (scene.crs, scene.resolution) == (UTM, (10.0, 10.0))
 
 
+@pytest.mark.parametrize(
+    ("transform", "bounds"),
+    [
+        (PLACE, (500_000, 4_999_600, 500_500, 5_000_000)),
+        (rasterio.Affine(10, 0, 500_000, 0, 10, 5_000_000), (500_000, 5_000_000, 500_500, 5_000_400)),
+        (rasterio.Affine(4, 3, 500_000, 3, -4, 5_000_000), (500_000, 4_999_840, 500_320, 5_000_150)),
+    ],
+    ids=["north up", "south up", "rotated"],
+)
+def test_the_ground_of_a_scene(tmp_path, transform, bounds):
+    save(tmp_path / "images/a.tif", bands(), transform=transform)
+    save(tmp_path / "masks/a.tif", numbers(), transform=transform)
+    assert only(tmp_path).ground == (UTM, bounds)
+
+
 def test_scenes_can_be_sent_to_another_process(root):
     scene = only(root)
     again = pickle.loads(pickle.dumps(scene))
