@@ -107,7 +107,7 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
     if data.multi_label is not None and data.multi_label != several:
         kind = "several labels" if several else "one class"
         raise UserError(f"data.multi_label is {data.multi_label}, but the images have {kind} each")
-    labelling_of(dataset.classes, several)
+    _refuse_untrainable(spec, dataset, labelling_of(dataset.classes, several))
     if dataset.readings and (small := too_small(dataset, spec)):
         raise UserError(f"data.resize is none, but smaller than data.image_size are: {listed(small)}")
     channels = data.channels or (dataset.channels if dataset.readings or not data.mean else len(data.mean))
@@ -174,7 +174,6 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> Classifier:
     result = try_out(network, spec.model.name, (data.channels, *data.side))
     if tuple(result.shape) != (1, len(data.classes)):
         raise UserError(f"model {spec.model.name} gives {tuple(result.shape)} for an image: it is no classifier")
-    _refuse_untrainable(spec, dataset, labelling)
     return Classifier(
         network,
         _loss(spec, dataset, labelling),
