@@ -1,14 +1,19 @@
 """The command line: `visionattn fit | evaluate | predict | check | new | list | doctor | benchmark | completion`.
 
 A recipe is read and validated before torch is imported, so mistakes are answered at once. Exit status: 0 done, 1 the
-answer is no (`check` found problems, `predict` met unreadable images), 2 the request was wrong, with a message why.
+answer is no (`check` found problems, `predict` met unreadable images), 2 the request was wrong, with a message why, 130
+interrupted, 143 terminated.
 """
 
 import argparse
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from visionattn import __version__, recipe
 from visionattn.errors import UserError
@@ -43,13 +48,41 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unknown arguments: {' '.join(wrong)}")
         arguments.overrides += rest
     try:
-        return arguments.function(arguments) or 0
+        with _stopped_by_signals():
+            return arguments.function(arguments) or 0
     except UserError as error:
         print(f"visionattn: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("visionattn: interrupted", file=sys.stderr)
-        return 130
+    except _Stopped as stopped:
+        print(f"visionattn: {stopped}", file=sys.stderr)
+        return 128 + stopped.number
+
+
+class _Stopped(BaseException):
+    """A signal told the command to end; files that are half written are removed on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__("interrupted" if number == signal.SIGINT else "terminated")
+        self.number = number
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM end what is done inside, wherever it is: Lightning passes over them while it predicts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough: what is half written is being removed
+        raise _Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -171,13 +204,16 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
         "-o", "--out", type=Path, required=True, help="table to write (.csv); for masks the folder to make"
     )
     command.add_argument("--polygons", action="store_true", help="of scenes: write a GeoPackage too")
+    command.add_argument(
+        "--continue", dest="resume", action="store_true", help="go on with masks: what is there is whole, and is kept"
+    )
     command.set_defaults(function=_predict)
 
 
 def _predict(arguments: argparse.Namespace) -> int:
     from visionattn.runs.predict import predict
 
-    written, unread = predict(arguments.model, arguments.images, arguments.out, arguments.polygons)
+    written, unread = predict(arguments.model, arguments.images, arguments.out, arguments.polygons, arguments.resume)
     print(f"{written} predicted, {unread} unreadable: {arguments.out}")
     return 1 if unread else 0
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -149,3 +150,22 @@ def test_fewer_samples_than_processes_are_refused_by_all(recipe, tmp_path):
     done = visionattn("fit", recipe, *TWO, *words, cwd=tmp_path)
     assert done.returncode == 2
     assert "1 images for 2 processes" in done.stderr
+
+
+def test_each_of_two_processes_predicts_its_share(recipe, tmp_path):
+    assert main(["fit", str(recipe), "--run", str(tmp_path / "run"), "train.epochs=1"]) == 0
+    masks = "masks" in recipe.name
+    images = tmp_path / "data" / "images" / "test" if masks else Path(re.search(r"root: (\S+),", recipe.read_text())[1])
+    one, two = (tmp_path / (name if masks else f"{name}.csv") for name in ("one", "two"))
+    assert main(["predict", str(tmp_path / "run"), str(images), "-o", str(one)]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "visionattn", "predict"]
+    words = [str(tmp_path / "run"), str(images), "-o", str(two)]
+    done = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    if not masks:
+        assert one.read_text() == two.read_text()
+        assert not list(tmp_path.glob(".two*"))
+        return
+    names = sorted(path.relative_to(one) for path in one.rglob("*.png"))
+    assert names == sorted(path.relative_to(two) for path in two.rglob("*.png"))
+    assert all(np.array_equal(Image.open(one / name), Image.open(two / name)) for name in names)

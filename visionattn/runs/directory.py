@@ -6,17 +6,20 @@ recipe.yaml is the resolved recipe, the one that ran. Everything in a run direct
 import datetime
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from filelock import FileLock, Timeout
 
 from visionattn import recipe
 from visionattn.data.sample import Dataset
 from visionattn.data.survey import fingerprint
 from visionattn.environment import describe
 from visionattn.errors import UserError
-from visionattn.files import write_rows, write_text
+from visionattn.files import new_folder, write_rows, write_text
 from visionattn.recipe import Recipe
 from visionattn.report.evaluation import Evaluation
 
@@ -75,15 +78,36 @@ class RunDirectory:
 
     def make(self, spec: Recipe, dataset: Dataset, **facts: Any) -> None:
         """Begin a run: its recipe, its environment and what it is trained on."""
-        self.path.mkdir(parents=True)
-        write_text(self.path / "recipe.yaml", recipe.dump(spec))
         data = {
             "images": {name: len(samples) for name, samples in dataset.splits.items()},
             "fingerprint": fingerprint(dataset),
             "skipped": list(dataset.skipped),
             "warnings": list(dataset.warnings),
         }
-        self._write_facts(describe() | {"started": now(), "seed": spec.train.seed, "data": data, "format": 2} | facts)
+        facts = describe() | {"started": now(), "seed": spec.train.seed, "data": data, "format": 2} | facts
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be made ({error.strerror}): give another --run") from None
+        with new_folder(self.path) as folder:  # so that a run that is there can be resumed
+            write_text(folder / "recipe.yaml", recipe.dump(spec))
+            write_text(folder / "environment.json", json.dumps(facts, indent=1))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else trains this run meanwhile. Raises UserError where somebody does; a killed process lets go."""
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{self.path}: another process is training this run; wait for it, or stop it") from None
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
+        try:
+            yield
+        finally:
+            lock.release()
+            (self.path / ".lock").unlink(missing_ok=True)
 
     def finish(self, seconds: float) -> None:
         facts = self.facts

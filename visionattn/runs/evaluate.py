@@ -1,5 +1,6 @@
 """`visionattn evaluate`: measuring a trained model on labelled samples."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from visionattn.data.splits import given_splits, split
 from visionattn.data.survey import read_through, usable
 from visionattn.environment import silence
 from visionattn.errors import UserError, listed
-from visionattn.files import refuse_existing
+from visionattn.files import Unwritable, refuse_existing
 from visionattn.recipe import Recipe, part_of
 from visionattn.recipe.sections import Data
 from visionattn.report.evaluation import Evaluation
@@ -22,6 +23,8 @@ from visionattn.runs.checkpoints import Trained, load_trained
 from visionattn.tasks.base import Task
 
 __all__ = ["evaluate", "evaluate_split", "evaluate_trained"]
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(model: Path, data: Path | None, part: str | None, out: Path | None) -> Evaluation:
@@ -42,7 +45,10 @@ def evaluate(model: Path, data: Path | None, part: str | None, out: Path | None)
         out = _free((model if model.is_dir() else Path()) / "evaluation" / (data.stem if data else evaluation.split))
     evaluation.write(out)
     if model.is_dir():
-        write_report(model)
+        try:
+            write_report(model)
+        except Unwritable as error:  # of a run that is not ours to write; the results are elsewhere
+            log.warning(error)
     return evaluation
 
 

@@ -7,6 +7,7 @@ starts from a seed of its own and the last checkpoint is written whole at its en
 
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from visionattn.data.splits import split
 from visionattn.data.survey import doubts, read_through, usable
 from visionattn.environment import silence
 from visionattn.errors import UserError, listed
+from visionattn.models.networks import try_out
 from visionattn.recipe import Recipe, part_of
 from visionattn.report.page import write_report
 from visionattn.runs.checkpoints import epoch_of, load_weights, provenance
 from visionattn.runs.directory import RunDirectory
 from visionattn.runs.evaluate import evaluate_split
-from visionattn.runs.processes import forget_handover, from_first
+from visionattn.runs.processes import forget_handover, from_first, is_first
 from visionattn.runs.trainer import check_trainer, make_trainer
 from visionattn.tasks.base import Task
 
@@ -128,8 +130,11 @@ def rehearse(spec: Recipe, dataset: Dataset) -> None:
     kind = part_of(spec.task, "task")
     kind.refuse_names(spec)
     spec, dataset = kind.resolve(spec, dataset)
-    kind.make(spec, dataset)
+    task = kind.make(spec, dataset)
     kind.training_set(dataset, spec)
+    image = (len(spec.data.mean), *spec.data.side)
+    try_out(task.network, spec.model.name, image)
+    try_out(task.network, spec.model.name, image, training=min(2, spec.data.batch_size))
 
 
 def _train(directory: RunDirectory, spec: Recipe, dataset: Dataset) -> Path:
@@ -140,12 +145,13 @@ def _train(directory: RunDirectory, spec: Recipe, dataset: Dataset) -> Path:
     trainer = make_trainer(spec, task, directory)
     resumed = directory.last if directory.last.is_file() else None
     began = time.monotonic()
-    trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
-    forget_handover()
-    _evaluate(spec, task, data, trainer, directory)
-    if trainer.is_global_zero:
-        directory.finish(time.monotonic() - began)
-        write_report(directory.path)
+    with directory.locked() if is_first() else nullcontext():
+        trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
+        forget_handover()
+        _evaluate(spec, task, data, trainer, directory)
+        if trainer.is_global_zero:
+            directory.finish(time.monotonic() - began)
+            write_report(directory.path)
     return directory.path
 
 

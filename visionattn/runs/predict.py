@@ -1,7 +1,8 @@
 """`visionattn predict`: what a trained model says of any number of images, written case by case."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from itertools import groupby
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from visionattn.files import Unwritable
 from visionattn.progress import progress
 from visionattn.recipe import part_of
 from visionattn.runs.checkpoints import Trained, load_trained
+from visionattn.runs.processes import shard
 from visionattn.writers import Writer
 
 __all__ = ["predict", "predictions"]
@@ -23,14 +25,19 @@ __all__ = ["predict", "predictions"]
 log = logging.getLogger(__name__)
 
 
-def predict(model: Path, paths: Sequence[Path], out: Path, polygons: bool = False) -> tuple[int, int]:
+def predict(
+    model: Path, paths: Sequence[Path], out: Path, polygons: bool = False, resume: bool = False
+) -> tuple[int, int]:
     """Write the probabilities of images to a table, or their masks into a folder.
+
+    Of several processes (torchrun, SLURM) each predicts its share of the cases.
 
     Args:
         model: run directory or checkpoint.
         paths: files and folders (searched for files of the format that the model was trained on).
         out: the .csv to write; of masks the folder to make.
         polygons: of scenes, write a GeoPackage beside each.
+        resume: keep the masks that an earlier command has written, and write the others.
 
     Returns:
         the numbers of cases that are predicted, and of those that cannot be read, which are named in warnings.
@@ -44,14 +51,21 @@ def predict(model: Path, paths: Sequence[Path], out: Path, polygons: bool = Fals
     if not out.parent.is_dir():
         raise UserError(f"{out}: the folder {out.parent} does not exist; make it first")
     trained = load_trained(model)
-    data, kind = trained.recipe.data, part_of(trained.recipe.task, "task")
-    with kind.open_writer(trained.recipe, out, polygons) as writer:
-        samples, problems = formats.unlabelled(paths, data, len(data.mean))
-        writer.refuse(samples)
-        for problem in problems:
-            log.warning(problem)
-        written = _write(writer, samples, predictions(trained, samples))
-    return written, len(cases(samples)) - written + len(problems)
+    data, kind, (process, processes) = trained.recipe.data, part_of(trained.recipe.task, "task"), shard()
+    writer: Writer = kind.open_writer(trained.recipe, out, polygons)
+    samples, problems = formats.unlabelled(paths, data, len(data.mean))
+    if process > 0:
+        problems = []  # which the first process tells
+    for problem in problems:
+        log.warning(problem)
+    if resume:
+        samples = writer.left(samples)
+    writer.refuse(samples)
+    members = list(cases(samples).values())
+    mine = [samples[i] for case in members[process::processes] for i in case]
+    with writer.share(process, processes), closing(predictions(trained, mine)) as predicted:
+        written = _write(writer, mine, predicted)
+    return written, len(members[process::processes]) - written + len(problems)
 
 
 def _write(writer: Writer, samples: Sequence[Sample], predicted: Iterator[Prediction]) -> int:
@@ -72,12 +86,12 @@ def _write(writer: Writer, samples: Sequence[Sample], predicted: Iterator[Predic
     return written
 
 
-def predictions(trained: Trained, samples: Sequence[Sample]) -> Iterator[Prediction]:
+def predictions(trained: Trained, samples: Sequence[Sample]) -> Generator[Prediction, None, None]:
     """What a trained model says of unlabelled samples, in order, on the best device there is."""
-    if not samples:
-        return iter(())
     silence()
     fabric = Fabric(accelerator="auto", devices=1, precision=trained.recipe.train.precision)
     trained.task.eval().to(fabric.device)
     kind = part_of(trained.recipe.task, "task")
-    return kind.predictions(trained.task, samples, trained.recipe, fabric)
+    if samples:
+        with closing(kind.predictions(trained.task, samples, trained.recipe, fabric)) as predicted:
+            yield from predicted

@@ -28,12 +28,21 @@ ELSEWHERE = {  # arguments of lightning.Trainer that another key of a recipe dec
     "enable_checkpointing": None,
     "num_sanity_val_steps": None,
     "enable_model_summary": None,
+    "max_steps": "train.epochs",
+    "max_time": "train.epochs",
+    "fast_dev_run": "fit --dry-run",
 }
 
 
 def check_trainer(spec: Recipe) -> None:
     """Raises UserError for what `trainer` and `log` ask for in vain."""
-    _options(spec)
+    options = _options(spec)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    try:
+        pl.Trainer(max_epochs=spec.train.epochs, precision=spec.train.precision, **options | quiet)
+    except Exception as error:  # Lightning raises its own for each
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"trainer is {spec.trainer}: lightning.Trainer cannot be made with it: {reason}") from None
     for name in ("wandb", "tensorboard"):
         if getattr(spec.log, name) and importlib.util.find_spec(name) is None:
             raise UserError(f"log.{name} is true, but {name} is not installed: pip install 'visionattn[track]'")
@@ -69,6 +78,14 @@ def _options(spec: Recipe) -> dict[str, Any]:
             raise UserError(f"trainer.{key}: say it as {ELSEWHERE[key]}")
         if key not in known:
             raise UserError(f"trainer.{key}: lightning.Trainer has no such key{nearest(key, known)}")
+    if options.get("limit_val_batches", 1) == 0 or options.get("overfit_batches", 0):
+        raise UserError("trainer.limit_val_batches and overfit_batches: every run is validated, to find its best epoch")
+    every = options.get("check_val_every_n_epoch", 1)
+    if not isinstance(every, int) or not 1 <= every <= spec.train.epochs:
+        raise UserError(
+            f"trainer.check_val_every_n_epoch is {every}, but train.epochs is {spec.train.epochs}: the run would never "
+            "be validated, so no epoch would be the best"
+        )
     options["callbacks"] = [_callback(entry) for entry in options.get("callbacks", [])]
     return options
 

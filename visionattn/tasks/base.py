@@ -31,6 +31,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Dataset as TorchDataset
+from torchmetrics import MeanMetric
 
 from visionattn.data.loaders import make_loader, seed_of
 from visionattn.data.prediction import Prediction
@@ -73,6 +74,7 @@ class Task(pl.LightningModule):
         self.network = network
         self.optim, self.train_spec, self.monitored = optim, train, monitored
         self.names, self.provenance = names, dict[str, Any]()
+        self.val_loss = MeanMetric()
         self._unchecked: list[tuple[int, Tensor, Tensor]] = []  # batch, its samples, its loss
         freeze(network, frozen)
         _optimizer(network, optim)  # wrong arguments are told now, not when training begins
@@ -158,6 +160,11 @@ class Task(pl.LightningModule):
         size = len(batch["index"])
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=size, sync_dist=True)
         return loss
+
+    def log_validation_loss(self, loss: Tensor, size: int) -> None:
+        """Log the mean loss of `size` samples; by torchmetrics, since Lightning's mean over processes truncates sizes."""
+        self.val_loss.update(loss, size)
+        self.log("val/loss", self.val_loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
 
     def _refuse_infinite(self) -> None:
         if not self._unchecked:

@@ -4,7 +4,8 @@ A writer module has `open(out, ...) -> Writer`, which a task's `open_writer` cal
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -40,6 +41,22 @@ class Writer(ABC):
             Unwritable: the file cannot be written.
         """
 
+    def left(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Those that a command which did not end has left to be written.
+
+        Raises:
+            UserError: what this writes appears at once, at the end.
+        """
+        raise UserError(
+            "--continue is for masks: a table appears at once, at the end, so there is nothing to go on with"
+        )
+
+    @contextmanager
+    def share(self, process: int, processes: int) -> Iterator[Self]:
+        """This writer for the share that one of several processes predicts, every n-th case from its own number on."""
+        with self:
+            yield self
+
     def leave_out(self, name: str) -> None:  # noqa: B027 - not every format can say so
         """Note that a case is not written, since it cannot be read."""
 
@@ -63,6 +80,13 @@ class FilePerCase(Writer):
         for path in self.files_of(case):
             path.parent.mkdir(parents=True, exist_ok=True)
         return self.files_of(case)
+
+    def left(self, samples: Sequence[Sample]) -> list[Sample]:
+        whole = {case for case in cases(samples) if all(path.exists() for path in self.files_of(case))}
+        for case in cases(samples).keys() - whole:
+            for path in self.files_of(case):  # of a case that is not whole
+                path.unlink(missing_ok=True)
+        return [sample for sample in samples if sample.case not in whole]
 
     def refuse(self, samples: Sequence[Sample]) -> None:
         there = [path for case in cases(samples) for path in self.files_of(case) if path.exists()]

@@ -78,7 +78,7 @@ class Classifier(Task):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         logits, size = self(batch["image"]), len(batch["image"])
-        self.log("val/loss", self.loss(logits, batch["label"]), prog_bar=True, batch_size=size, sync_dist=True)
+        self.log_validation_loss(self.loss(logits, batch["label"]), size)
         self.val_scores.update(self.labelling.probabilities(logits), batch["label"])
 
     def on_validation_epoch_end(self) -> None:

@@ -117,7 +117,7 @@ class Segmenter(Task):
         for probabilities, mask, index in parts:
             losses.append(self.loss(probabilities.clamp_min(1e-7).log()[None], mask[None]))
             self.val_counts.update(probabilities.argmax(0), mask, self.cases[index])
-        self.log("val/loss", torch.stack(losses).mean(), prog_bar=True, batch_size=len(losses), sync_dist=True)
+        self.log_validation_loss(torch.stack(losses).mean(), len(losses))
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict({f"val/{name}": value for name, value in self.val_counts.compute().items()})
