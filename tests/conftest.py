@@ -1,4 +1,4 @@
-"""What tests share: two threads, tiny made pictures, a small recipe for them, a run trained by it, refused commands."""
+"""What tests share: the threads, tiny made pictures, a small recipe for them, a run trained by it, refused commands."""
 
 import os
 from collections.abc import Callable
@@ -11,8 +11,9 @@ from PIL import Image
 
 from visionattn.cli import main
 
-torch.set_num_threads(2)
-os.environ["OMP_NUM_THREADS"] = "2"  # of processes that tests start, whose weights must be the same
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # workers share the cores
+torch.set_num_threads(THREADS)
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of processes that tests start, whose weights must be the same
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 

@@ -11,6 +11,7 @@ from visionattn.data import formats
 from visionattn.data.sample import Dataset
 from visionattn.data.splits import split
 from visionattn.data.survey import across_splits, contradicting, equal_images, mean_std, read_through, same_ground
+from visionattn.environment import silence
 from visionattn.errors import UserError, listed
 from visionattn.recipe import Recipe, part_of
 from visionattn.runs.fit import rehearse
@@ -62,6 +63,7 @@ def check(spec: Recipe) -> Findings:
     Raises:
         UserError: the data cannot be read as labelled splits at all.
     """
+    silence()
     samples, classes, problems = formats.find(spec.data)
     dataset, more = split(samples, classes, spec.data)
     problems = [*problems, *more]

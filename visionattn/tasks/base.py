@@ -162,7 +162,7 @@ class Task(pl.LightningModule):
         return loss
 
     def log_validation_loss(self, loss: Tensor, size: int) -> None:
-        """Log the mean loss of `size` samples; by torchmetrics, since Lightning's mean over processes truncates sizes."""
+        """Log the mean loss of `size` samples; by torchmetrics: Lightning's own mean over processes truncates sizes."""
         self.val_loss.update(loss, size)
         self.log("val/loss", self.val_loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
 
