@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from visionattn.kernels import record_attention
     from visionattn.listing import list_models
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["Run", "UserError", "accelerate", "check", "fit", "list_models", "load", "record_attention"]
 
 HOMES = {
