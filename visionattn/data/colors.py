@@ -23,7 +23,7 @@ Colors = Sequence[tuple[int, int, int] | None]
 def class_colors(section: MaskSection, shown: Sequence[int]) -> list[tuple[int, int, int] | None]:
     """RGB of each class, those of the recipe where it has them; None for classes that are not shown."""
     texts = [section.palette.get(name, PALETTE[k % len(PALETTE)]) for k, name in enumerate(section.class_names)]
-    rgb = [tuple(bytes.fromhex(text.lstrip("#"))) for text in texts]
+    rgb = [(red, green, blue) for red, green, blue in (bytes.fromhex(text.lstrip("#")) for text in texts)]
     return [color if k in shown else None for k, color in enumerate(rgb)]
 
 

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.ImageFile import ImageFile as OpenFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from visionattn.data.sample import Sample, Window
@@ -121,9 +122,9 @@ def pixels_of(image: Image.Image | np.ndarray, name: str) -> np.ndarray:
     return image
 
 
-def _kind(image: Image.Image) -> str:
+def _kind(image: OpenFile) -> str:
     """The mode; that of 16-bit colour, which Pillow reduces, is marked as in RGB;16."""
-    stored = image.tile[0][3] if image.tile else ""
+    stored = (image.tile[0][3] if image.tile else "") or ""
     stored = stored if isinstance(stored, str) else str(stored[0])
     return f"{image.mode};16" if ";16" in stored and not image.mode.startswith("I") else image.mode
 

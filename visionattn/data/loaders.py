@@ -51,11 +51,12 @@ class EpochSampler(DistributedSampler):
 
     def __init__(self, count: int, seed: int = 0, shuffle: bool = False, weights: Tensor | None = None) -> None:
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-        super().__init__(range(count), num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)
-        self.weights = weights
+        dataset: Any = range(count)  # of which only the length is looked at
+        super().__init__(dataset, num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)
+        self.count, self.weights = count, weights
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        count = len(self.dataset)
+        count = self.count
         if not self.shuffle:
             order = torch.arange(count)
         else:
@@ -68,7 +69,7 @@ class EpochSampler(DistributedSampler):
         return iter([(self.epoch, i) for i in order[self.rank :: self.num_replicas].tolist()])
 
     def __len__(self) -> int:
-        count = len(self.dataset)
+        count = self.count
         return count // self.num_replicas if self.shuffle else len(range(self.rank, count, self.num_replicas))
 
 
@@ -118,7 +119,7 @@ class SplitDataModule(pl.LightningDataModule):
         dataset: Dataset,
         data: Data,
         training_set: Any,
-        evaluation_set: Callable[[Sequence[Sample], Data], TorchDataset],
+        evaluation_set: Callable[[Sequence[Sample], Data], Any],
         collate: Callable[[list], Any] | None = None,
         seed: int = 0,
     ) -> None:
@@ -138,7 +139,8 @@ class SplitDataModule(pl.LightningDataModule):
                 f"{len(sampler)} training images"
             )
         if self.trainer is not None:  # on a resume, workers start before Lightning tells the sampler the epoch
-            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+            epochs: Any = self.trainer.fit_loop.epoch_progress.current  # which Lightning declares as a base class
+            sampler.set_epoch(epochs.processed)
         return loader
 
     def val_dataloader(self) -> DataLoader:

@@ -157,9 +157,11 @@ def _files(
 def _stems(folder: Path, endings: Collection[str] | None, walked: Collection[Place]) -> Iterator[tuple[Path, str]]:
     """Files with one of the endings, or the folders that hold files, and their names without ending."""
     for here, _, files in walk(folder, walked):
-        if endings is None and files and here != folder:
-            yield here, here.name
-        for name in files if endings else ():
+        if endings is None:
+            if files and here != folder:
+                yield here, here.name
+            continue
+        for name in files:
             ending = max((e for e in endings if name.lower().endswith(e)), key=len, default=None)
             if ending is not None:
                 yield here / name, name[: -len(ending)]

@@ -14,7 +14,7 @@ class PackedMask:
     """A mask (h, w) uint8, compressed; numpy reads it as an array."""
 
     def __init__(self, mask: np.ndarray) -> None:
-        self.data, self.shape = zlib.compress(np.ascontiguousarray(mask, np.uint8), 1), mask.shape
+        self.data, self.shape = zlib.compress(np.ascontiguousarray(mask, np.uint8).data, 1), mask.shape
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.frombuffer(zlib.decompress(self.data), np.uint8).reshape(self.shape).astype(dtype or np.uint8)
@@ -32,7 +32,7 @@ class Prediction(NamedTuple):
         error: why there is no value.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # in place of tuple.index, which nobody calls
     value: np.ndarray | PackedMask | None = None
     window: Window | None = None
     confidence: np.ndarray | None = None

@@ -26,7 +26,8 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 BLOCK = 2048  # pixels of a side: larger scenes are read in blocks
 PLACES = 64  # positions kept of each class and image, for crops around rare classes
 SHARED = 0.01  # of a scene's ground: less is the rounding of tiles that lie side by side
@@ -61,15 +62,15 @@ def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Sequence[
 
 def _read(sample: Sample, classes: int) -> Reading:
     image_digest, pair_digest = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
-    counts, positions = np.zeros(classes + 1, np.int64), {}
-    sums: np.ndarray | float = 0.0
+    counts, sums = np.zeros(classes + 1, np.int64), np.zeros((3, 1))
+    positions: dict[int, np.ndarray] = {}
     size, channels, missing = (0, 0), 0, 0
     for window, image, target in _pieces(sample):
         size = window[0].stop, window[1].stop
         channels = len(image)
         for digest in (image_digest, pair_digest):
             digest.update(f"{image.shape}{image.dtype}".encode())
-            digest.update(np.ascontiguousarray(image))
+            digest.update(np.ascontiguousarray(image).data)
         if sample.channels is None:
             channels = {2: 1, 4: 3}.get(channels, channels)
             image = match_channels(image, channels, sample.name)
@@ -78,7 +79,7 @@ def _read(sample: Sample, classes: int) -> Reading:
         values = np.where(valid, values, 0).astype(np.float64)
         sums = sums + np.stack([valid.sum((1, 2)), values.sum((1, 2)), np.square(values).sum((1, 2))])
         missing += int((~valid.any(0)).sum())
-        pair_digest.update(np.ascontiguousarray(target))
+        pair_digest.update(np.ascontiguousarray(target).data)
         if sample.label is None:
             counts[:-1] += np.bincount(target[target != IGNORE], minlength=classes)
             counts[-1] += (target == IGNORE).sum()
@@ -212,9 +213,9 @@ def same_ground(dataset: Dataset) -> list[str]:
     """A line where scenes of different splits overlap on the ground."""
     pairs = []
     for (one, first), (other, second) in combinations(dataset.splits.items(), 2):
-        placed = [sample for sample in second if sample.ground]
-        systems = np.array([sample.ground[0] for sample in placed])
-        left, bottom, right, top = np.array([sample.ground[1] for sample in placed]).reshape(-1, 4).T
+        placed = [(sample.name, *sample.ground) for sample in second if sample.ground]
+        systems = np.array([system for _, system, _ in placed])
+        left, bottom, right, top = np.array([bounds for *_, bounds in placed]).reshape(-1, 4).T
         for sample in first:
             if sample.ground is None:
                 continue
@@ -223,7 +224,7 @@ def same_ground(dataset: Dataset) -> list[str]:
             height = np.minimum(top, north) - np.maximum(bottom, south)
             shared = width.clip(0) * height.clip(0) > SHARED * (east - west) * (north - south)
             there = np.flatnonzero(shared & (systems == crs))
-            pairs += [f"{one}: {sample.name} and {other}: {placed[i].name}" for i in there]
+            pairs += [f"{one}: {sample.name} and {other}: {placed[i][0]}" for i in there]
     if not pairs:
         return []
     return [

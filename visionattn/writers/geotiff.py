@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from visionattn.data.prediction import Prediction
-from visionattn.data.sample import IGNORE, Sample
+from visionattn.data.sample import IGNORE
 from visionattn.errors import UserError, listed
 from visionattn.files import new_file
 from visionattn.writers import FilePerCase, readable
@@ -36,7 +36,7 @@ class Scenes(FilePerCase):
     def files_of(self, case: str) -> list[Path]:
         return super().files_of(case) + ([self.out / f"{case}.gpkg"] if self.polygons else [])
 
-    def refuse(self, samples: Sequence[Sample]) -> None:
+    def refuse(self, samples: Sequence[Any]) -> None:
         super().refuse(samples)
         if not self.polygons:
             return
@@ -48,7 +48,7 @@ class Scenes(FilePerCase):
             )
         _polygon_writer()
 
-    def write(self, case: Sequence[Sample], predictions: Iterable[Prediction]) -> None:
+    def write(self, case: Sequence[Any], predictions: Iterable[Prediction]) -> None:
         import rasterio
         import rasterio.shutil
 
@@ -93,8 +93,9 @@ def _write_tiles(bands: Iterable[Prediction], scene: Any, sink: Any) -> None:
     """Write bands of rows, which come from top to bottom in one strip of columns after the other, as whole tiles."""
     top, pending = 0, np.empty((2, 0, 0), dtype=np.uint8)
     for band in bands:
+        assert band.window is not None  # of every band of a scene
         columns = band.window[1]
-        values = np.stack([np.asarray(band.value), band.confidence])
+        values = np.stack([np.asarray(band.value), np.asarray(band.confidence)])
         pending = np.concatenate([pending, values], axis=1) if pending.shape[1] else values
         while pending.shape[1] >= TILE or 0 < pending.shape[1] == sink.height - top:
             rows = slice(top, min(top + TILE, sink.height))

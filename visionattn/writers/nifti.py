@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from visionattn.data.prediction import Prediction
-from visionattn.data.sample import IGNORE, Sample
+from visionattn.data.sample import IGNORE
 from visionattn.errors import UserError
 from visionattn.files import new_file
 from visionattn.writers import FilePerCase, readable
@@ -25,7 +25,7 @@ class Volumes(FilePerCase):
         if polygons:
             raise UserError("--polygons is for scenes, but the model was trained on volumes")
 
-    def write(self, case: Sequence[Sample], predictions: Iterable[Prediction]) -> None:
+    def write(self, case: Sequence[Any], predictions: Iterable[Prediction]) -> None:
         import nibabel
 
         labels = np.full((len(case), *case[0].size), IGNORE, np.uint8)

@@ -78,9 +78,8 @@ def _section_of(module: ModuleType, data: type[Data]) -> type[Data]:
     task = data.__module__.split(".")[-2]
     title = f"{_name(module)}_{task}".title().replace("_", "")
     about = {"__doc__": module.Section.__doc__, "__module__": module.__name__}
-    section = create_model(title, __base__=(module.Section, data), **about)
-    setattr(module, title, section)  # where other processes find it
-    return section
+    setattr(module, title, create_model(title, __base__=(module.Section, data), **about))  # where processes find it
+    return getattr(module, title)
 
 
 def sections(target: str, data: type[Data]) -> dict[str, type[Data]]:

@@ -32,7 +32,7 @@ OPENING = threading.Lock()  # filters of warnings belong to all threads
 KEPT_OPEN = 8  # files of a thread
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scene(Sample):
     """A raster with its mask, or without.
 
@@ -46,7 +46,7 @@ class Scene(Sample):
 
     windowed: ClassVar[bool] = True
 
-    path: Path = Path()
+    path: Path
     mask_path: Path | None = None
     labels: Labels | None = None
     bands: tuple[int, ...] = ()
@@ -63,9 +63,9 @@ class Scene(Sample):
         return read_bands(_kept_open(self.path), self.bands, window, self.nodata)
 
     def target(self, window: Window | None = None) -> np.ndarray | None:
-        if self.mask_path is None:
+        if self.mask_path is None or self.labels is None:
             return None
-        numbers = self._numbers(_kept_open(self.mask_path), window)
+        numbers = _numbers(_kept_open(self.mask_path), self.labels, window)
         if self.can_miss:
             numbers[np.isnan(self.image(window)).all(0)] = IGNORE
         return numbers
@@ -75,22 +75,23 @@ class Scene(Sample):
         """Whether pixels can be missing at all."""
         return can_miss(_kept_open(self.path), self.bands, self.nodata)
 
-    def _numbers(self, source: rasterio.DatasetReader, window: Window | None) -> np.ndarray:
-        bands = (1, 2, 3) if source.count >= 3 else (1,)
-        values = _read(source, bands, window)
-        missing = np.zeros(values.shape[1:], dtype=bool)
-        if _marks_missing(source, bands) and not (len(bands) == 1 and source.nodata in self.labels.numbers):
-            missing = (source.read_masks(bands, window=_gdal_window(window)) == 0).all(0)
-        if len(bands) == 3:
-            known = next(iter(self.labels.colors or {0: 0}))
-            values[:, missing] = np.array([[known >> 16], [known >> 8 & 255], [known & 255]])
-            values = np.moveaxis(values, 0, -1)
-        else:
-            values = values[0]
-            values[missing] = min(self.labels.numbers)
-        numbers = self.labels.of_mask(values, self.mask_path)
-        numbers[missing] = IGNORE
-        return numbers
+
+def _numbers(source: rasterio.DatasetReader, labels: Labels, window: Window | None) -> np.ndarray:
+    bands = (1, 2, 3) if source.count >= 3 else (1,)
+    values = _read(source, bands, window)
+    missing = np.zeros(values.shape[1:], dtype=bool)
+    if _marks_missing(source, bands) and not (len(bands) == 1 and source.nodata in labels.numbers):
+        missing = (source.read_masks(bands, window=_gdal_window(window)) == 0).all(0)
+    if len(bands) == 3:
+        known = next(iter(labels.colors or {0: 0}))
+        values[:, missing] = np.array([[known >> 16], [known >> 8 & 255], [known & 255]])
+        values = np.moveaxis(values, 0, -1)
+    else:
+        values = values[0]
+        values[missing] = min(labels.numbers)
+    numbers = labels.of_mask(values, source.name)
+    numbers[missing] = IGNORE
+    return numbers
 
 
 def open_quietly(path: str | Path, *mode: str, **profile: Any) -> Any:
@@ -156,7 +157,7 @@ def _read(source: rasterio.DatasetReader, bands: Sequence[int], window: Window |
 
 
 def _gdal_window(window: Window | None) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    return window and tuple((part.start, part.stop) for part in window)
+    return window and ((window[0].start, window[0].stop), (window[1].start, window[1].stop))
 
 
 def can_miss(source: rasterio.DatasetReader, bands: Sequence[int], nodata: float | None = None) -> bool:
@@ -313,8 +314,9 @@ def _band_problems(counts: dict[Path, int], bands: Sequence[int] | None) -> list
     ]
 
 
-def notes(scenes: Sequence[Scene]) -> list[str]:
+def notes(samples: Sequence[Sample]) -> list[str]:
     """What is worth knowing of a set of scenes: several CRS or resolutions, scenes without a CRS."""
+    scenes = [sample for sample in samples if isinstance(sample, Scene)]
     lines = []
     systems = Counter(scene.crs or "none" for scene in scenes)
     if len(systems) > 1:

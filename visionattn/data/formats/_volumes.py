@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import nibabel
 import numpy as np
@@ -36,6 +37,7 @@ from visionattn.errors import UserError, listed
 __all__ = ["Slice", "Volume", "Voxels", "is_series", "labelled", "open_volume", "unlabelled"]
 
 log = logging.getLogger(__name__)
+Length = TypeVar("Length", int, float)
 CACHE_BYTES = 2 * 2**30
 PERCENTILES = (0.5, 99.5)
 SAMPLES = 2**20  # voxels that percentiles are taken of
@@ -97,13 +99,15 @@ class Volume:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(slices, rows, columns)."""
-        return tuple(self._turned_lengths(self.stored_shape)[i] for i in self._order)
+        slices, rows, columns = (self._turned_lengths(self.stored_shape)[i] for i in self._order)
+        return slices, rows, columns
 
     @property
     def spacing(self) -> tuple[float, float, float]:
         """Distance of slices, rows and columns in mm."""
         sizes = np.linalg.norm(np.array(self.stored_affine)[:3, :3], axis=0)
-        return tuple(self._turned_lengths(sizes)[i] for i in self._order)
+        slices, rows, columns = (self._turned_lengths(sizes)[i] for i in self._order)
+        return slices, rows, columns
 
     def corners(self) -> np.ndarray:
         """(8, 3) places of the outermost voxels in mm, RAS+, in the order of the turned volume."""
@@ -121,7 +125,7 @@ class Volume:
     def _turn(self) -> np.ndarray:
         return orientations.ornt_transform(*self._orientations)
 
-    def _turned_lengths(self, stored: Sequence[float]) -> list[float]:
+    def _turned_lengths(self, stored: Sequence[Length]) -> list[Length]:
         return np.array(stored)[np.argsort(self._turn[:, 0])].tolist()
 
     @property
@@ -171,11 +175,11 @@ def _limits(window: float, level: float) -> np.ndarray:
     return np.array([level - window / 2, level + window / 2])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Slice(Sample):
     """A slice of a volume, with that of its mask or without; `contrast` is as in `Volume.image`."""
 
-    volume: Volume | None = None
+    volume: Volume
     mask_volume: Volume | None = None
     index: int = 0
     labels: Labels | None = None
@@ -185,7 +189,7 @@ class Slice(Sample):
         return self.volume.image(self.index, self.contrast, window)
 
     def target(self, window: Window | None = None) -> np.ndarray | None:
-        if self.mask_volume is None:
+        if self.mask_volume is None or self.labels is None:
             return None
         values = self.mask_volume.voxels().values(self.index, window or (slice(None), slice(None)))[..., 0]
         name = f"{self.mask_volume.path}, slice {self.index} of axis {self.volume.axis}"
@@ -549,7 +553,7 @@ class _Cache:
 
 def _bytes(voxels: Voxels) -> int:
     """Memory of a volume; none where its file is mapped."""
-    base = voxels.stored
+    base: np.ndarray | None = voxels.stored
     while isinstance(base, np.ndarray):
         if isinstance(base, np.memmap):
             return 0
