@@ -50,7 +50,7 @@ def describe() -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     """Of visionattn, of all that it requires with its extras, and of what it takes where it is installed."""
-    required = [re.match(r"[\w.-]+", text)[0] for text in requires("visionattn") or ()]
+    required = [re.split(r"[^\w.-]", text)[0] for text in requires("visionattn") or ()]
     installed = {}
     for name in dict.fromkeys(["visionattn", "torch", *required, "triton", "natten"]):
         with suppress(PackageNotFoundError):

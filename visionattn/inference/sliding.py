@@ -97,7 +97,8 @@ def predict_windows(
     predict: Predict, image: Tensor, window: tuple[int, int], overlap: float = 0.5, batch_size: int = 4
 ) -> Tensor:
     """Class probabilities (classes, H, W) of an image (C, H, W) in memory, on its device; the rest is as in `slide`."""
-    (tops, down), (lefts, across) = _grid(tuple(image.shape[1:]), window, overlap, image.device)
+    size = image.shape[1], image.shape[2]
+    (tops, down), (lefts, across) = _grid(size, window, overlap, image.device)
     height, width = down.shape[1], across.shape[1]
     places = [(i, j) for i in range(len(tops)) for j in range(len(lefts))]
     total = None
@@ -108,6 +109,7 @@ def predict_windows(
             total = image.new_zeros(values.shape[1], *image.shape[1:], dtype=torch.float32)
         for (i, j), value in zip(group, values, strict=True):
             _add(total[:, tops[i] : tops[i] + height], value * (down[i][:, None] * across[j]), lefts[j])
+    assert total is not None  # an image has at least one window
     return total
 
 

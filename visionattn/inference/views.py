@@ -1,7 +1,7 @@
 """Views of test-time augmentation: mirrored and turned images, and the way back for maps."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ class View(NamedTuple):
     back: Callable[[Tensor], Tensor]
 
 
-def views(names: list[str], square: bool = True) -> list[View]:
+def views(names: Sequence[str], square: bool = True) -> list[View]:
     """The image as it is, and every different image that mirroring and quarter turns make of it.
 
     Args:

@@ -23,7 +23,7 @@ def refuse_unknown(key: str, name: str, known: Collection[str], where: str) -> N
         raise UserError(f"{key} is {name!r}: unknown {kind}{nearest(name, known, most=3, cutoff=0.5)} ({where})")
 
 
-def create(name: str, arguments: dict[str, Any], **ours: Any) -> nn.Module:
+def create(name: str, arguments: dict[str, Any], **ours: Any) -> Any:
     """`timm.create_model` with a user's arguments, beside which `ours` are not told in messages.
 
     Raises:
@@ -118,7 +118,7 @@ def freeze(network: nn.Module, what: str | list[str] | None) -> None:
         raise UserError("model.freeze leaves nothing to train")
 
 
-def _backbone_parameters(network: nn.Module) -> list[nn.Parameter]:
+def _backbone_parameters(network: Any) -> list[nn.Parameter]:
     """Of an encoder under a decoder the encoder's, else all but the classifiers'."""
     if hasattr(network, "encoder"):
         return list(network.encoder.parameters())

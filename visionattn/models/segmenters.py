@@ -248,7 +248,7 @@ def make_segmenter(
     return EncoderDecoder(encoder, made, num_classes, in_chans, neck, multiple)
 
 
-def _make_encoder(name: str, wanted: Sequence[int], in_chans: int, pretrained: bool, args: dict[str, Any]) -> nn.Module:
+def _make_encoder(name: str, wanted: Sequence[int], in_chans: int, pretrained: bool, args: dict[str, Any]) -> Any:
     """An encoder whose `feature_info` has the wanted strides (2 only where there is one), or one stride."""
     with torch.device("meta"):
         probe = create(name, args)
@@ -274,10 +274,11 @@ def _make_encoder(name: str, wanted: Sequence[int], in_chans: int, pretrained: b
 def _trial_size(img_size: int | Sequence[int] | None, multiple: int) -> tuple[int, int]:
     if img_size is None:
         return 2 * multiple, 3 * multiple
-    return (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    return height, width
 
 
-def _refusal(encoder: nn.Module, in_chans: int, size: tuple[int, int]) -> str | None:
+def _refusal(encoder: Any, in_chans: int, size: tuple[int, int]) -> str | None:
     """Why the encoder does not give maps of ceil(size / stride) for images of this size; None if it does."""
     training = encoder.training
     device = next(encoder.parameters()).device

@@ -59,7 +59,8 @@ def _reason(error: Exception) -> str:
 
 def classifier_names(network: nn.Module) -> list[str]:
     """Names of the parameters of the classifier, or of all classifiers where there are several."""
-    names = network.pretrained_cfg["classifier"]
+    of_timm: Any = network  # which does not declare what it adds
+    names = of_timm.pretrained_cfg["classifier"]
     names = [names] if isinstance(names, str) else list(names or ())
     return [key for key in network.state_dict() if any(key.startswith(f"{name}.") for name in names)]
 

@@ -99,7 +99,7 @@ def dump(recipe: Recipe) -> str:
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, for editors."""
     known = tuple(part_of(task, "recipe").Recipe for task in tasks())
-    any_recipe = Annotated[Union[known], Field(discriminator="task")]  # noqa: UP007 - made at run time
+    any_recipe: Any = Annotated[Union[known], Field(discriminator="task")]  # noqa: UP007 - made at run time
     return TypeAdapter(any_recipe).json_schema()
 
 

@@ -89,7 +89,9 @@ class Evaluation:
     def read(cls, folder: Path) -> Self:
         """The evaluation of a folder, of this version or of an earlier one."""
         content = _migrated(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
-        about = {name: content.pop(name) for name in ("checkpoint", "epoch", "data", "tta") if name in content}
+        about: dict[str, Any] = {
+            name: content.pop(name) for name in ("checkpoint", "epoch", "data", "tta") if name in content
+        }
         fields = {name: content.pop(name) for name in FIELDS}
         return cls(**fields, about=about, more=content, folder=folder)
 

@@ -22,6 +22,7 @@ def thumbnail(sample: Sample, side: int = SIDE) -> tuple[np.ndarray, np.ndarray 
     if not sample.windowed:
         mask = sample.target()
         return unit_range(sample.image())[:, ::step, ::step], None if mask is None else mask[::step, ::step], step
+    assert sample.channels is not None  # known of what is read by windows
     shape = [math.ceil(extent / step) for extent in sample.size]
     image, mask = np.empty((sample.channels, *shape), np.float32), np.full(shape, IGNORE, np.int64)
     labelled = True
@@ -52,7 +53,7 @@ def case_picture(samples: Sequence[Sample], predictions: Sequence[np.ndarray], c
     return sheet
 
 
-def _panels(sample: Sample, prediction: np.ndarray, colors: Colors) -> tuple[Image.Image, Image.Image, Image.Image]:
+def _panels(sample: Sample, prediction: np.ndarray, colors: Colors) -> list[Image.Image]:
     image, truth, step = thumbnail(sample)
     prediction = prediction[::step, ::step]
     if truth is not None:
@@ -60,7 +61,7 @@ def _panels(sample: Sample, prediction: np.ndarray, colors: Colors) -> tuple[Ima
     panels = [overlay(image, mask, colors) for mask in (None, truth, prediction)]
     scale = SIDE / max(panels[0].size)
     size = [max(1, round(side * scale)) for side in panels[0].size]
-    return tuple(panel.resize(size, Image.Resampling.NEAREST) for panel in panels)
+    return [panel.resize(size, Image.Resampling.NEAREST) for panel in panels]
 
 
 def _chosen(predictions: Sequence[np.ndarray], colors: Colors) -> list[int]:

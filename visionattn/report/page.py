@@ -44,7 +44,7 @@ class Run(NamedTuple):
     recipe_text: str
     recipe: dict[str, Any]
     environment: dict[str, Any]
-    epochs: list[dict[str, float | None]]
+    epochs: list[dict[str, Any]]
     evaluations: list[Evaluation]  # in ORDER, then the others
 
 
@@ -249,7 +249,7 @@ def _training(run: Run) -> str:
 
 
 def _curves(run: Run, title: str, columns: dict[str, str]) -> str:
-    lines = {}
+    lines: dict[str, np.ndarray] = {}
     for column, label in columns.items():
         if points := [(row["epoch"] + 1, row[column]) for row in run.epochs if row.get(column) is not None]:
             lines[label] = np.array(points)
@@ -267,12 +267,12 @@ def _curves(run: Run, title: str, columns: dict[str, str]) -> str:
     if best and not alone:
         chart.mark(best, f"best: {best}")
     legend = []
-    for i, (label, points) in enumerate(lines.items()):
+    for i, (label, curve) in enumerate(lines.items()):
         colour = f"s{i}"
         legend.append((f"{colour} dashed" if i % 2 else colour, label))
-        chart.line(points / (1, 10**power), legend[-1][0])
-        for epoch, value in points[(points[:, 0] == best) | (len(points) == 1)]:
+        chart.line(curve / (1, 10**power), legend[-1][0])
+        for epoch, value in curve[(curve[:, 0] == best) | (len(curve) == 1)]:
             chart.dot(epoch, value / 10**power, colour)
     title += f" (×10{str(power).translate(SUPERSCRIPT)})" if power else ""
-    last = ", ".join(f"{label} {points[-1, 1]:.4g}" for label, points in lines.items())
+    last = ", ".join(f"{label} {curve[-1, 1]:.4g}" for label, curve in lines.items())
     return chart.figure(title, f"{title} by epoch; after the last: {last}", legend if len(legend) > 1 else ())

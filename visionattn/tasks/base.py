@@ -19,7 +19,7 @@ Configuration stops at `task`: networks, losses and metrics take plain parameter
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import timm
@@ -63,7 +63,7 @@ class Task(pl.LightningModule):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Any,
         optim: Optim,
         train: Train,
         frozen: str | list[str] | None,
@@ -71,7 +71,7 @@ class Task(pl.LightningModule):
         names: Callable[[int], str],
     ) -> None:
         super().__init__()
-        self.network = network
+        self.network: nn.Module = network
         self.optim, self.train_spec, self.monitored = optim, train, monitored
         self.names, self.provenance = names, dict[str, Any]()
         self.val_loss = MeanMetric()
@@ -113,18 +113,19 @@ class Task(pl.LightningModule):
         )
         schedules: list[dict[str, Any]] = [{"scheduler": scheduler, "interval": "step"}]
         if spec.schedule == "plateau":  # torch's: timm deprecates its own, which cannot be resumed
-            mode = "max" if self.maximize else "min"
+            mode: Literal["min", "max"] = "max" if self.maximize else "min"
             plateau = ReduceLROnPlateau(optimizer, mode, spec.decay_rate, spec.patience_epochs, min_lr=spec.min_lr)
             schedules.append({"scheduler": plateau, "interval": "epoch", "monitor": self.monitored})
         return [optimizer], schedules
 
     def _steps_per_epoch(self) -> int:
         """Counted here, since Lightning's own counts start the loader, on a resume before it knows the epoch."""
-        batches, limit = len(self.trainer.datamodule.train_dataloader()), self.trainer.limit_train_batches
+        trainer: Any = self.trainer  # which does not declare its data module
+        batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return -(-batches // self.optim.accumulate)
 
-    def lr_scheduler_step(self, scheduler: Scheduler | ReduceLROnPlateau, metric: Any) -> None:
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if self.optim.schedule != "plateau" or (
             isinstance(scheduler, Scheduler) and self.global_step <= self.warmup_steps
         ):
@@ -134,8 +135,8 @@ class Task(pl.LightningModule):
         """The plateau schedule steps here: Lightning would do it after the epoch's checkpoint has been written."""
         self._refuse_infinite()
         if self.optim.schedule == "plateau" and self.current_epoch >= self.optim.warmup_epochs:
-            _, plateau = self.lr_schedulers()
-            plateau.step(self.trainer.callback_metrics[self.monitored])
+            schedulers: Any = self.lr_schedulers()  # timm's and the plateau
+            schedulers[1].step(self.trainer.callback_metrics[self.monitored])
 
     def on_train_epoch_start(self) -> None:
         """Every epoch starts from a seed of its own, so that a resumed run goes on as the uninterrupted one."""
@@ -190,15 +191,15 @@ class Task(pl.LightningModule):
 def refuse_names(spec: Recipe) -> None:
     """Raises UserError for a model or an optimizer that there is not."""
     refuse_unknown("model.name", spec.model.name, timm.list_models(), "visionattn list, timm.list_models()")
-    refuse_unknown("optim.name", spec.optim.name, list_optimizers(), "timm.optim.list_optimizers()")
+    refuse_unknown("optim.name", spec.optim.name, list(map(str, list_optimizers())), "timm.optim.list_optimizers()")
 
 
 def _optimizer(network: nn.Module, spec: Optim) -> torch.optim.Optimizer:
     """timm's optimizer over the trainable parameters, grouped by weight decay and, if asked for, by depth."""
 
     def groups(network: nn.Module) -> list[dict[str, Any]]:
-        keep = getattr(network, "no_weight_decay", set)()
-        settings = {"weight_decay": spec.weight_decay, "no_weight_decay_list": [*keep, *spec.no_decay]}
+        keep: set[str] = getattr(network, "no_weight_decay", set)()
+        settings: dict[str, Any] = {"weight_decay": spec.weight_decay, "no_weight_decay_list": [*keep, *spec.no_decay]}
         if spec.layer_decay is None:
             return param_groups_weight_decay(network, **settings)
         return param_groups_layer_decay(network, layer_decay=spec.layer_decay, **settings)

@@ -27,7 +27,7 @@ def measure(predictions: Sequence[Prediction], samples: Sequence[Sample], spec: 
     """Everything that is reported about the predictions of a split, in any order, one for each sample."""
     labelling = labelling_of(spec.data.classes, spec.data.multi_label)
     rows = sorted(predictions, key=lambda prediction: prediction.index)
-    probabilities, targets = torch.from_numpy(np.stack([row.value for row in rows])), targets_of(samples)
+    probabilities, targets = torch.from_numpy(np.stack([np.asarray(row.value) for row in rows])), targets_of(samples)
     scores = metrics.overall(probabilities, targets)
     overall = {name: None if score.isnan() else score.item() for name, score in scores.items()}
     overall["loss"] = labelling.log_loss(probabilities, targets).item()

@@ -18,6 +18,8 @@ class ClassificationLoss(nn.Module):
         gamma: focusing parameter of the focal loss.
     """
 
+    weights: Tensor | None
+
     def __init__(
         self,
         name: str,

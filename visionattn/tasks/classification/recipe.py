@@ -66,11 +66,11 @@ if TYPE_CHECKING:
     class AnyData(Data, ClassSection):
         """What the section of every format has, once it is resolved."""
 
-        classes: list[str]  # type: ignore[assignment]  # unset in a file only
-        channels: int  # type: ignore[assignment]
-        multi_label: bool  # type: ignore[assignment]
-        mean: list[float]  # type: ignore[assignment]
-        std: list[float]  # type: ignore[assignment]
+        classes: list[str]  # unset in a file only
+        channels: int
+        multi_label: bool
+        mean: list[float]
+        std: list[float]
 else:
     AnyData = formats.union(DATA)
 

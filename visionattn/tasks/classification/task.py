@@ -60,7 +60,7 @@ class Classifier(Task):
         network: nn.Module,
         loss: nn.Module,
         labelling: Labelling,
-        tta: list[str],
+        tta: Sequence[str],
         turnable: bool,
         mix: Any = None,
         **task: Any,
@@ -160,7 +160,7 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> Classifier:
     labelling = labelling_of(data.classes, data.multi_label)
     network = make_network(spec.model, len(data.classes), data.channels, data.side)
     known = timm.get_pretrained_cfg(spec.model.name)
-    settings = {
+    settings: dict[str, Any] = {
         "labelling": labelling,
         "tta": spec.evaluate.tta,
         "turnable": data.side[0] == data.side[1] or known is None or not known.fixed_input_size,
@@ -186,19 +186,19 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> Classifier:
 
 def _loss(spec: Recipe, dataset: Dataset, labelling: Labelling) -> ClassificationLoss:
     """The loss with given weights, or balanced ones: inverse frequency, for bce negatives per positive."""
-    name, weights = spec.loss.name or labelling.loss, spec.loss.class_weights
-    if weights == "balanced":
+    name, given, weights = spec.loss.name or labelling.loss, spec.loss.class_weights, None
+    if given == "balanced":
         train = dataset.splits["train"]
         counts = labelling.counts(train)
         balanced = (len(train) - counts) / counts if name == "bce" else counts.sum() / (len(counts) * counts)
         weights = torch.as_tensor(balanced, dtype=torch.float32)
-    elif weights is not None:
-        if len(weights) != len(labelling.classes):
+    elif given is not None:
+        if len(given) != len(labelling.classes):
             raise UserError(
-                f"loss.class_weights has {len(weights)} numbers, expected one for each of "
+                f"loss.class_weights has {len(given)} numbers, expected one for each of "
                 f"{len(labelling.classes)} classes"
             )
-        weights = torch.tensor(weights)
+        weights = torch.tensor(given)
     return ClassificationLoss(name, len(labelling.classes), spec.loss.label_smoothing, weights, spec.loss.gamma)
 
 

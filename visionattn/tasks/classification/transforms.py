@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode, v2
 from visionattn.data.loaders import seeded
 from visionattn.data.sample import Sample
 from visionattn.errors import UserError
-from visionattn.tasks.classification.recipe import Augment, Data
+from visionattn.tasks.classification.recipe import AnyData, Augment, Data
 
 __all__ = ["Images", "eval_transform", "mix_transform", "train_transform"]
 
@@ -70,7 +70,7 @@ class Images(TorchDataset):
         return entry if label is None else entry | {"label": torch.as_tensor(label)}
 
 
-def train_transform(data: Data) -> v2.Compose:
+def train_transform(data: AnyData) -> v2.Compose:
     """(C, H, W) uint8, or float32 in 0..1 -> normalised float32 (C, height, width), with the recipe's augmentation.
 
     `data` has `channels`, `mean` and `std` set (see `visionattn.tasks.classification.task.resolve`).
@@ -156,9 +156,9 @@ def _refuse(augment: Augment, channels: int) -> None:
         if not 0 < value[0] <= value[1] <= top:
             raise UserError(f"data.augment.{key} is {value}, expected [smallest, largest] within 0 to {top}")
     if channels not in (1, 3):
-        for key, value in (("policy", augment.policy), ("jitter", augment.jitter)):
-            if value:
+        for key, asked in (("policy", augment.policy), ("jitter", augment.jitter)):
+            if asked:
                 raise UserError(
-                    f"data.augment.{key} is {value}, but changes of colour are defined for 1 or 3 channels; "
+                    f"data.augment.{key} is {asked}, but changes of colour are defined for 1 or 3 channels; "
                     f"the images have {channels}"
                 )

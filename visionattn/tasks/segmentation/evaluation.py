@@ -39,7 +39,7 @@ def measure(predictions: Sequence[Prediction], samples: Sequence[Sample], spec: 
     groups = [samples[members[0]].group for members in measured.members.values()]
     resamples = spec.evaluate.bootstrap
     summary = summarize(measured.counts, measured.values, groups, measured.classes, kept, resamples)
-    bins = sum(prediction.bins for prediction in predictions)
+    bins = np.sum([np.asarray(prediction.bins) for prediction in predictions], axis=0)
     summary["overall"]["calibration_error"] = calibration_error(bins)
     surface = spec.evaluate.surface and surfaces_available()
     monitor = spec.train.monitor

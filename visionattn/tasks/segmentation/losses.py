@@ -6,7 +6,7 @@ them. Where no pixel is labelled the loss is 0. Region losses count a class over
 pixels there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import segmentation_models_pytorch.losses as smp
@@ -29,6 +29,9 @@ class SegmentationLoss(nn.Module):
         ignore_index: number of unlabelled pixels.
         class_weights: (K,) or None.
     """
+
+    class_weights: Tensor | None
+    pixel_loss: Callable[..., Tensor]  # logits (P, K) and `targets` of P > 0 pixels -> a scalar
 
     def __init__(self, ignore_index: int = IGNORE, class_weights: Sequence[float] | None = None) -> None:
         super().__init__()
@@ -54,9 +57,10 @@ class SegmentationLoss(nn.Module):
         pixels = [logits.movedim(1, -1)[labelled] for logits in outputs]
         pixels = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in pixels]
         if not len(pixels[0]):
-            return sum(x.sum() for x in pixels)
+            return torch.cat(pixels).sum()
         targets = self.targets(labels.long(), labelled)
-        return sum(self.pixel_loss(logits, *targets) for logits in self.combine(pixels))
+        first, *others = (self.pixel_loss(logits, *targets) for logits in self.combine(pixels))
+        return sum(others, first)
 
     def combine(self, outputs: list[Tensor]) -> list[Tensor]:
         """The logits to be supervised, of the outputs' logits."""
@@ -65,10 +69,6 @@ class SegmentationLoss(nn.Module):
     def targets(self, labels: Tensor, labelled: Tensor) -> tuple[Tensor, ...]:
         """What `pixel_loss` gets beside logits: the labels (P,) of labelled pixels first."""
         return (labels[labelled],)
-
-    def pixel_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Logits (P, K) and labels (P,) of P > 0 pixels -> a scalar."""
-        raise NotImplementedError
 
     def weights(self, logits: Tensor) -> Tensor | None:
         """The class weights in the type of the logits, whatever the model around this was cast to."""
@@ -146,7 +146,7 @@ class Mutation(DiceCrossEntropy):
 
     def combine(self, outputs: list[Tensor]) -> list[Tensor]:
         sizes = range(1, len(outputs) + 1)
-        return [sum(subset) for size in sizes for subset in combinations(outputs, size)]
+        return [sum(subset[1:], subset[0]) for size in sizes for subset in combinations(outputs, size)]
 
 
 class Boundary(SegmentationLoss):
@@ -230,7 +230,7 @@ def make_loss(
             raise UserError(f"class_weights is {list(class_weights)}: expected positive numbers")
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha is {alpha}: expected 0 to 1")
-    settings = {
+    settings: dict[str, dict[str, float]] = {
         "dice": {"alpha": 0.5},
         "tversky": {"alpha": alpha},
         "focal": {"gamma": gamma},

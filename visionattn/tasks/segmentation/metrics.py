@@ -76,6 +76,7 @@ class CaseCounts(EpochMetric):
     """
 
     higher_is_better, full_state_update, is_differentiable = True, False, False
+    counts: Tensor
 
     def __init__(self, cases: int, classes: int, kept: list[int], empty: str = "standard") -> None:
         super().__init__()
@@ -133,8 +134,8 @@ def measure_case(
     labelled = truth != IGNORE
     for k, (_, predicted, true) in enumerate(counts):
         if predicted and true:
-            masks = [(side == k) & labelled for side in (prediction, truth)]
-            values["hd95"][k], values["nsd"][k] = _surface(*masks, spacing, tolerance)
+            of_class = (prediction == k) & labelled, (truth == k) & labelled
+            values["hd95"][k], values["nsd"][k] = _surface(*of_class, spacing, tolerance)
         elif empty == "transunet":
             values["hd95"][k], values["nsd"][k] = 0.0, float(predicted > 0)
         elif predicted or true:
@@ -152,12 +153,12 @@ def _surface(
     """HD95 and NSD of two non-empty masks, by MONAI."""
     from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
-    masks = [torch.from_numpy(np.ascontiguousarray(mask))[None, None].float() for mask in (prediction, truth)]
-    options = {"include_background": True, "spacing": tuple(map(float, spacing))}
+    guess, true = (torch.from_numpy(np.ascontiguousarray(mask))[None, None].float() for mask in (prediction, truth))
+    options: dict[str, Any] = {"include_background": True, "spacing": tuple(map(float, spacing))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 deprecates its own calls
-        hd95 = compute_hausdorff_distance(*masks, percentile=95, **options)
-        nsd = compute_surface_dice(*masks, class_thresholds=[tolerance], **options)
+        hd95 = compute_hausdorff_distance(guess, true, percentile=95, **options)
+        nsd = compute_surface_dice(guess, true, class_thresholds=[tolerance], **options)
     return hd95.item(), nsd.item()
 
 

@@ -91,8 +91,8 @@ if TYPE_CHECKING:
     class AnyData(Data, MaskSection):
         """What the section of every format has, once it is resolved."""
 
-        mean: list[float]  # type: ignore[assignment]  # unset in a file only
-        std: list[float]  # type: ignore[assignment]
+        mean: list[float]  # unset in a file only
+        std: list[float]
 else:
     AnyData = formats.union(DATA)
 

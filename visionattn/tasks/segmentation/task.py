@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+from visionattn.backbones.encoder_decoder import EncoderDecoder
 from visionattn.data import formats
 from visionattn.data.colors import class_colors
 from visionattn.data.loaders import default_workers
@@ -86,7 +87,7 @@ class Segmenter(Task):
         kept: list[int],
         window: tuple[int, int],
         overlap: float,
-        tta: list[str],
+        tta: Sequence[str],
         turnable: bool,
         cases: list[int],
         empty: str,
@@ -265,7 +266,7 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> Segmenter:
     )
 
 
-def _network(spec: Recipe, classes: int, channels: int) -> nn.Module:
+def _network(spec: Recipe, classes: int, channels: int) -> EncoderDecoder:
     """The encoder with its decoder, or a whole segmenter of timm's registry."""
     model = spec.model
     arguments = arguments_of(model, spec.data.side)

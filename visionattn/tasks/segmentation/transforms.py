@@ -44,9 +44,9 @@ def factors(size: tuple[int, int], data: Data) -> tuple[float, float]:
 def network_input(image: np.ndarray, data: Data, scaled: tuple[float, float]) -> Tensor:
     """(C, h, w) as a sample gives it -> normalised and scaled, NaN at the mean."""
     mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (data.mean, data.std))
-    image = ((torch.from_numpy(np.ascontiguousarray(unit_range(image))) - mean) / std).nan_to_num_(0.0)
+    pixels = ((torch.from_numpy(np.ascontiguousarray(unit_range(image))) - mean) / std).nan_to_num_(0.0)
     size = [max(1, round(side * factor)) for side, factor in zip(image.shape[1:], scaled, strict=True)]
-    return _resized(image, size)
+    return _resized(pixels, size)
 
 
 def _resized(image: Tensor, size: list[int]) -> Tensor:
@@ -93,10 +93,11 @@ class TrainingCrops(Dataset):
         ]
         centre = self._rare_place(index)
         starts = [_start(*sizes) for sizes in zip(sample.size, shape, centre or (None, None), strict=True)]
-        inside = tuple(
+        rows, columns = (
             slice(max(start, 0), min(start + extent, side))
             for start, extent, side in zip(starts, shape, sample.size, strict=True)
         )
+        inside = rows, columns
         image = network_input(sample.image(inside), self.data, (1.0, 1.0))
         mask = torch.from_numpy(np.ascontiguousarray(sample.target(inside)))
         top, left = (side.start - start for side, start in zip(inside, starts, strict=True))
@@ -112,8 +113,8 @@ class TrainingCrops(Dataset):
         if self.places is None or torch.rand(1).item() >= self.data.rare_crops or not self.places[index]:
             return None
         of_sample = self.places[index]
-        of_class = of_sample[sorted(of_sample)[torch.randint(len(of_sample), (1,)).item()]]
-        row, column = of_class[torch.randint(len(of_class), (1,)).item()]
+        of_class = of_sample[sorted(of_sample)[int(torch.randint(len(of_sample), (1,)))]]
+        row, column = of_class[int(torch.randint(len(of_class), (1,)))]
         return int(row), int(column)
 
 
@@ -158,10 +159,11 @@ class WholeImages(Dataset):
         index, window = self.parts[number[1] if isinstance(number, tuple) else number]
         sample = self.samples[index]
         margins = [side // 2 for side in self.data.side]
-        seen = tuple(
+        rows, columns = (
             slice(max(inner.start - margin, 0), min(inner.stop + margin, side))
             for inner, margin, side in zip(window, margins, sample.size, strict=True)
         )
+        seen = rows, columns
         pixels, mask = self._read(index, seen, window)
         part = {
             "image": network_input(pixels, self.data, factors(sample.size, self.data)),
