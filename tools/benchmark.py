@@ -162,7 +162,7 @@ def _model(name: str, size: tuple[int, int]) -> torch.nn.Module:
 
 def take_turns(calls: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
     """Milliseconds of each call, one of each in every round, after one round that is not counted."""
-    times = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
             _wait(device)
@@ -220,7 +220,7 @@ def _rows(
     """Time and memory of the candidates of one case; `makers` holds what `peak_memory` takes."""
     macs = macs or {}
     times = take_turns({name: make(*rest) for name, (make, *rest) in makers.items()}, args.rounds, args.device)
-    rows = []
+    rows: list[Row] = []
     for name, values in times.items():
         quartiles = statistics.quantiles(values, n=4, method="inclusive")
         row = Row(subject, case, name, step, args.batch, quartiles[1], quartiles[0], quartiles[2], 0.0)

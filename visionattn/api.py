@@ -234,7 +234,7 @@ class Run:
 
     def _repr_html_(self) -> str:
         metrics = (
-            Table({"split": name, **values} for name, values in self.metrics.items()) if self.path.is_dir() else []
+            Table({"split": name, **values} for name, values in self.metrics.items()) if self.path.is_dir() else Table()
         )
         table = metrics._repr_html_() if metrics else ""
         return f"<b>{escape(str(self.path))}</b>: {escape(self.recipe.model.name)}, {self.recipe.task}{table}"

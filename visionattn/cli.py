@@ -153,12 +153,11 @@ def _fit(arguments: argparse.Namespace) -> None:
 
 
 def _summarize(run: Path) -> None:
-    from lightning.pytorch.utilities import rank_zero_only
-
     from visionattn.report.evaluation import format_table
     from visionattn.runs.directory import RunDirectory
+    from visionattn.runs.processes import is_first
 
-    if rank_zero_only.rank == 0:
+    if is_first():
         places = ("val", "test", "val-last", "test-last")
         found = {evaluation.folder.name: evaluation for evaluation in RunDirectory(run).evaluations}
         evaluations = [found[name] for name in places if name in found]

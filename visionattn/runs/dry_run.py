@@ -65,7 +65,7 @@ def dry_run(spec: Recipe) -> str:
     )
     times = _Times()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(small, task, RunDirectory(Path(folder)))
+        trainer: Any = make_trainer(small, task, RunDirectory(Path(folder)))
         trainer.callbacks.append(times)
         trainer.fit(task, datamodule=data)
     step, check = times.train[-1] - times.train[-2], times.val[-1] - times.val[0]

@@ -103,7 +103,7 @@ def evaluate_split(
     trainer: pl.Trainer, task: Task, data: SplitDataModule, part: str, spec: Recipe, about: dict[str, Any]
 ) -> Evaluation | None:
     """Predict one split, each process its share; the first one measures, the others give None."""
-    mine = [prediction for batch in trainer.predict(task, data.loader(part)) for prediction in batch]
+    mine = [prediction for batch in trainer.predict(task, data.loader(part)) or () for prediction in batch]
     shares = [mine]
     if dist.is_initialized():
         shares = [mine] * dist.get_world_size()

@@ -53,7 +53,7 @@ def predict(
     trained = load_trained(model)
     data, kind, (process, processes) = trained.recipe.data, part_of(trained.recipe.task, "task"), shard()
     writer: Writer = kind.open_writer(trained.recipe, out, polygons)
-    samples, problems = formats.unlabelled(paths, data, len(data.mean))
+    samples, problems = formats.unlabelled(paths, data, len(data.mean or ()))
     if process > 0:
         problems = []  # which the first process tells
     for problem in problems:

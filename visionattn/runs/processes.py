@@ -24,7 +24,7 @@ SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def is_first() -> bool:
-    return rank_zero_only.rank == 0
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]  # which is set once the function is there
 
 
 def shard() -> tuple[int, int]:

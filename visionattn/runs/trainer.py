@@ -104,7 +104,7 @@ def _callback(entry: Any) -> pl.Callback:
 
 def _callbacks(spec: Recipe, task: Task, directory: RunDirectory) -> list[pl.Callback]:
     mode = "max" if task.maximize else "min"
-    folder = {"dirpath": directory.best.parent, "save_top_k": 1, "enable_version_counter": False}
+    folder: dict[str, Any] = {"dirpath": directory.best.parent, "save_top_k": 1, "enable_version_counter": False}
     chosen: list[pl.Callback] = [
         History(directory.path / "metrics.csv"),
         ModelCheckpoint(filename="best", monitor=task.monitored, mode=mode, **folder),
