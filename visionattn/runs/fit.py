@@ -132,7 +132,7 @@ def rehearse(spec: Recipe, dataset: Dataset) -> None:
     spec, dataset = kind.resolve(spec, dataset)
     task = kind.make(spec, dataset)
     kind.training_set(dataset, spec)
-    image = (len(spec.data.mean), *spec.data.side)
+    image = (len(spec.data.mean or ()), *spec.data.side)
     try_out(task.network, spec.model.name, image)
     try_out(task.network, spec.model.name, image, training=min(2, spec.data.batch_size))
 
