@@ -403,7 +403,12 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`visionattn benchmark ARGUMENTS`."""
-    parser = argparse.ArgumentParser(prog="visionattn benchmark", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="visionattn benchmark",
+        description=__doc__.partition("\n")[0],
+        epilog="examples:\n  visionattn benchmark kernels\n  visionattn benchmark models davit_tiny va_davit_tiny",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_arguments(parser)
     run(parser.parse_args(argv))
 

@@ -250,13 +250,13 @@ def _samples(images: ImageLike | Sequence[ImageLike], spec: Recipe) -> tuple[lis
     """Case by case the samples of what is given, in its order, and a line for each thing that cannot be read."""
     given = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
     channels = len(spec.data.mean or ())
-    found: list[list[Sample]] = []
+    by_case: list[list[Sample]] = []
     problems: list[str] = []
     for i, image in enumerate(given):
         if isinstance(image, str | Path):
             samples, unread = formats.unlabelled([Path(image)], spec.data, channels)
             problems += unread
-            found += [[samples[k] for k in members] for members in cases(samples).values()]
+            by_case += [[samples[k] for k in members] for members in cases(samples).values()]
         else:
-            found.append([formats.of_array(f"image[{i}]", pixels_of(image, f"image[{i}]"), spec.data, channels)])
-    return found, problems
+            by_case.append([formats.of_array(f"image[{i}]", pixels_of(image, f"image[{i}]"), spec.data, channels)])
+    return by_case, problems

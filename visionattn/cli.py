@@ -159,8 +159,8 @@ def _summarize(run: Path) -> None:
 
     if is_first():
         places = ("val", "test", "val-last", "test-last")
-        found = {evaluation.folder.name: evaluation for evaluation in RunDirectory(run).evaluations}
-        evaluations = [found[name] for name in places if name in found]
+        evaluated = {evaluation.folder.name: evaluation for evaluation in RunDirectory(run).evaluations}
+        evaluations = [evaluated[name] for name in places if name in evaluated]
         print(f"\n{format_table(evaluations)}\n\nreport: {run / 'report.html'}")
 
 

@@ -4,7 +4,6 @@ What is listed stands in `models.json`, so that listing imports neither torch no
 `python -m visionattn.listing > visionattn/models.json`, in a clone.
 """
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -14,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visionattn.errors import UserError
+from visionattn.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -132,8 +131,9 @@ def _table() -> list[dict[str, Any]]:
 
 def _no_match(kind: str, pattern: str, names: Collection[str], otherwise: str) -> UserError:
     word = re.sub(r"[*?!\[\]]", "", pattern).lower()
-    near = [name for name in names if word in name][:3] or difflib.get_close_matches(word, names, n=3, cutoff=0.5)
-    return UserError(f"no {kind} matches {pattern!r}; {'nearest: ' + ', '.join(near) if near else otherwise}")
+    inside = [name for name in names if word and word in name][:3]
+    hint = f"; nearest: {', '.join(inside)}" if inside else nearest(word, names, most=3, cutoff=0.5)
+    return UserError(f"no {kind} matches {pattern!r}{hint or f'; {otherwise}'}")
 
 
 def format_table(models: list[ModelInfo]) -> str:

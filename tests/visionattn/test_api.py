@@ -144,7 +144,9 @@ def test_without_a_terminal_an_epoch_is_a_line(recipe_file, tmp_path):
     assert "\r" not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("command", ["fit", "evaluate", "predict", "check", "new", "list", "doctor", "completion"])
+@pytest.mark.parametrize(
+    "command", ["fit", "evaluate", "predict", "check", "new", "list", "doctor", "completion", "benchmark"]
+)
 def test_help_ends_with_two_examples(command, capsys):
     from visionattn.cli import main
 

@@ -139,6 +139,7 @@ def test_processes_that_torchrun_starts_share_a_run(recipe_file, tmp_path):
     )  # fmt: skip
     assert refused.returncode != 0
     assert refused.stderr.count("nowhere is missing") == 1
+    assert not list(tmp_path.glob(".visionattn*"))
 
 
 def test_fewer_samples_than_processes_are_refused_by_all(recipe, tmp_path):

@@ -30,9 +30,9 @@ class Chart:
 
     @staticmethod
     def _ticks(low: float, high: float, integer: bool = False) -> list[float]:
-        found = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=integer).tick_values(low, high)
+        ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=integer).tick_values(low, high)
         slack = 1e-9 * (high - low)
-        return [t for t in np.round(found, 12) if low - slack <= t <= high + slack and not (integer and t % 1)]
+        return [t for t in np.round(ticks, 12) if low - slack <= t <= high + slack and not (integer and t % 1)]
 
     def _px(self, x: float) -> float:
         return self.left + (x - self.x[0]) / (self.x[1] - self.x[0]) * (self.right - self.left)

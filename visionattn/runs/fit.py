@@ -27,7 +27,7 @@ from visionattn.report.page import write_report
 from visionattn.runs.checkpoints import epoch_of, load_weights, provenance
 from visionattn.runs.directory import RunDirectory
 from visionattn.runs.evaluate import evaluate_split
-from visionattn.runs.processes import forget_handover, from_first, is_first
+from visionattn.runs.processes import forget_handover, from_first, is_first, offer
 from visionattn.runs.trainer import check_trainer, make_trainer
 from visionattn.tasks.base import Task
 
@@ -143,6 +143,8 @@ def _train(directory: RunDirectory, spec: Recipe, dataset: Dataset) -> Path:
     seed, training_set = spec.train.seed, kind.training_set(dataset, spec)
     data = SplitDataModule(dataset, spec.data, training_set, kind.evaluation_set, kind.collate, seed)
     trainer = make_trainer(spec, task, directory)
+    if trainer.world_size > 1:
+        offer((directory, spec, dataset))
     resumed = directory.last if directory.last.is_file() else None
     began = time.monotonic()
     with directory.locked() if is_first() else nullcontext():

@@ -16,7 +16,9 @@ from typing import TypeVar
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-__all__ = ["forget_handover", "from_first", "is_first", "shard"]
+from visionattn.files import new_file
+
+__all__ = ["forget_handover", "from_first", "is_first", "offer", "shard"]
 
 T = TypeVar("T")
 HANDOVER = "VISIONATTN_HANDOVER"  # where the processes that Lightning starts find what is handed over
@@ -37,26 +39,33 @@ def shard() -> tuple[int, int]:
 
 
 def from_first(work: Callable[[], T]) -> T:
-    """What `work` gives in the first process, in every process of the run.
+    """What `work` gives in the first process, in every process of the run; those that Lightning starts see `offer`.
 
     Raises:
         UserError: what `work` raises; the other processes end without a word of their own.
     """
-    together = shard()[1] > 1
-    place = _shared_place() if together else Path(os.environ.get(HANDOVER, ""))
     if not is_first():
-        return _taken_over(place)
-    if not together:
-        place = Path(tempfile.mkdtemp(prefix="visionattn-"), "handover")
+        return _taken_over(_shared_place() if shard()[1] > 1 else Path(os.environ[HANDOVER]))
+    if shard()[1] == 1:
+        return work()
     try:
         result = work()
     except BaseException as error:
-        if together:
-            _hand_over(place, None, error)
+        _hand_over(_shared_place(), None, error)
+        time.sleep(10 * SECONDS_BETWEEN_LOOKS)  # those that start later are ended by their launcher
+        _shared_place().unlink(missing_ok=True)
         raise
-    _hand_over(place, result, None)
-    os.environ[HANDOVER] = str(place)
+    _hand_over(_shared_place(), result, None)
+    os.environ[HANDOVER] = str(_shared_place())
     return result
+
+
+def offer(result: object) -> None:
+    """Keep what `from_first` gave for the processes that Lightning is about to start."""
+    if is_first() and shard()[1] == 1:
+        place = Path(tempfile.mkdtemp(prefix="visionattn-"), "handover")
+        _hand_over(place, result, None)
+        os.environ[HANDOVER] = str(place)
 
 
 def forget_handover() -> None:
@@ -75,9 +84,8 @@ def _shared_place() -> Path:
 
 
 def _hand_over(place: Path, result: object, error: BaseException | None) -> None:
-    partial = place.with_name(f"{place.name}.partial")
-    partial.write_bytes(pickle.dumps((result, None if error is None else str(error))))
-    os.replace(partial, place)
+    with new_file(place, replace=True) as unfinished:
+        unfinished.write_bytes(pickle.dumps((result, None if error is None else str(error))))
 
 
 def _taken_over(place: Path) -> T:  # type: ignore[type-var]  # as the first process pickled it

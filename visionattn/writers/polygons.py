@@ -32,9 +32,9 @@ def write_polygons(raster: Path, out: Path, classes: Sequence[str], leave_out: C
     """
     wanted = [k for k, name in enumerate(classes) if name not in leave_out]
     with open_quietly(raster) as source:
-        found = _regions(source, wanted)
-        later = iter(lambda: list(islice(found, AT_ONCE)), [])
-        for number, part in enumerate(chain([list(islice(found, AT_ONCE))], later)):
+        regions = _regions(source, wanted)
+        later = iter(lambda: list(islice(regions, AT_ONCE)), [])
+        for number, part in enumerate(chain([list(islice(regions, AT_ONCE))], later)):
             numbers = np.array([k for k, _ in part], dtype=np.int32)
             outlines = np.array([polygon for _, polygon in part], dtype=object)
             places = shapely.transform(outlines, lambda xy: np.stack(source.transform @ xy.T[:2], axis=1))
@@ -64,8 +64,8 @@ def _regions(source: rasterio.DatasetReader, wanted: Sequence[int]) -> Iterator[
         for number in sorted({*kept, *fresh}):
             inside = [polygon for polygon in fresh.get(number, []) if polygon.bounds[1] > top]
             touching = [polygon for polygon in fresh.get(number, []) if polygon.bounds[1] == top]
-            found = inside + _joined(kept.pop(number, []), touching)
-            for polygon in found:
+            whole = inside + _joined(kept.pop(number, []), touching)
+            for polygon in whole:
                 if polygon.bounds[3] == end < source.height:
                     kept.setdefault(number, []).append(polygon)
                 else:
@@ -73,11 +73,11 @@ def _regions(source: rasterio.DatasetReader, wanted: Sequence[int]) -> Iterator[
 
 
 def _outlines(numbers: np.ndarray, top: int, wanted: Sequence[int]) -> dict[int, list[shapely.Polygon]]:
-    found: dict[int, list[shapely.Polygon]] = {}
+    outlines: dict[int, list[shapely.Polygon]] = {}
     down = rasterio.Affine.translation(0, top)
     for outline, number in shapes(numbers, mask=np.isin(numbers, wanted), transform=down):
-        found.setdefault(int(number), []).append(shapely.geometry.shape(outline))
-    return found
+        outlines.setdefault(int(number), []).append(shapely.geometry.shape(outline))
+    return outlines
 
 
 def _joined(above: list[shapely.Polygon], below: list[shapely.Polygon]) -> list[shapely.Polygon]:

@@ -113,10 +113,10 @@ def find(section: Data) -> Found:
     Raises:
         UserError: a package that reads the format is missing, or there is nothing that can be used.
     """
-    found = _readable(section).find(section)
-    if not found.samples:
-        raise UserError("\n".join(["data: no labelled image that can be used", *found.problems[:20]]))
-    return found
+    labelled = _readable(section).find(section)
+    if not labelled.samples:
+        raise UserError("\n".join(["data: no labelled image that can be used", *labelled.problems[:20]]))
+    return labelled
 
 
 def unlabelled(paths: Sequence[Path], section: Data, channels: int) -> tuple[list[Sample], list[str]]:

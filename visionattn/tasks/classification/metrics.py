@@ -48,17 +48,17 @@ def overall(probabilities: Tensor, targets: Tensor) -> dict[str, Tensor]:
     scores = _of_classes(probabilities, targets, ("recall", "f1", "auroc", "average_precision"))
     scores["balanced_accuracy"] = scores.pop("recall")
     measured = measurable(targets, classes)
-    found = {name: _mean(name, score, measured[name]) for name, score in scores.items()}
+    metrics = {name: _mean(name, score, measured[name]) for name, score in scores.items()}
     if several:
-        found["accuracy"] = tm.multilabel_accuracy(probabilities, targets, classes, average="micro")
+        metrics["accuracy"] = tm.multilabel_accuracy(probabilities, targets, classes, average="micro")
         pairs = probabilities.flatten(), targets.flatten()
-        found["calibration_error"] = tm.binary_calibration_error(*pairs, n_bins=BINS)
+        metrics["calibration_error"] = tm.binary_calibration_error(*pairs, n_bins=BINS)
     else:
-        found["accuracy"] = tm.multiclass_accuracy(probabilities, targets, classes, average="micro")
-        found["calibration_error"] = tm.multiclass_calibration_error(probabilities, targets, classes, n_bins=BINS)
+        metrics["accuracy"] = tm.multiclass_accuracy(probabilities, targets, classes, average="micro")
+        metrics["calibration_error"] = tm.multiclass_calibration_error(probabilities, targets, classes, n_bins=BINS)
         if classes > 5:
-            found["top5"] = tm.multiclass_accuracy(probabilities, targets, classes, average="micro", top_k=5)
-    return dict(sorted(found.items()))
+            metrics["top5"] = tm.multiclass_accuracy(probabilities, targets, classes, average="micro", top_k=5)
+    return dict(sorted(metrics.items()))
 
 
 def _of_classes(probabilities: Tensor, targets: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:

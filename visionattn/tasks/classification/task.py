@@ -111,17 +111,17 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
     if dataset.readings and (small := too_small(dataset, spec)):
         raise UserError(f"data.resize is none, but smaller than data.image_size are: {listed(small)}")
     channels = data.channels or (dataset.channels if dataset.readings or not data.mean else len(data.mean))
-    found: dict[str, Any] = {"mean": [0.0] * channels, "std": [1.0] * channels}
+    resolved: dict[str, Any] = {"mean": [0.0] * channels, "std": [1.0] * channels}
     if dataset.readings:
         mean, std = mean_std(dataset.readings["train"])
-        found = {"mean": mean.round(6).tolist(), "std": std.round(6).tolist()}
-    found |= statistics_of(spec.model, channels) if data.mean is None else {}
-    found |= {key: given for key in ("mean", "std") if (given := getattr(data, key)) is not None}
-    for key, values in found.items():
+        resolved = {"mean": mean.round(6).tolist(), "std": std.round(6).tolist()}
+    resolved |= statistics_of(spec.model, channels) if data.mean is None else {}
+    resolved |= {key: given for key in ("mean", "std") if (given := getattr(data, key)) is not None}
+    for key, values in resolved.items():
         if len(values) != channels:
             raise UserError(f"data.{key} has {len(values)} values, but the images have {channels} channels")
-    found |= {"channels": channels, "classes": dataset.classes, "multi_label": several}
-    return spec.model_copy(update={"data": data.model_copy(update=found)}), dataset.with_channels(channels)
+    resolved |= {"channels": channels, "classes": dataset.classes, "multi_label": several}
+    return spec.model_copy(update={"data": data.model_copy(update=resolved)}), dataset.with_channels(channels)
 
 
 def _refuse_untrainable(spec: Recipe, dataset: Dataset, labelling: Labelling) -> None:

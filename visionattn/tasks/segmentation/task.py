@@ -189,18 +189,18 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
         UserError: the data set cannot be trained on.
     """
     data, channels = spec.data, dataset.channels
-    found: dict[str, Any] = {"mean": [0.0] * channels, "std": [1.0] * channels}
+    resolved: dict[str, Any] = {"mean": [0.0] * channels, "std": [1.0] * channels}
     if dataset.readings:
         mean, std = mean_std(dataset.readings["train"])
-        found = {key: [float(f"{v:.7g}") for v in values] for key, values in (("mean", mean), ("std", std))}
+        resolved = {key: [float(f"{v:.7g}") for v in values] for key, values in (("mean", mean), ("std", std))}
         dataset = replace(dataset, warnings=[*dataset.warnings, *_doubts(spec, dataset)])
     if data.mean is None and formats.module_of(data).KIND.unit_range:
-        found |= statistics_of(spec.model, channels)
-    found |= {key: given for key in ("mean", "std") if (given := getattr(data, key)) is not None}
-    for key, values in found.items():
+        resolved |= statistics_of(spec.model, channels)
+    resolved |= {key: given for key in ("mean", "std") if (given := getattr(data, key)) is not None}
+    for key, values in resolved.items():
         if len(values) != channels:
             raise UserError(f"data.{key} has {len(values)} values, but the images have {channels} channels")
-    data = data.model_copy(update=found | {"classes": dataset.classes})
+    data = data.model_copy(update=resolved | {"classes": dataset.classes})
     return spec.model_copy(update={"data": data}), dataset
 
 
