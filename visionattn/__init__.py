@@ -48,7 +48,7 @@ class _RegisterAfterTimm(importlib.abc.MetaPathFinder):
             load(module)
             importlib.import_module("visionattn.backbones")
 
-        spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        spec.loader.exec_module = load_and_register  # type: ignore[method-assign]  # of this loader only
         return spec
 
 

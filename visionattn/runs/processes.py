@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -88,7 +88,8 @@ def _hand_over(place: Path, result: object, error: BaseException | None) -> None
         unfinished.write_bytes(pickle.dumps((result, None if error is None else str(error))))
 
 
-def _taken_over(place: Path) -> T:  # type: ignore[type-var]  # as the first process pickled it
+def _taken_over(place: Path) -> Any:
+    """What the first process has pickled."""
     while not place.is_file():
         time.sleep(SECONDS_BETWEEN_LOOKS)
     result, error = pickle.loads(place.read_bytes())

@@ -75,8 +75,8 @@ def _refuse_files(rows: list[dict[str, str]], paths: list[Path], section: Sectio
         raise UserError(
             f"data.root: {section.root}: {len(missing)} of {len(paths)} files are missing: {listed(missing)}"
         )
-    seen: set[Path] = set()
-    twice = [row[section.path_column] for row, p in zip(rows, paths, strict=True) if p in seen or seen.add(p)]  # type: ignore[func-returns-value]
+    first = {path: i for i, path in reversed(list(enumerate(paths)))}
+    twice = [row[section.path_column] for i, row in enumerate(rows) if first[paths[i]] != i]
     if twice:
         hint = "" if section.label_separator else "; several labels of an image go into one row (data.label_separator)"
         raise UserError(f"data.root: {section.root}: listed more than once: {listed(sorted(twice))}{hint}")
