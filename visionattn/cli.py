@@ -31,11 +31,6 @@ class _Console(logging.Handler):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit status."""
-    logger = logging.getLogger("visionattn")
-    if not any(isinstance(handler, _Console) for handler in logger.handlers):
-        logger.addHandler(_Console())
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.function is _benchmark:
@@ -48,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unknown arguments: {' '.join(wrong)}")
         arguments.overrides += rest
     try:
-        with _stopped_by_signals():
+        with _on_console(), _stopped_by_signals():
             return arguments.function(arguments) or 0
     except UserError as error:
         print(f"visionattn: {error}", file=sys.stderr)
@@ -56,6 +51,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Stopped as stopped:
         print(f"visionattn: {stopped}", file=sys.stderr)
         return 128 + stopped.number
+
+
+@contextmanager
+def _on_console() -> Iterator[None]:
+    """What visionattn logs is shown."""
+    logger, console = logging.getLogger("visionattn"), _Console()
+    before = logger.level, logger.propagate
+    logger.addHandler(console)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(console)
+        logger.level, logger.propagate = before
 
 
 class _Stopped(BaseException):

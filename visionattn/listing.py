@@ -227,9 +227,12 @@ def describe(name: str) -> ModelInfo:
     import torch
     from timm.models import get_arch_pretrained_cfgs
 
+    from visionattn.backbones.encoder_decoder import EncoderDecoder
+
     with torch.device("meta"):
         model: Any = timm.create_model(name).eval()
-        maps: Any = timm.create_model(name, features_only=True).feature_info if hasattr(model, "feature_info") else None
+        whole = isinstance(model, EncoderDecoder)
+        maps: Any = None if whole else timm.create_model(name, features_only=True).feature_info
     cfg = model.pretrained_cfg
     published = [item for item in get_arch_pretrained_cfgs(name).items() if item[1].has_weights]
     published.sort(key=lambda item: item[1].tag != cfg["tag"])

@@ -174,3 +174,16 @@ def test_reading_a_recipe_imports_no_torch(tmp_path):
 def test_the_shipped_schema_is_the_code_s(tmp_path):
     shipped = json.loads((ROOT / "visionattn" / "recipe/schema.json").read_text())
     assert shipped == recipe.json_schema(), "run: python -m visionattn.recipe > visionattn/recipe/schema.json"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.augment.scale=[2, 1]", r"scale is \[2.0, 1.0\], expected \[smallest, largest\]"),
+        ("data.augment.scale=[0.001, 0.001]", "data.augment.scale.0 is 0.001; expected: greater than or equal to 0.1"),
+        ("evaluate.leave_out=[bakground]", "leave_out names bakground, which is no class; did you mean background"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused(override, words):
+    with pytest.raises(UserError, match=words):
+        recipe.load("segmentation/quickstart", [override])

@@ -1,15 +1,19 @@
 """What a segmentation recipe says."""
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from visionattn.data import formats
 from visionattn.data.labels import MaskSection
+from visionattn.errors import nearest
 from visionattn.recipe import sections
-from visionattn.recipe.sections import AbovePositive, NotNegative, Positive, Probability, Rate, Ratio, Section
+from visionattn.recipe.sections import AbovePositive, NotNegative, Positive, Probability, Rate, Section
 
 __all__ = ["DATA", "EXAMPLE", "AnyData", "Augment", "Data", "Loss", "Recipe"]
+
+
+Zoom = Annotated[float, Field(ge=0.1, le=10)]  # beyond, a crop would be of a few pixels, or of a hundred times as many
 
 
 class Model(sections.Model):
@@ -25,14 +29,24 @@ class Model(sections.Model):
 class Augment(Section):
     """Random changes of training images and their masks together; probabilities unless said otherwise."""
 
-    scale: Ratio = Field([1.0, 1.0], description="smallest and largest random zoom; the crop keeps its size")
+    scale: Annotated[list[Zoom], Field(min_length=2, max_length=2)] = Field(
+        [1.0, 1.0], description="smallest and largest random zoom; the crop keeps its size"
+    )
+        [1.0, 1.0], description="smallest and largest random zoom; the crop keeps its size"
+    )
     hflip: Probability = 0.5
     vflip: Probability = 0.0
     rot90: Probability = Field(0.0, description="of one, two or three quarter turns")
     rotate: Annotated[float, Field(ge=0, le=180)] = Field(0.0, description="largest rotation either way, in degrees")
     jitter: NotNegative = Field(0.0, description="strength of random gain and offset, in standard deviations")
     band_dropout: Probability = Field(0.0, description="of each band to be blanked out; one always stays")
-    multi_scale: list[AbovePositive] = Field([], description="each batch is resized by one of these factors")
+    multi_scale: list[Zoom] = Field([], description="each batch is resized by one of these factors")
+
+    @model_validator(mode="after")
+    def _scale_is_a_range(self) -> Self:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale is {self.scale}, expected [smallest, largest]")
+        return self
 
 
 class Data(sections.Data):
@@ -106,6 +120,16 @@ class Recipe(sections.Recipe):
     loss: Loss = Loss()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _left_out_classes_are_there(self) -> Self:
+        names = {"background", *self.data.class_names}  # the default, which not every data set has
+        if unknown := [name for name in self.evaluate.leave_out if name not in names]:
+            raise ValueError(
+                f"evaluate.leave_out names {', '.join(unknown)}, which is no class{nearest(unknown[0], names)}; "
+                f"classes: {', '.join(self.data.class_names[:20])}"
+            )
+        return self
 
 
 EXAMPLE = {
