@@ -32,8 +32,6 @@ class Augment(Section):
     scale: Annotated[list[Zoom], Field(min_length=2, max_length=2)] = Field(
         [1.0, 1.0], description="smallest and largest random zoom; the crop keeps its size"
     )
-        [1.0, 1.0], description="smallest and largest random zoom; the crop keeps its size"
-    )
     hflip: Probability = 0.5
     vflip: Probability = 0.0
     rot90: Probability = Field(0.0, description="of one, two or three quarter turns")
