@@ -68,8 +68,10 @@ def statistics_of(spec: Model, channels: int) -> dict[str, list[float]]:
     return {"mean": list(known.mean), "std": list(known.std)}
 
 
-def try_out(network: nn.Module, name: str, image: tuple[int, int, int], training: int = 0) -> torch.Tensor:
-    """The result for one blank image (C, H, W) in evaluation mode, or for a training batch of so many.
+def try_out(
+    network: nn.Module, name: str, image: tuple[int, int, int], batch: int = 1, training: bool = False
+) -> torch.Tensor:
+    """The result for a batch of blank images (C, H, W), in evaluation or training mode.
 
     A training batch changes the statistics of batch norms.
 
@@ -78,18 +80,18 @@ def try_out(network: nn.Module, name: str, image: tuple[int, int, int], training
     """
     try:
         with torch.no_grad():
-            result = network.train(training > 0)(torch.zeros(training or 1, *image))
+            result = network.train(training)(torch.zeros(batch, *image))
     except Exception as error:  # each model raises its own
         reason = str(error) or type(error).__name__
         shape = " x ".join(map(str, image))
         if "more than 1 value per channel" in reason:
             reason = (
                 "a norm would be taken over a single value; enlarge data.image_size"
-                f"{' or data.batch_size' if training == 1 else ''}, or take another model or decoder ({reason})"
+                f"{' or data.batch_size' if batch == 1 else ''}, or take another model or decoder ({reason})"
             )
-        batch = f"a training batch of {training} images" if training else "images"
+        images = f"a training batch of {batch} images" if training else "images"
         raise UserError(
-            f"model {name} cannot take {batch} of {shape} (data.channels, data.image_size): {reason}"
+            f"model {name} cannot take {images} of {shape} (data.channels, data.image_size): {reason}"
         ) from None
     network.train()
     return result

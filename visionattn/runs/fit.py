@@ -133,8 +133,8 @@ def rehearse(spec: Recipe, dataset: Dataset) -> None:
     task = kind.make(spec, dataset)
     kind.training_set(dataset, spec)
     image = (len(spec.data.mean or ()), *spec.data.side)
-    try_out(task.network, spec.model.name, image)
-    try_out(task.network, spec.model.name, image, training=min(2, spec.data.batch_size))
+    for training in (False, True):
+        try_out(task.network, spec.model.name, image, min(2, spec.data.batch_size), training)
 
 
 def _train(directory: RunDirectory, spec: Recipe, dataset: Dataset) -> Path:

@@ -58,14 +58,14 @@ def predict(
         problems = []  # which the first process tells
     for problem in problems:
         log.warning(problem)
+    members = list(cases(samples).values())[process::processes]
+    mine = [samples[i] for case in members for i in case]
     if resume:
-        samples = writer.left(samples)
-    writer.refuse(samples)
-    members = list(cases(samples).values())
-    mine = [samples[i] for case in members[process::processes] for i in case]
+        mine = writer.left(mine)
+    writer.refuse(mine)
     with writer.share(process, processes), closing(predictions(trained, mine)) as predicted:
         written = _write(writer, mine, predicted)
-    return written, len(members[process::processes]) - written + len(problems)
+    return written, len(cases(mine)) - written + len(problems)
 
 
 def _write(writer: Writer, samples: Sequence[Sample], predicted: Iterator[Prediction]) -> int:

@@ -23,6 +23,7 @@ __all__ = ["forget_handover", "from_first", "is_first", "offer", "shard"]
 T = TypeVar("T")
 HANDOVER = "VISIONATTN_HANDOVER"  # where the processes that Lightning starts find what is handed over
 SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_TO_TAKE_OVER = 2.0  # an error; those that start later are ended by their launcher
 
 
 def is_first() -> bool:
@@ -52,7 +53,7 @@ def from_first(work: Callable[[], T]) -> T:
         result = work()
     except BaseException as error:
         _hand_over(_shared_place(), None, error)
-        time.sleep(10 * SECONDS_BETWEEN_LOOKS)  # those that start later are ended by their launcher
+        time.sleep(SECONDS_TO_TAKE_OVER)
         _shared_place().unlink(missing_ok=True)
         raise
     _hand_over(_shared_place(), result, None)
@@ -94,5 +95,6 @@ def _taken_over(place: Path) -> Any:
         time.sleep(SECONDS_BETWEEN_LOOKS)
     result, error = pickle.loads(place.read_bytes())
     if error is not None:
-        sys.exit(2)  # the first process tells why
+        time.sleep(2 * SECONDS_TO_TAKE_OVER)  # a launcher ends all once one has ended, and the first is to tell why
+        sys.exit(2)
     return result
