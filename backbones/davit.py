@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
 from visionattn.backbones.backbone import HeadClassifier, create
-from visionattn.backbones.layers import Mlp, check_in_chans, init_linear, linear, pad_to_multiple
+from visionattn.backbones.layers import Mlp, channels_last, check_in_chans, init_linear, linear, pad_to_multiple
 from visionattn.kernels import channel_attention, window_attention
 
 __all__ = ["DaViT"]
@@ -116,7 +116,7 @@ class Stem(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = pad_to_multiple(x, 4).contiguous(memory_format=torch.channels_last)
+        x = channels_last(pad_to_multiple(x, 4))
         return self.norm(self.conv(x).permute(0, 2, 3, 1))
 
 

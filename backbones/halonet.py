@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
 from visionattn.backbones.backbone import HeadClassifier, create
-from visionattn.backbones.layers import check_in_chans, conv_norm
+from visionattn.backbones.layers import channels_last, check_in_chans, conv_norm
 from visionattn.kernels import halo_attention
 
 __all__ = ["HaloNet"]
@@ -239,7 +239,7 @@ class HaloNet(HeadClassifier):
         return {"stem": r"^stem", "blocks": [(blocks, None), (r"^final_conv", (99999,))]}
 
     def forward_stages(self, images: Tensor) -> Iterator[Tensor]:
-        x = self.stem(images.contiguous(memory_format=torch.channels_last))
+        x = self.stem(channels_last(images))
         for i, stage in enumerate(self.stages, 1):
             x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
             if i == len(self.stages):

@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as hooks_of_all_modules
+
+from visionattn.kernels._check import transforms
 
 __all__ = [
     "Mlp",
+    "channels_last",
     "check_image_size",
     "check_in_chans",
     "check_pool",
@@ -63,6 +65,11 @@ def pad_to_multiple(x: Tensor, size: int) -> Tensor:
     return F.pad(x, (0, right, 0, below)) if below or right else x
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """The map (B, C, H, W) in channels-last memory; as it is under torch.func, whose vmap has no memory formats."""
+    return x if transforms() else x.contiguous(memory_format=torch.channels_last)
+
+
 Kind = TypeVar("Kind", bound=nn.Module)
 _FORWARDS: dict[type[nn.Module], Any] = {
     kind: kind.forward for kind in (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.GELU, nn.Dropout, nn.Identity)
@@ -84,7 +91,10 @@ def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
         and all(type(parameter) is nn.Parameter for parameter in module._parameters.values() if parameter is not None)
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
-        and not _has_any_global_hook()
+        and not hooks_of_all_modules._global_forward_hooks
+        and not hooks_of_all_modules._global_forward_pre_hooks
+        and not hooks_of_all_modules._global_backward_hooks
+        and not hooks_of_all_modules._global_backward_pre_hooks
     )
 
 
@@ -145,7 +155,7 @@ def _can_be_fast(x: Tensor, *layers: nn.Linear) -> bool:
         and not torch.is_grad_enabled()
         and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing())
         and torch.autograd.forward_ad._current_level < 0
-        and peek_interpreter_stack() is None  # of torch.func
+        and not transforms()
         and type(x) is Tensor
         and x.numel() > 0
         and all(is_plain(layer, nn.Linear) for layer in layers)

@@ -33,6 +33,7 @@ from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
 from visionattn.backbones.backbone import TokenClassifier, create
 from visionattn.backbones.layers import (
     Mlp,
+    channels_last,
     check_image_size,
     check_in_chans,
     check_pool,
@@ -136,7 +137,7 @@ class Stem(nn.Sequential):
         super().__init__(*(layer for conv in convs for layer in (conv, nn.BatchNorm2d(dim), nn.ReLU(inplace=True))))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         layers = iter(self)
         for conv, norm, act in zip(layers, layers, layers, strict=True):
             x = act(conv_norm(x, conv, norm))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
 from visionattn.backbones.backbone import TokenClassifier, create
-from visionattn.backbones.layers import Mlp, check_in_chans, check_pool, conv_norm, init_linear, linear
+from visionattn.backbones.layers import Mlp, channels_last, check_in_chans, check_pool, conv_norm, init_linear, linear
 from visionattn.kernels import cross_covariance_attention, routing_attention
 
 __all__ = ["XCiT"]
@@ -84,7 +84,7 @@ class PatchEmbed(nn.Module):
             source = target
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        return self.proj(channels_last(x)).permute(0, 2, 3, 1)
 
 
 class LocalPatchInteraction(nn.Module):

@@ -340,6 +340,20 @@ def test_gradient_checkpointing_changes_nothing():
     assert_close(results[0], results[1])
 
 
+def test_per_sample_gradients_equal_a_loop_over_samples():
+    network, x = copy.deepcopy(ready()).double(), images().double()
+    parameters = dict(network.named_parameters())
+
+    def loss(parameters: dict, image: Tensor) -> Tensor:
+        logits = torch.func.functional_call(network, parameters, (image[None],), {"deep": True})
+        return sum(y.square().mean() for y in logits)
+
+    together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i, image in enumerate(x):
+        expected = torch.autograd.grad(loss(parameters, image), list(parameters.values()))
+        assert_close([gradients[i] for gradients in together.values()], list(expected))
+
+
 @torch.no_grad()
 def test_channels_last():
     x = images()

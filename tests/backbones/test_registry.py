@@ -618,6 +618,21 @@ def test_gradient_checkpointing_changes_nothing(name):
 
 
 @models
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of the pooling of one position
+def test_per_sample_gradients_equal_a_loop_over_samples(name):
+    model, x = copy.deepcopy(ready(name)).double(), images(name, 32).double()
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict, image: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (image[None],)).square().sum()
+
+    together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i, image in enumerate(x):
+        expected = torch.autograd.grad(loss(parameters, image), list(parameters.values()))
+        assert_close([gradients[i] for gradients in together.values()], list(expected))
+
+
+@models
 @torch.no_grad()
 def test_channels_last(name):
     model, x = ready(name), images(name)
