@@ -19,7 +19,7 @@ from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from visionattn.backbones.layers import check_image_size, check_pool
+from visionattn.backbones.layers import check_image_size, check_pool, refuse_script
 
 __all__ = ["HeadClassifier", "MapClassifier", "TokenClassifier", "create", "factory"]
 
@@ -41,6 +41,8 @@ class Backbone(nn.Module):
 
     fx: a layer that branches on sizes is a `register_notrace_module`, and a function that does, called from
     `forward_stages` or from a layer that is traced, is named to `torch.fx.wrap` in the file that calls it.
+
+    torch.compile, torch.export and torch.jit.trace take all networks; the deprecated torch.jit.script is refused.
     """
 
     map_format = "NHWC"  # of the maps that forward_stages yields, or NCHW
@@ -53,6 +55,8 @@ class Backbone(nn.Module):
     head_hidden_size: int
     feature_info: list[dict[str, Any]]
     pretrained_cfg: dict[str, Any]  # by timm
+
+    __prepare_scriptable__ = refuse_script
 
     def forward_stages(self, images: Tensor) -> Iterator[Tensor]:
         """Yields the map of each stage in turn and, last, what `forward_features` returns.

@@ -8,6 +8,8 @@ from timm.layers import get_device_dtype
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from visionattn.backbones.layers import refuse_script
+
 __all__ = ["EncoderDecoder"]
 
 
@@ -24,10 +26,15 @@ class EncoderDecoder(nn.Module):
         multiple: images are continued at the bottom and on the right by their last row and column to a multiple of
             this many pixels, and the logits are cut back.
         drop_rate: of whole channels, before the heads.
+
+    torch.compile, torch.export and torch.jit.trace take it, if encoder and decoder do; the deprecated torch.jit.script
+    is refused.
     """
 
     encoder: Any  # what timm gives it is not declared there
     decoder: Any
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

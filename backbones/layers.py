@@ -1,6 +1,6 @@
 """Layers and checks that several families share, and that timm.layers does not have."""
 
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, NoReturn, TypeGuard, TypeVar
 
 import timm.layers
 import torch
@@ -23,6 +23,7 @@ __all__ = [
     "linear",
     "pad_to_multiple",
     "position_embedding",
+    "refuse_script",
 ]
 
 
@@ -48,6 +49,14 @@ def check_pool(global_pool: str, class_token: bool = True) -> str:
         why = "" if class_token else ": the class token was pruned"
         raise ValueError(f"global_pool={global_pool!r}: expected one of {allowed}{why}")
     return global_pool
+
+
+def refuse_script(network: nn.Module) -> NoReturn:
+    """What torch.jit.script runs first, as `__prepare_scriptable__` of a network or of one inside another."""
+    raise RuntimeError(
+        f"{type(network).__name__}: torch.jit.script, which PyTorch has deprecated, is not supported; use"
+        " torch.jit.trace or torch.export.export to save the network, torch.compile to run it faster"
+    )
 
 
 def init_linear(module: nn.Module) -> None:

@@ -340,6 +340,7 @@ def test_gradient_checkpointing_changes_nothing():
     assert_close(results[0], results[1])
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of the encoder's attention
 def test_per_sample_gradients_equal_a_loop_over_samples():
     network, x = copy.deepcopy(ready()).double(), images().double()
     parameters = dict(network.named_parameters())

@@ -686,6 +686,15 @@ def test_tracing_by_torchscript(name, tmp_path):
     assert_close(torch.jit.load(tmp_path / "model.pt")(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("name", [*sorted(FAST), "emcad_pvt_v2_b0"])
+def test_torchscript_of_source_code_is_refused_with_a_way_out(name):
+    network = timm.create_model(name)
+    for module in (network, nn.Sequential(network)):
+        with pytest.raises(RuntimeError, match=rf"{type(network).__name__}: torch\.jit\.script.*torch\.jit\.trace"):
+            torch.jit.script(module)
+
+
 @models
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the exporter's own code
 @torch.no_grad()
