@@ -2,11 +2,12 @@
 
 A recipe is read and validated before torch is imported, so mistakes are answered at once. Exit status: 0 done, 1 the
 answer is no (`check` found problems, `predict` met unreadable images), 2 the request was wrong, with a message why, 130
-interrupted, 143 terminated.
+interrupted, 141 nobody reads the output any more, 143 terminated.
 """
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import threading
@@ -44,7 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.overrides += rest
     try:
         with _on_console(), _stopped_by_signals():
-            return arguments.function(arguments) or 0
+            status: int = arguments.function(arguments) or 0
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush has somewhere to go
+        print("visionattn: stopped, since what read the output has ended", file=sys.stderr)
+        return 128 + signal.SIGPIPE
     except UserError as error:
         print(f"visionattn: {error}", file=sys.stderr)
         return 2

@@ -170,3 +170,11 @@ def test_listing_imports_neither_torch_nor_timm():
     *told, loaded = result.stdout.splitlines()
     assert len(told) > len(TABLE)
     assert json.loads(loaded) == []
+
+
+def test_a_reader_that_ends_early_gets_no_traceback():
+    listing = [sys.executable, "-m", "visionattn", "list"]
+    with subprocess.Popen(listing, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "visionattn: stopped, since what read the output has ended\n"
+    assert process.returncode == 141
