@@ -104,7 +104,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_voxels_without_a_value_are_named(volumes, tmp_path, caplog):
+def test_voxels_without_a_value_are_named(volumes, tmp_path, capsys):
     nibabel = pytest.importorskip("nibabel")
     root = shutil.copytree(volumes, tmp_path / "data")
     source = nibabel.load(root / "images" / "p2_a.nii.gz")
@@ -112,7 +112,7 @@ def test_voxels_without_a_value_are_named(volumes, tmp_path, caplog):
     voxels[0, :3, 0] = np.nan, np.inf, -np.inf
     nibabel.save(nibabel.Nifti1Image(voxels, source.affine), root / "images" / "p2_a.nii.gz")
     assert main(["check", recipe_for("nifti", root, tmp_path)]) == 0
-    assert "images/p2_a.nii.gz: 3 of 7,200 voxels are NaN or infinite" in caplog.text
+    assert "images/p2_a.nii.gz: 3 of 7,200 voxels are NaN or infinite" in capsys.readouterr().err
 
 
 def test_dicom_series_are_written_as_volumes_on_the_grid_of_their_masks(tmp_path, capsys):
