@@ -256,11 +256,10 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _add_new(commands: argparse._SubParsersAction) -> None:
-    known = recipe.tasks()
     command = _command(
         commands, "new", "write a commented recipe to start from", "classification > mine.yaml", "segmentation"
     )
-    command.add_argument("task", metavar="TASK", help=", ".join(known))
+    command.add_argument("task", choices=recipe.tasks())
     command.set_defaults(function=_new)
 
 

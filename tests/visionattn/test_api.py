@@ -155,3 +155,12 @@ def test_help_ends_with_two_examples(command, capsys):
     examples = capsys.readouterr().out.split("examples:\n")[1].strip().splitlines()
     assert len(examples) == 2
     assert all(line.strip().startswith(f"visionattn {command}") for line in examples)
+
+
+def test_a_task_that_there_is_not_is_refused_by_new(capsys):
+    from visionattn.cli import main
+
+    with pytest.raises(SystemExit) as exit_:
+        main(["new", "nothing"])
+    assert exit_.value.code == 2
+    assert "invalid choice: 'nothing' (choose from" in capsys.readouterr().err

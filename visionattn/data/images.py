@@ -21,8 +21,22 @@ from visionattn.data.sample import Sample, Window
 from visionattn.errors import UserError, listed
 
 __all__ = [
-    *("SUFFIXES", "ImageArray", "ImageFile", "Place", "array_to_image", "decode", "files_below", "given_files"),
-    *("identities", "image_samples", "is_data", "match_channels", "named_files", "pixels_of", "read_image", "walk"),
+    "SUFFIXES",
+    "ImageArray",
+    "ImageFile",
+    "Place",
+    "array_to_image",
+    "decode",
+    "files_below",
+    "given_files",
+    "identities",
+    "image_samples",
+    "is_data",
+    "match_channels",
+    "named_files",
+    "pixels_of",
+    "read_image",
+    "walk",
 ]
 
 SUFFIXES = {".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}

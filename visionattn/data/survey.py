@@ -21,8 +21,15 @@ from visionattn.errors import UserError, listed, plural
 from visionattn.progress import progress
 
 __all__ = [
-    *("across_splits", "contradicting", "doubts", "equal_images", "fingerprint", "mean_std", "read_through"),
-    *("same_ground", "usable"),
+    "across_splits",
+    "contradicting",
+    "doubts",
+    "equal_images",
+    "fingerprint",
+    "mean_std",
+    "read_through",
+    "same_ground",
+    "usable",
 ]
 
 log = logging.getLogger(__name__)

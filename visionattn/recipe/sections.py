@@ -11,8 +11,24 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
-    *("AbovePositive", "Count", "FilePath", "NotNegative", "Positive", "Probability", "Rate", "Ratio", "Share"),
-    *("Data", "Evaluate", "Lists", "Log", "Model", "Optim", "Recipe", "Section", "Train"),
+    "AbovePositive",
+    "Count",
+    "Data",
+    "Evaluate",
+    "FilePath",
+    "Lists",
+    "Log",
+    "Model",
+    "NotNegative",
+    "Optim",
+    "Positive",
+    "Probability",
+    "Rate",
+    "Ratio",
+    "Recipe",
+    "Section",
+    "Share",
+    "Train",
 ]
 
 Positive = Annotated[int, Field(gt=0)]

@@ -15,7 +15,15 @@ from visionattn.report.charts import Chart
 from visionattn.report.evaluation import Evaluation, read_rows
 
 __all__ = [
-    *("PERCENT", "about_weights", "embedded", "finite", "framed", "matrix", "most_confused", "number", "reliability"),
+    "PERCENT",
+    "about_weights",
+    "embedded",
+    "finite",
+    "framed",
+    "matrix",
+    "most_confused",
+    "number",
+    "reliability",
     "table_of",
 ]
 

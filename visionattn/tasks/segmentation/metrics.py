@@ -32,8 +32,17 @@ from visionattn.data.sample import IGNORE
 from visionattn.report.evaluation import LOSS, Metric
 
 __all__ = [
-    *("BINS", "MEASURES", "METRICS", "CaseCounts", "calibration", "calibration_error", "count_pixels", "measure_case"),
-    *("pooled", "summarize", "surfaces_available"),
+    "BINS",
+    "MEASURES",
+    "METRICS",
+    "CaseCounts",
+    "calibration",
+    "calibration_error",
+    "count_pixels",
+    "measure_case",
+    "pooled",
+    "summarize",
+    "surfaces_available",
 ]
 
 MEASURES = ("dice", "iou", "precision", "recall", "hd95", "nsd")

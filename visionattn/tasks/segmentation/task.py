@@ -37,18 +37,16 @@ from visionattn.tasks.segmentation.transforms import TrainingCrops, WholeImages,
 from visionattn.writers import Writer
 
 __all__ = [
-    *(
-        "Segmenter",
-        "collate",
-        "counted",
-        "evaluation_set",
-        "make",
-        "open_writer",
-        "predictions",
-        "refuse_names",
-        "refuse_other",
-        "resolve",
-    ),
+    "Segmenter",
+    "collate",
+    "counted",
+    "evaluation_set",
+    "make",
+    "open_writer",
+    "predictions",
+    "refuse_names",
+    "refuse_other",
+    "resolve",
     "training_set",
 ]
 
