@@ -1,0 +1,102 @@
+"""Objects of an image: boxes in pixels, with labels, scores where they are predicted, and masks where there are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import numpy as np
+from pydantic import Field
+
+from visionattn.data.sample import Window
+from visionattn.recipe.sections import Section
+
+__all__ = ["BoxSection", "Boxes", "pixels_of"]
+
+VISIBLE = 0.25  # an object of which a crop shows less is left out ...
+WHOLE = 0.5  # ... and one of which it shows less than this is ignored there
+
+
+class BoxSection(Section):
+    """What every source of images with boxes shares."""
+
+    classes: list[str] | None = Field(None, description="class names in order; unset: as found in the data")
+
+
+@dataclass(frozen=True, eq=False)
+class Boxes:
+    """N objects of an image, or of a window of it.
+
+    Attributes:
+        xyxy: (N, 4) float32 left, top, right, bottom in pixels; a box of one pixel at the origin is 0, 0, 1, 1.
+        labels: (N,) int64 class indices.
+        ignore: (N,) bool: a crowd, a doubtful or unlabelled region, neither learned nor counted as wrong.
+        scores: (N,) float32 of predictions, None of labels.
+        masks: of each object a bool crop (h, w) of the pixels that its box touches, see `pixels_of`; None where objects
+            are boxes only.
+    """
+
+    xyxy: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    ignore: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    scores: np.ndarray | None = None
+    masks: Sequence[np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.xyxy)
+
+    def __getitem__(self, chosen: np.ndarray) -> Self:
+        """The objects at these positions, or where a (N,) bool array is true."""
+        places = np.arange(len(self))[chosen]
+        return replace(
+            self,
+            xyxy=self.xyxy[places],
+            labels=self.labels[places],
+            ignore=self.ignore[places],
+            scores=None if self.scores is None else self.scores[places],
+            masks=None if self.masks is None else [self.masks[i] for i in places],
+        )
+
+    @property
+    def areas(self) -> np.ndarray:
+        """(N,) of the boxes, in pixels."""
+        return (self.xyxy[:, 2:] - self.xyxy[:, :2]).prod(1)
+
+    def within(self, window: Window) -> Self:
+        """What a crop of the image shows, counted from its corner: boxes clipped, hardly visible objects left out.
+
+        Of an object at least a quarter must be visible (of its mask where there is one, else of its box), and it is
+        ignored if less than half of it is. What is ignored stays as long as anything of it is visible.
+        """
+        rows, columns = window
+        low, high = [columns.start, rows.start] * 2, [columns.stop, rows.stop] * 2
+        boxes = self.xyxy.clip(low, high)
+        visible = (boxes[:, 2:] - boxes[:, :2]).prod(1) / np.maximum(self.areas, 1e-12)
+        masks = self.masks
+        if masks is not None:
+            boxes, masks, visible = boxes.copy(), list(masks), visible.copy()
+            for i in np.flatnonzero(visible):
+                whole = masks[i]
+                inner, outer = pixels_of(boxes[i]), pixels_of(self.xyxy[i])
+                part = whole[
+                    tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(inner, outer, strict=True))
+                ]
+                visible[i] = part.sum() / max(whole.sum(), 1)
+                if part.any():
+                    ys, xs = (np.flatnonzero(part.any(axis)) for axis in (1, 0))
+                    masks[i] = part[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
+                    top, left = inner[0].start + ys[0], inner[1].start + xs[0]
+                    boxes[i] = left, top, left + masks[i].shape[1], top + masks[i].shape[0]
+        cut = replace(
+            self,
+            xyxy=(boxes - low).astype(np.float32),
+            ignore=self.ignore | (visible < WHOLE),
+            masks=masks,
+        )
+        return cut[np.where(self.ignore, visible > 0, visible >= VISIBLE)]
+
+
+def pixels_of(box: np.ndarray) -> Window:
+    """Rows and columns of the pixels that a box (4,) touches, at least one each way."""
+    left, top = np.floor(box[:2]).astype(int).tolist()
+    right, bottom = np.ceil(box[2:]).astype(int).tolist()
+    return slice(top, max(bottom, top + 1)), slice(left, max(right, left + 1))
