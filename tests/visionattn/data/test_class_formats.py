@@ -210,6 +210,8 @@ def test_npz_with_several_labels(tmp_path):
         ({"train_labels": np.full((12, 1), 2)}, {}, "no training image of 0, 1"),
         ({}, {"classes": ["a", "b"]}, "data.classes has 2 names, but .* 3 classes"),
         ({}, {"channels": 4}, "data.channels is 4, but the images of .* have 1"),
+        (arrays(2, (28, 28, 28)), {}, r"28x28x28 are volumes, .*; data\.channels=28 takes the last axis"),
+        (arrays(2, (3, 28, 20)), {}, r"channels come last, \(N, H, W, C\); move the axis of 3"),
     ],
 )
 def test_npz_refusals(tmp_path, change, keys, message):
@@ -333,6 +335,19 @@ def test_csv_columns_are_separated_as_the_header_is(tmp_path, images, separator)
     rows = [f"{p}{separator}{'ab'[i % 2]}" for i, p in enumerate(images)]
     path = table(tmp_path / "t.csv", f"\ufeffpath{separator}label", rows)
     assert counts(find(csv_data(path))) == {"train": [16, 16], "val": [4, 4]}
+
+
+@pytest.mark.parametrize("text", ["nan", "NaN", "None", "null", "NA", "N/A", "<NA>", "NaT"])
+@pytest.mark.parametrize("column", ["label", "labels", "who"])
+def test_csv_cells_that_say_that_there_is_nothing_are_refused(tmp_path, images, text, column):
+    keys = {"label": {}, "labels": {"label_separator": "|"}, "who": {"group_column": "who"}}[column]
+    said = {"label": f"{text},g", "labels": f"a|{text},g", "who": f"a,{text}"}[column]
+    rows = [f"{p},{'ab'[i % 2]},g{i // 4}" for i, p in enumerate(images[1:])]
+    path = table(tmp_path / "t.csv", "path,label,who", [f"{images[0]},{said}", *rows])
+    with pytest.raises(UserError, match=f"{column.rstrip('s')} says that there is none, .* in line 2; remove such rows"):
+        find(csv_data(path, **keys))
+    if column != "who":  # a class may be called so
+        assert text in formats.find(csv_data(path, classes=["a", "b", text], **keys)).classes
 
 
 def test_csv_columns_of_one_name_are_refused(tmp_path, images):

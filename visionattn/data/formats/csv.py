@@ -19,6 +19,7 @@ from visionattn.recipe.sections import FilePath
 
 KIND = Kind("class", endings=(".csv",))
 SEPARATORS = ",;\t"
+NOTHING = {"nan", "null", "none", "na", "n/a", "<na>", "nat", "#n/a"}  # what programs write into a cell without a value
 log = logging.getLogger(__name__)
 
 
@@ -106,7 +107,27 @@ def _rows(section: Section) -> list[dict[str, str]]:
         empty = [line for line, row in rows if not row[column]]
         if empty:
             raise UserError(f"data.root: {section.root}: {column} is empty in line {listed(empty)}")
+    _refuse_nothing(rows, section)
     return [row for _, row in rows]
+
+
+def _refuse_nothing(rows: list[tuple[int, dict[str, str]]], section: Section) -> None:
+    """Raises UserError for labels and groups that say in a program's words that there are none."""
+    for column in filter(None, (section.label_column, section.group_column)):
+        labels = column == section.label_column
+        mark, classes = (section.label_separator, section.classes or []) if labels else (None, [])
+        lines = [
+            line
+            for line, row in rows
+            for text in map(str.strip, row[column].split(mark) if mark else [row[column]])
+            if text.lower() in NOTHING and text not in classes
+        ]
+        if lines:
+            hint = ", or name it in data.classes if it is a class" if labels else ""
+            raise UserError(
+                f"data.root: {section.root}: {column} says that there is none, as programs write a missing value (nan, "
+                f"null, None ...), in line {listed(lines)}; remove such rows{hint}"
+            )
 
 
 def _table(section: Section) -> tuple[list[str], list[tuple[int, list[str]]]]:

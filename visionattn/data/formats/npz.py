@@ -59,7 +59,18 @@ def _refuse_shapes(shapes: dict[str, tuple[int, ...]], section: Section) -> None
         raise UserError(
             f"data.root: {section.root}: image shapes are {shapes}, expected (N, H, W) or (N, H, W, C) alike"
         )
-    channels = (*next(iter(shapes.values())), 1)[3]
+    _, height, width, channels = (*next(iter(shapes.values())), 1)[:4]
+    if section.channels is None and height == width == channels:
+        raise UserError(
+            f"data.root: {section.root}: images of {height}x{width}x{channels} are volumes, as MedMNIST's 3-D files have "
+            f"them, and this is for pictures (N, H, W) or (N, H, W, C); data.channels={channels} takes the last axis as "
+            "channels"
+        )
+    if section.channels is None and height <= 4 < min(width, channels):
+        raise UserError(
+            f"data.root: {section.root}: image shapes are {shapes}: channels come last, (N, H, W, C); move the axis of "
+            f"{height}, or set data.channels={channels} if it is the height"
+        )
     convertible = {1, 3} if channels in (1, 3) else {channels}
     if section.channels not in (None, channels, *convertible):
         raise UserError(f"data.channels is {section.channels}, but the images of {section.root} have {channels}")
