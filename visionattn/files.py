@@ -6,18 +6,29 @@ unless it is said so, and an error leaves nothing behind.
 
 import csv
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from visionattn.errors import UserError
 
-__all__ = ["Unwritable", "new_file", "new_folder", "refuse_existing", "write_rows", "write_text"]
+__all__ = [
+    "Unwritable",
+    "new_file",
+    "new_folder",
+    "read_table",
+    "refuse_existing",
+    "write_rows",
+    "write_table",
+    "write_text",
+]
 
+FORMULA = re.compile(r"'*[=+@\t\r-]")  # how a cell begins that a spreadsheet runs, or one that has been kept from it
 FULL = 2**20  # bytes; writers give up before the last ones
 
 
@@ -89,7 +100,28 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Iterable[
     """Replace a table; its columns are those of the first row unless they are given."""
     rows = iter(rows)
     first = next(rows, None)
+    header = list(columns or first or ())
+    filled = rows if first is None else chain([first], rows)
     with new_file(path, replace=True) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(columns or first or ()))
-        writer.writeheader()
-        writer.writerows(rows if first is None else chain([first], rows))
+        write_table(file, chain([header], ([row.get(column, "") for column in header] for row in filled)))
+
+
+def write_table(file: TextIO, rows: Iterable[Iterable[Any]]) -> None:
+    """Write rows of a .csv; a text that a spreadsheet would run as a formula has an apostrophe before it."""
+    csv.writer(file).writerows([_harmless(cell) for cell in row] for row in rows)
+
+
+def read_table(file: TextIO) -> Iterator[list[str]]:
+    """The rows that `write_table` has written, each text as it was given."""
+    for row in csv.reader(file):
+        yield [cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell for cell in row]
+
+
+def _harmless(cell: Any) -> Any:
+    if not isinstance(cell, str) or not FORMULA.match(cell):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell  # a number with its sign

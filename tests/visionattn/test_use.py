@@ -129,3 +129,18 @@ def test_doctor_tells_versions_devices_and_kernels(capsys):
     told = capsys.readouterr().out
     for word in ("torch", "timm", "cpu", "routing"):
         assert word in told
+
+
+def test_classes_that_look_like_formulas_are_no_formulas_in_a_table(tmp_path, pictures, recipe_file):
+    for split in ("train", "val"):
+        for old, new in (("level", "=HYPERLINK(1)"), ("upright", "@b")):
+            shutil.copytree(pictures / split / old, tmp_path / "data" / split / new)
+    run = tmp_path / "run"
+    assert main(["fit", str(recipe_file), f"data.root={tmp_path / 'data'}", "--run", str(run)]) == 0
+    rows = table(run / "evaluation/val/predictions.csv")
+    assert {row["label"] for row in rows} == {"'=HYPERLINK(1)", "'@b"}
+    page = (run / "report.html").read_text()
+    assert "=HYPERLINK(1)" in page
+    assert "&#x27;=HYPERLINK" not in page
+    auroc = json.loads((run / "evaluation/val/metrics.json").read_text())["overall"]["auroc"]
+    assert f"{auroc:.3f}" in page

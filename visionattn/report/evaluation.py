@@ -3,7 +3,6 @@
 The folder has metrics.json, tables and pictures; the report reads it back.
 """
 
-import csv
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple, Self
 
 from PIL import Image
 
-from visionattn.files import new_folder, write_rows
+from visionattn.files import new_folder, read_table, write_rows
 
 __all__ = ["LOSS", "Evaluation", "Metric", "format_table", "read_rows"]
 
@@ -113,7 +112,9 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        rows = read_table(file)
+        header = next(rows, [])
+        return [dict(zip(header, row, strict=True)) for row in rows]
 
 
 def format_table(evaluations: list[Evaluation]) -> str:

@@ -1,6 +1,5 @@
 """A table (.csv) with a row for each image."""
 
-import csv
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import numpy as np
 from visionattn.data.prediction import Prediction
 from visionattn.data.sample import Sample
 from visionattn.errors import UserError
-from visionattn.files import new_file, refuse_existing
+from visionattn.files import new_file, read_table, refuse_existing, write_table
 from visionattn.writers import Writer, readable
 
 __all__ = ["open"]
@@ -34,8 +33,7 @@ class Table(Writer):
     def __enter__(self) -> Self:
         self._file = new_file(self.out)
         self._stream = self._file.__enter__().open("w", newline="", encoding="utf-8", errors="surrogateescape")
-        self._rows = csv.writer(self._stream)
-        self._rows.writerow(["path", *self.columns])
+        write_table(self._stream, [["path", *self.columns]])
         return self
 
     def __exit__(
@@ -61,10 +59,10 @@ class Table(Writer):
 
     def write(self, case: Sequence[Sample], predictions: Iterable[Prediction]) -> None:
         for prediction in readable(predictions):
-            self._rows.writerow([case[prediction.index].name, *self.cells(np.asarray(prediction.value))])
+            write_table(self._stream, [[case[prediction.index].name, *self.cells(np.asarray(prediction.value))]])
 
     def leave_out(self, name: str) -> None:
-        self._rows.writerow([name, *("" for _ in self.columns)])
+        write_table(self._stream, [[name, *("" for _ in self.columns)]])
 
 
 def _join(parts: Sequence[Path], whole: Path) -> None:
@@ -74,10 +72,10 @@ def _join(parts: Sequence[Path], whole: Path) -> None:
     tables = []
     for part in parts:
         with part.open(newline="", encoding="utf-8", errors="surrogateescape") as stream:
-            tables.append(list(csv.reader(stream)))
+            tables.append(list(read_table(stream)))
     rows = (row for row in chain.from_iterable(zip_longest(*(table[1:] for table in tables))) if row is not None)
     with new_file(whole) as path, path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
-        csv.writer(stream).writerows([tables[0][0], *rows])
+        write_table(stream, [tables[0][0], *rows])
     for part in parts:
         part.unlink()
 

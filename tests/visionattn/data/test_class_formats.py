@@ -344,7 +344,9 @@ def test_csv_cells_that_say_that_there_is_nothing_are_refused(tmp_path, images, 
     said = {"label": f"{text},g", "labels": f"a|{text},g", "who": f"a,{text}"}[column]
     rows = [f"{p},{'ab'[i % 2]},g{i // 4}" for i, p in enumerate(images[1:])]
     path = table(tmp_path / "t.csv", "path,label,who", [f"{images[0]},{said}", *rows])
-    with pytest.raises(UserError, match=f"{column.rstrip('s')} says that there is none, .* in line 2; remove such rows"):
+    with pytest.raises(
+        UserError, match=f"{column.rstrip('s')} says that there is none, .* in line 2; remove such rows"
+    ):
         find(csv_data(path, **keys))
     if column != "who":  # a class may be called so
         assert text in formats.find(csv_data(path, classes=["a", "b", text], **keys)).classes

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from visionattn.files import Unwritable
-from visionattn.report.evaluation import Evaluation, format_table
+from visionattn.report.evaluation import Evaluation, format_table, read_rows
 from visionattn.report.page import write_report
 
 OLDER = sorted(Path(__file__).parents[2].glob("older_runs/0.1.0/*/expected/*.json"))
@@ -106,3 +106,13 @@ def test_folders_of_0_1_0_are_read(tmp_path, path):
 
 def test_there_are_older_folders_of_every_task():
     assert {path.parts[-3] for path in OLDER} == {"classification", "multi_label", "segmentation"}
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+a", "-b", "@c", "'=d", "\t=e", "'quoted'", "-0.5", "1e3", "", "f=g"])
+def test_no_text_of_a_table_is_a_formula_and_each_is_read_back(tmp_path, text):
+    evaluation(tables={"rows.csv": [{"name": text, text or "-": -0.5}]}).write(tmp_path / "test")
+    with (tmp_path / "test/rows.csv").open(newline="") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    numbers = {"-0.5", "1e3"}
+    assert [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t")) and cell not in numbers] == []
+    assert read_rows(tmp_path / "test/rows.csv") == [{"name": text, text or "-": "-0.5"}]

@@ -62,9 +62,8 @@ def _refuse_shapes(shapes: dict[str, tuple[int, ...]], section: Section) -> None
     _, height, width, channels = (*next(iter(shapes.values())), 1)[:4]
     if section.channels is None and height == width == channels:
         raise UserError(
-            f"data.root: {section.root}: images of {height}x{width}x{channels} are volumes, as MedMNIST's 3-D files have "
-            f"them, and this is for pictures (N, H, W) or (N, H, W, C); data.channels={channels} takes the last axis as "
-            "channels"
+            f"data.root: {section.root}: {height}x{width}x{channels} are volumes, as in MedMNIST's 3-D files; expected "
+            f"pictures (N, H, W) or (N, H, W, C); data.channels={channels} takes the last axis as channels"
         )
     if section.channels is None and height <= 4 < min(width, channels):
         raise UserError(

@@ -1,12 +1,12 @@
 """The part of the report about a classifier on one split: confusion, classes, calibration, mistakes."""
 
-import csv
 from html import escape
 from pathlib import Path
 
 import numpy as np
 from sklearn.metrics import roc_curve
 
+from visionattn.files import read_table
 from visionattn.report.charts import Chart
 from visionattn.report.evaluation import Evaluation, read_rows
 from visionattn.report.pieces import (
@@ -86,7 +86,7 @@ def _per_class(evaluation: Evaluation) -> str:
 def _columns(path: Path, names: list[str]) -> list[tuple[str, ...]]:
     """Some columns of a table that may be far too large to keep."""
     with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.reader(file)
+        rows = read_table(file)
         head = next(rows)
         places = [head.index(name) for name in names]
         return list(zip(*([row[i] for i in places] for row in rows), strict=True))
