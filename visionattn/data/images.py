@@ -6,7 +6,9 @@ divided by 65535; floats have to lie in 0..1. What lies outside is refused, neve
 Of files with several frames the first is read. Of 16-bit colour files Pillow gives the upper 8 bits only.
 """
 
+import logging
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,9 +38,11 @@ __all__ = [
     "named_files",
     "pixels_of",
     "read_image",
+    "unused",
     "walk",
 ]
 
+log = logging.getLogger(__name__)
 SUFFIXES = {".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 WHITE_IS_ZERO = 0  # TIFF 6.0, PhotometricInterpretation
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -59,6 +63,10 @@ class ImageFile(Sample):
     def kind(self) -> str:
         with Image.open(self.path) as image:
             return _kind(image)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,)
 
 
 @dataclass(frozen=True)
@@ -245,6 +253,14 @@ def files_below(folder: Path, endings: Collection[str] = SUFFIXES, others: Colle
                 yield here / name
 
 
+def unused(folder: Path, used: Iterable[Path]) -> str:
+    """How many other files are below a folder, by ending, such as "40 .heic, 1 .txt"; "" without any."""
+    known = set(used)
+    others = (here / name for here, _, files in walk(folder) for name in files)
+    endings = Counter(path.suffix.lower() or "without ending" for path in others if path not in known)
+    return ", ".join(f"{count} {ending}" for ending, count in endings.most_common())
+
+
 def given_files(paths: Sequence[Path], endings: Collection[str] = SUFFIXES) -> list[tuple[Path, Path]]:
     """Files to predict, each with the folder that its name starts from: the given one, or that of the given file.
 
@@ -256,9 +272,11 @@ def given_files(paths: Sequence[Path], endings: Collection[str] = SUFFIXES) -> l
     files: list[tuple[Path, Path]] = []
     for given in paths:
         if given.is_dir():
-            inside = [(given, path) for path in files_below(given, endings)]
+            inside = list(files_below(given, endings))
             wrong += [] if inside else [f"{given}: no images ({listed(sorted(endings))}) in this folder"]
-            files += inside
+            files += [(given, path) for path in inside]
+            if others := unused(given, inside):
+                log.info("%s: left out, as no images: %s", given, others)
         elif not given.exists():
             wrong.append(f"{given}: no such file or folder")
         elif given.name.lower().endswith(tuple(endings)) or (endings is SUFFIXES and _is_image(given)):

@@ -6,6 +6,7 @@ A sample is picklable, so that loading processes can have it, and holds no open 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -81,8 +82,13 @@ class Sample:
         return "pixels"
 
     @property
-    def ground(self) -> tuple[str, tuple[float, float, float, float]] | None:
-        """Of a scene the CRS and its left, bottom, right and top there; None where unknown."""
+    def files(self) -> tuple[Path, ...]:
+        """That it is read from, its target too; none in memory."""
+        return ()
+
+    @property
+    def ground(self) -> tuple[str, tuple[tuple[float, float], ...]] | None:
+        """Of a scene the CRS and its corners (x, y) there, one after the other; None where unknown."""
         return None
 
 

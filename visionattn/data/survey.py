@@ -10,11 +10,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from itertools import combinations, islice
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
 
+from visionattn.data.ground import same_ground
 from visionattn.data.images import match_channels
 from visionattn.data.sample import IGNORE, Dataset, Reading, Sample, Window, blocks, unit_range
 from visionattn.errors import UserError, listed, plural
@@ -28,7 +29,6 @@ __all__ = [
     "fingerprint",
     "mean_std",
     "read_through",
-    "same_ground",
     "usable",
 ]
 
@@ -37,7 +37,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 BLOCK = 2048  # pixels of a side: larger scenes are read in blocks
 PLACES = 64  # positions kept of each class and image, for crops around rare classes
-SHARED = 0.01  # of a scene's ground: less is the rounding of tiles that lie side by side
 AHEAD = 256  # samples that wait to be read
 
 
@@ -214,27 +213,3 @@ def across_splits(group: list[tuple[str, int]]) -> bool:
 def contradicting(dataset: Dataset, group: list[tuple[str, int]]) -> bool:
     """Whether equal images have different targets."""
     return len({dataset.readings[split][i].pair for split, i in group}) > 1
-
-
-def same_ground(dataset: Dataset) -> list[str]:
-    """A line where scenes of different splits overlap on the ground."""
-    pairs = []
-    for (one, first), (other, second) in combinations(dataset.splits.items(), 2):
-        placed = [(sample.name, *sample.ground) for sample in second if sample.ground]
-        systems = np.array([system for _, system, _ in placed])
-        left, bottom, right, top = np.array([bounds for *_, bounds in placed]).reshape(-1, 4).T
-        for sample in first:
-            if sample.ground is None:
-                continue
-            crs, (west, south, east, north) = sample.ground
-            width = np.minimum(right, east) - np.maximum(left, west)
-            height = np.minimum(top, north) - np.maximum(bottom, south)
-            shared = width.clip(0) * height.clip(0) > SHARED * (east - west) * (north - south)
-            there = np.flatnonzero(shared & (systems == crs))
-            pairs += [f"{one}: {sample.name} and {other}: {placed[i][0]}" for i in there]
-    if not pairs:
-        return []
-    return [
-        "scenes in different splits share ground, so results on held-out scenes are too good: "
-        f"{listed(pairs, most=5)}; keep them together by data.group or data.lists"
-    ]

@@ -8,12 +8,15 @@ from html import escape
 import numpy as np
 
 from visionattn.data import formats
-from visionattn.data.sample import Dataset
+from visionattn.data.ground import same_ground
+from visionattn.data.images import unused
+from visionattn.data.sample import Dataset, Sample
 from visionattn.data.splits import split
-from visionattn.data.survey import across_splits, contradicting, equal_images, mean_std, read_through, same_ground
+from visionattn.data.survey import across_splits, contradicting, equal_images, mean_std, read_through
 from visionattn.environment import silence
 from visionattn.errors import UserError, listed
 from visionattn.recipe import Recipe, part_of
+from visionattn.recipe.sections import Data
 from visionattn.runs.fit import rehearse
 
 __all__ = ["Findings", "check"]
@@ -77,13 +80,22 @@ def check(spec: Recipe) -> Findings:
     problems += of_task
     problems += _message(across, "images in more than one split: results on held-out images would be too good")
     problems += _message(conflicts, "images with contradicting labels") + same_ground(dataset)
-    notes = _message(within, "images more than once in a split") + notes
+    notes = _message(within, "images more than once in a split") + notes + _left_out(spec.data, samples)
     if noted := getattr(formats.module_of(spec.data), "notes", None):
         notes += noted(dataset.samples)
     if not problems:
         problems += _refusal(spec, dataset)
     mean, std = _statistics(dataset)
     return Findings(dataset, [*rows, *_rows(dataset)], mean, std, problems, notes)
+
+
+def _left_out(section: Data, samples: Sequence[Sample]) -> list[str]:
+    """How many files of the data folder are in no sample."""
+    root = getattr(section, "root", None)
+    if root is None or not root.is_dir():
+        return []
+    others = unused(root, (file for sample in samples for file in sample.files))
+    return [f"files below {root} that are neither an image nor a target of one: {others}"] if others else []
 
 
 def _refusal(spec: Recipe, dataset: Dataset) -> list[str]:

@@ -40,7 +40,7 @@ class Scenes(FilePerCase):
         super().refuse(samples)
         if not self.polygons:
             return
-        placeless = [str(scene.path) for scene in samples if scene.ground is None]
+        placeless = [str(scene.path) for scene in samples if not scene.crs]
         if placeless:
             raise UserError(
                 f"no coordinate reference system, so no polygons: {listed(placeless)}; assign one (rio edit-info --crs "

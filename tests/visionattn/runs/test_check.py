@@ -191,3 +191,12 @@ def test_lists_of_files_are_cut(tmp_path):
     assert text.startswith("60 cannot be read:")
     assert text.endswith("and 40 more")
     assert len(text.splitlines()) == 22
+
+
+def test_files_that_are_left_out_are_counted_by_ending(tmp_path):
+    root = folder(tmp_path)
+    for name in ("train/cat/a.heic", "val/dog/b.HEIC", "train/cat/notes.txt", "README", "train/loose.png", ".hidden"):
+        (root / name).write_bytes(b"something")
+    (note,) = findings(root).notes
+    assert f"files below {root} that are neither an image nor a target of one: " in note
+    assert set(note.split(": ")[1].split(", ")) == {"2 .heic", "1 .txt", "1 without ending", "1 .png"}

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import rasterio
 from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.transform import from_gcps
 
 from visionattn.data.formats.geotiff import Section
 from visionattn.data.labels import Labels
@@ -27,6 +28,7 @@ from visionattn.errors import UserError, listed
 
 __all__ = ["Scene", "can_miss", "labelled", "notes", "open_quietly", "opened", "read_bands", "unlabelled"]
 
+Ground = tuple[str, tuple[tuple[float, float], ...]]  # CRS and corners
 SAME_RESOLUTION = 1.05
 OPENING = threading.Lock()  # filters of warnings belong to all threads
 KEPT_OPEN = 8  # files of a thread
@@ -39,9 +41,9 @@ class Scene(Sample):
     Attributes:
         bands: numbers, from 1, of the bands that are read.
         nodata: value of missing pixels that replaces what the file says.
-        crs: as text, such as EPSG:32633; empty where the file has none.
+        crs: of its grid, as text, such as EPSG:32633; empty where the file has none.
         resolution: height and width of a pixel in units of the CRS.
-        bounds: left, bottom, right and top in the CRS.
+        ground: see `Sample`; by ground control points where it has no grid.
     """
 
     windowed: ClassVar[bool] = True
@@ -53,11 +55,11 @@ class Scene(Sample):
     nodata: float | None = None
     crs: str = ""
     resolution: tuple[float, float] = (1.0, 1.0)
-    bounds: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    ground: Ground | None = None
 
     @property
-    def ground(self) -> tuple[str, tuple[float, float, float, float]] | None:
-        return (self.crs, self.bounds) if self.crs else None
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,) if self.mask_path is None else (self.path, self.mask_path)
 
     def image(self, window: Window | None = None) -> np.ndarray:
         return read_bands(_kept_open(self.path), self.bands, window, self.nodata)
@@ -181,7 +183,7 @@ class _Header:
     kinds: tuple[str, ...]
     crs: str
     transform: tuple[float, ...]
-    bounds: tuple[float, float, float, float]
+    ground: Ground | None
 
     @property
     def resolution(self) -> tuple[float, float]:
@@ -256,22 +258,26 @@ def _scene(
         nodata=section.nodata,
         crs=header.crs,
         resolution=header.resolution,
-        bounds=header.bounds,
+        ground=header.ground,
     )
 
 
 def _header(path: Path) -> _Header:
     with opened(path) as source:
         crs = source.crs.to_string() if source.crs else ""
-        return _Header(source.shape, source.count, source.dtypes, crs, tuple(source.transform), _bounds(source))
+        return _Header(source.shape, source.count, source.dtypes, crs, tuple(source.transform), _ground(source))
 
 
-def _bounds(source: rasterio.DatasetReader) -> tuple[float, float, float, float]:
-    """Left, bottom, right and top of what may be rotated, or have rows that run to the north."""
+def _ground(source: rasterio.DatasetReader) -> Ground | None:
+    """By the grid, which may be rotated or have rows that run to the north, else by ground control points."""
+    points, crs, transform = source.gcps[0], source.crs, source.transform
+    if crs is None and len(points) >= 3:
+        crs, transform = source.gcps[1], from_gcps(points)
+    if not crs:
+        return None
     height, width = source.shape
-    corners = np.array([[0, 0, 1], [width, 0, 1], [0, height, 1], [width, height, 1]]).T
-    x, y = np.reshape(source.transform[:6], (2, 3)) @ corners
-    return float(x.min()), float(y.min()), float(x.max()), float(y.max())
+    corners = [transform @ corner for corner in ((0, 0), (width, 0), (width, height), (0, height))]
+    return crs.to_string(), tuple((float(x), float(y)) for x, y in corners)
 
 
 def _differences(pair: Pair, image: _Header, mask: _Header) -> list[str]:

@@ -196,6 +196,11 @@ class Slice(Sample):
         return self.labels.of_mask(values.round(4) if values.dtype.kind == "f" else values, name)
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        volumes = (self.volume,) if self.mask_volume is None else (self.volume, self.mask_volume)
+        return tuple(file for volume in volumes for file in volume.files or (volume.path,))
+
+    @property
     def spacing(self) -> tuple[float, ...]:
         return self.volume.spacing
 

@@ -13,7 +13,7 @@ from visionattn.data.pairs import PairSection, find_pairs
 from visionattn.data.sample import Sample
 from visionattn.recipe.sections import Positive
 
-KIND = Kind("mask", "scene", "geotiff", endings=("",), needs=("rasterio",), extra="geo", unit_range=False)
+KIND = Kind("mask", "scene", "geotiff", endings=("",), needs=("rasterio", "shapely"), extra="geo", unit_range=False)
 IMAGES, MASKS = {".tif", ".tiff"}, {".tif", ".tiff", ".png"}
 PREDICTED = {".tif", ".tiff", ".vrt", ".jp2"}
 

@@ -40,6 +40,10 @@ class ImageMask(ImageFile):
     mask_path: Path | None = None
     labels: Labels | None = None
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,) if self.mask_path is None else (self.path, self.mask_path)
+
     def target(self, window: Window | None = None) -> np.ndarray | None:
         if self.mask_path is None or self.labels is None:
             return None

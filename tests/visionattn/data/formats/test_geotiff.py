@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 
 from visionattn.data import formats
 from visionattn.data.formats import geotiff
+from visionattn.data.ground import same_ground
 from visionattn.data.sample import IGNORE, blocks
 from visionattn.data.splits import split
-from visionattn.data.survey import same_ground
 from visionattn.errors import UserError
 from visionattn.recipe.sections import Data, Lists
 from visionattn.tasks.segmentation.recipe import DATA
@@ -82,18 +82,26 @@ def test_a_scene_is_read_by_windows(root):
 
 
 @pytest.mark.parametrize(
-    ("transform", "bounds"),
+    ("transform", "corner"),
     [
-        (PLACE, (500_000, 4_999_600, 500_500, 5_000_000)),
-        (rasterio.Affine(10, 0, 500_000, 0, 10, 5_000_000), (500_000, 5_000_000, 500_500, 5_000_400)),
-        (rasterio.Affine(4, 3, 500_000, 3, -4, 5_000_000), (500_000, 4_999_840, 500_320, 5_000_150)),
+        (PLACE, (500_500, 4_999_600)),
+        (rasterio.Affine(10, 0, 500_000, 0, 10, 5_000_000), (500_500, 5_000_400)),
+        (rasterio.Affine(4, 3, 500_000, 3, -4, 5_000_000), (500_320, 4_999_990)),
     ],
     ids=["north up", "south up", "rotated"],
 )
-def test_the_ground_of_a_scene(tmp_path, transform, bounds):
-    save(tmp_path / "images/a.tif", bands(), transform=transform)
-    save(tmp_path / "masks/a.tif", numbers(), transform=transform)
-    assert only(tmp_path).ground == (UTM, bounds)
+@pytest.mark.parametrize("points", [False, True])
+def test_the_ground_of_a_scene(tmp_path, transform, corner, points):
+    keys = {"transform": transform}
+    if points:  # as scanners and radar give it
+        ends = [(0, 0), (0, SIZE[1]), (SIZE[0], 0), (SIZE[0], SIZE[1])]
+        places = [rasterio.control.GroundControlPoint(*end, *(transform @ end[::-1])) for end in ends]
+        keys = {"transform": None, "gcps": places}
+    save(tmp_path / "images/a.tif", bands(), **keys)
+    save(tmp_path / "masks/a.tif", numbers(), **keys)
+    crs, corners = only(tmp_path).ground
+    assert crs == UTM
+    np.testing.assert_allclose([corners[0], corners[2]], [(500_000, 5_000_000), corner], atol=1e-6)
 
 
 def test_scenes_can_be_sent_to_another_process(root):
@@ -240,6 +248,15 @@ def test_scenes_of_other_coordinates_or_resolution_are_a_note(root):
     ]
 
 
+def split_of(root: Path, tmp_path: Path, train: str, val: str) -> list[str]:
+    """What is said of scenes in two splits, given as lines of names."""
+    for part, names in (("train", train), ("val", val)):
+        (tmp_path / f"{part}.txt").write_text(names)
+    data = section(root, lists=Lists(train=tmp_path / "train.txt", val=tmp_path / "val.txt"))
+    samples, classes, _ = formats.find(data)
+    return same_ground(split(samples, classes, data)[0])
+
+
 @pytest.mark.parametrize(
     ("columns", "rows", "shared"), [(25, 30, True), (SIZE[1], 0, False), (0.1 - SIZE[1], 0, False)]
 )
@@ -251,15 +268,25 @@ def test_scenes_of_different_splits_must_not_share_ground(root, tmp_path, column
         crs = UTM if name == "b" else "EPSG:32634"
         save(root / f"images/{name}.tif", bands() + np.uint16(1), transform=place, crs=crs)
         save(root / f"masks/{name}.tif", numbers(), transform=place, crs=crs)
-    for part, names in (("train", "a\nc"), ("val", "b")):
-        (tmp_path / f"{part}.txt").write_text(names)
-    lists = Lists(train=tmp_path / "train.txt", val=tmp_path / "val.txt")
-    data = section(root, lists=lists)
-    samples, classes, _ = formats.find(data)
-    dataset, _ = split(samples, classes, data)
-    problems = same_ground(dataset)
+    problems = split_of(root, tmp_path, "a\nc", "b")
     assert len(problems) == shared
     assert not shared or "train: a and val: b" in problems[0]
+
+
+@pytest.mark.parametrize("crs", ["EPSG:32634", "EPSG:4326", "EPSG:3857", "EPSG:3035"])
+@pytest.mark.parametrize("scale", [1.0, 0.02, 50.0])
+@pytest.mark.parametrize("away", [False, True])
+def test_ground_is_shared_whatever_the_coordinate_system(root, tmp_path, crs, scale, away):
+    """A scene round the middle of the first one, as large, far smaller or larger, or beside it."""
+    middle = np.array([500_250.0, 4_999_800.0]) + (np.array([510, 410]) * max(scale, 1) if away else 0)
+    half = np.array([250, 200]) * scale
+    west, south, east, north = rasterio.warp.transform_bounds(UTM, crs, *(middle - half), *(middle + half))
+    place = rasterio.Affine((east - west) / SIZE[1], 0, west, 0, (south - north) / SIZE[0], north)
+    save(root / "images/b.tif", bands() + np.uint16(1), transform=place, crs=crs)
+    save(root / "masks/b.tif", numbers(), transform=place, crs=crs)
+    for train, val in ("ab", "ba"):
+        problems = split_of(root, tmp_path, train, val)
+        assert len(problems) == (not away)
 
 
 @pytest.mark.parametrize("folder", ["images", "masks"])
