@@ -51,8 +51,9 @@ def test_a_run_is_trained_evaluated_and_reported(recipe_file, tmp_path, capsys):
     assert right / len(table) == pytest.approx(metrics(run)["overall"]["accuracy"])
 
 
-def test_the_saved_recipe_is_the_one_that_ran_and_runs_again(recipe_file, tmp_path, monkeypatch):
-    run = fit(recipe_file, tmp_path / "run", "train.seed=3")
+def test_the_saved_recipe_is_the_one_that_ran_and_runs_again(recipe_file, tmp_path, monkeypatch, capsys):
+    run = fit(recipe_file, tmp_path / "run", "train.seed=3", "data.batch_size=10")
+    assert "an epoch trains on 40 of 48 images" in capsys.readouterr().out
     saved = yaml.safe_load((run / "recipe.yaml").read_text())
     assert saved["train"]["seed"] == 3
     assert saved["data"]["classes"] == ["level", "upright"]

@@ -16,9 +16,9 @@ from typing import ClassVar
 
 import numpy as np
 from PIL import Image, ImageOps
-from PIL.ImageFile import ImageFile as OpenFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
+from visionattn.data.remarks import names_its_file
 from visionattn.data.sample import Sample, Window
 from visionattn.errors import UserError, listed
 
@@ -61,8 +61,7 @@ class ImageFile(Sample):
         return image if window is None else image[:, window[0], window[1]]
 
     def kind(self) -> str:
-        with Image.open(self.path) as image:
-            return _kind(image)
+        return _kind(self.path)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -105,7 +104,8 @@ def read_image(path: str | Path, channels: int | None = None) -> np.ndarray:
     return match_channels(array_to_image(decode(path), path), channels, path)
 
 
-def decode(path: str | Path) -> np.ndarray:
+@names_its_file
+def decode(path: Path) -> np.ndarray:
     """Pixels (H, W) or (H, W, C) of an image file in its own depth.
 
     Palettes and CMYK become RGB, one-bit images 0 and 255; white as zero is turned round; transparency is kept as a
@@ -144,11 +144,13 @@ def pixels_of(image: Image.Image | np.ndarray, name: str) -> np.ndarray:
     return image
 
 
-def _kind(image: OpenFile) -> str:
+@names_its_file
+def _kind(path: Path) -> str:
     """The mode; that of 16-bit colour, which Pillow reduces, is marked as in RGB;16."""
-    stored = (image.tile[0][3] if image.tile else "") or ""
-    stored = stored if isinstance(stored, str) else str(stored[0])
-    return f"{image.mode};16" if ";16" in stored and not image.mode.startswith("I") else image.mode
+    with Image.open(path) as image:
+        stored = (image.tile[0][3] if image.tile else "") or ""
+        stored = stored if isinstance(stored, str) else str(stored[0])
+        return f"{image.mode};16" if ";16" in stored and not image.mode.startswith("I") else image.mode
 
 
 def _without_palette(image: Image.Image) -> Image.Image:

@@ -87,6 +87,11 @@ def _listed_splits(samples: list[Sample], lists: dict[str, Path]) -> tuple[dict[
         except UnicodeDecodeError:
             raise UserError(f"data.lists.{name}: {path}: not a text file; expected a name in each line") from None
         lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if lines and not known.keys() & set(lines):
+            raise UserError(
+                f"data.lists.{name}: {path} names no image of the data: {listed(lines, most=5)}; expected names such "
+                f"as {listed(list(known), most=3)}"
+            )
         problems += [f"{path}: no image called {line}" for line in lines if line not in known]
         splits[name] = [sample for line in lines for sample in known.get(line, [])]
         for line in lines:

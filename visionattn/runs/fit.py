@@ -145,6 +145,11 @@ def _train(directory: RunDirectory, spec: Recipe, dataset: Dataset) -> Path:
     trainer = make_trainer(spec, task, directory)
     if trainer.world_size > 1:
         offer((directory, spec, dataset))
+    if is_first() and (rest := len(training_set) % (spec.data.batch_size * trainer.world_size)):
+        log.info(
+            "an epoch trains on %d of %d images, others each time: the last incomplete batch is left out",
+            *(len(training_set) - rest, len(training_set)),
+        )
     resumed = directory.last if directory.last.is_file() else None
     began = time.monotonic()
     with directory.locked() if is_first() else nullcontext():

@@ -501,6 +501,14 @@ def test_lists_that_name_images_twice_or_none_are_refused_with_the_line(tmp_path
         prepare(folder_data(tmp_path / "tree", lists=lists))
 
 
+def test_a_list_of_other_names_is_told_what_names_look_like(tmp_path):
+    folders(tmp_path / "tree", a=15, b=15)
+    (tmp_path / "train.txt").write_text("c/000.png\nc/001.png\n")
+    message = r"train\.txt names no image of the data: c/000\.png, c/001\.png; expected names such as a/000\.png, "
+    with pytest.raises(UserError, match=message):
+        prepare(folder_data(tmp_path / "tree", lists={"train": tmp_path / "train.txt"}))
+
+
 def test_a_list_that_is_no_text_is_refused(tmp_path):
     folders(tmp_path / "tree", a=15, b=15)
     with pytest.raises(UserError, match=r"data\.lists\.train: .*000\.png: not a text file"):

@@ -1,6 +1,8 @@
 """Any image file becomes an array by a stated rule, or an error that names the file and the reason."""
 
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -275,3 +277,19 @@ def test_a_linked_folder_elsewhere_is_data(tmp_path):
 def test_long_lists_are_cut():
     assert listed(list(range(3))) == "0, 1, 2"
     assert listed(list(range(25))).endswith("18, 19, and 5 more")
+
+
+def test_what_a_library_remarks_of_a_file_names_it(tmp_path):
+    """In a process of its own: here every warning is an error."""
+    path = tmp_path / "100% odd.jpg"
+    Image.new("L", (40, 40)).save(path, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12\0\x03\0\0\xff\x01\0\x06\0\0")
+    code = (
+        "import logging, sys; from visionattn.data.images import decode; from visionattn.data.remarks import *;"
+        "read = names_its_file(lambda path: logging.getLogger('nibabel').warning('odd %s of %d', 'axis', 3));"
+        "decode(sys.argv[1]); read(sys.argv[1]); logging.getLogger('a').warning('none'); import warnings; warnings.warn('of no file')"
+    )
+    words = [sys.executable, "-c", code, str(path)]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stderr.splitlines()
+    assert f"{path}: Corrupt EXIF data.  Expecting to read 12 bytes but only got 0. " in said[1]
+    assert said[2:4] == [f"{path}: odd axis of 3", "none"]
+    assert "UserWarning: of no file" in said[4]

@@ -23,6 +23,7 @@ from rasterio.transform import from_gcps
 from visionattn.data.formats.geotiff import Section
 from visionattn.data.labels import Labels
 from visionattn.data.pairs import Pair
+from visionattn.data.remarks import names_its_file
 from visionattn.data.sample import IGNORE, Sample, Window
 from visionattn.errors import UserError, listed
 
@@ -128,7 +129,8 @@ def _kept_open(path: Path) -> rasterio.DatasetReader:
     return files[path][1]
 
 
-def _open(path: str | Path) -> rasterio.DatasetReader:
+@names_its_file
+def _open(path: Path) -> rasterio.DatasetReader:
     try:
         return open_quietly(path)
     except rasterio.errors.RasterioIOError as error:

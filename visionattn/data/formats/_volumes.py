@@ -31,6 +31,7 @@ from pydicom.uid import UID, ImplicitVRLittleEndian
 from visionattn.data.formats.nifti import VolumeSection
 from visionattn.data.labels import Labels
 from visionattn.data.pairs import Pair
+from visionattn.data.remarks import names_its_file
 from visionattn.data.sample import Sample, Window
 from visionattn.errors import UserError, listed
 
@@ -310,6 +311,7 @@ def open_volume(path: Path, axis: int = 2) -> Volume:
     return _open_series(path, axis) if path.is_dir() else _open_nifti(path, axis)
 
 
+@names_its_file
 def _open_nifti(path: Path, axis: int) -> Volume:
     try:
         file = nibabel.load(path)
@@ -484,16 +486,22 @@ def _even_distance(folder: Path, files: Sequence[Path], places: np.ndarray, firs
 def _load(volume: Volume) -> Voxels:
     if volume.files:
         return Voxels(volume.turned(_read_series(volume)[..., None]))
-    try:
-        proxy = nibabel.load(volume.path).dataobj
-        stored = _unpacked(volume.path) if volume.path.suffix.lower() == ".gz" else proxy.get_unscaled()
-        stored[..., -1:, -1:].max()  # a map of a file that is too short fails here, not later
-    except Exception as error:
-        raise UserError(f"{volume.path}: damaged, cannot be read ({str(error) or type(error).__name__})") from None
-    stored = stored[..., None] if stored.ndim == 3 else stored
-    voxels = Voxels(volume.turned(stored), float(proxy.slope), float(proxy.inter))
+    stored, slope, intercept = _read_nifti(volume.path)
+    voxels = Voxels(volume.turned(stored[..., None] if stored.ndim == 3 else stored), slope, intercept)
     _tell_missing(volume.path, voxels)
     return voxels
+
+
+@names_its_file
+def _read_nifti(path: Path) -> tuple[np.ndarray, float, float]:
+    """The numbers as stored, slope and intercept."""
+    try:
+        proxy = nibabel.load(path).dataobj
+        stored = _unpacked(path) if path.suffix.lower() == ".gz" else proxy.get_unscaled()
+        stored[..., -1:, -1:].max()  # a map of a file that is too short fails here, not later
+    except Exception as error:
+        raise UserError(f"{path}: damaged, cannot be read ({str(error) or type(error).__name__})") from None
+    return stored, float(proxy.slope), float(proxy.inter)
 
 
 def _unpacked(path: Path) -> np.ndarray:
@@ -519,14 +527,19 @@ def _tell_missing(path: Path, voxels: Voxels) -> None:
 def _read_series(volume: Volume) -> np.ndarray:
     """(X, Y, Z), int16 where rescaling keeps whole numbers, else float32."""
     planes = []
-    for file in volume.files:
-        try:
-            plane = _values(pydicom.dcmread(file, force=True)).T
-        except Exception as error:
-            raise UserError(f"{file}: damaged, cannot be read ({str(error) or type(error).__name__})") from None
+    for plane in map(_read_slice, volume.files):
         whole = np.abs(plane).max() < 2**15 and (plane == np.round(plane)).all()
         planes.append(plane.astype(np.int16 if whole else np.float32))
     return np.stack(planes, axis=-1)
+
+
+@names_its_file
+def _read_slice(file: Path) -> np.ndarray:
+    """(columns, rows)."""
+    try:
+        return _values(pydicom.dcmread(file, force=True)).T
+    except Exception as error:
+        raise UserError(f"{file}: damaged, cannot be read ({str(error) or type(error).__name__})") from None
 
 
 def _values(source: pydicom.Dataset) -> np.ndarray:

@@ -17,6 +17,7 @@ from visionattn.data.formats import Found, Kind
 from visionattn.data.images import SUFFIXES, ImageFile, named_files
 from visionattn.data.labels import ColouredMaskSection, Labels
 from visionattn.data.pairs import Pair, PairSection, find_pairs
+from visionattn.data.remarks import names_its_file
 from visionattn.data.sample import Sample, Window
 from visionattn.errors import UserError
 from visionattn.recipe.sections import Positive
@@ -51,6 +52,7 @@ class ImageMask(ImageFile):
         return self.labels.of_mask(mask if window is None else mask[window], self.mask_path)
 
 
+@names_its_file
 def read_mask(path: Path, colors: bool) -> np.ndarray:
     """(H, W) numbers as in the file, or (H, W, 3) uint8 where it has, or `colors` asks for, colours.
 
@@ -111,6 +113,7 @@ def _header_of_pair(pair: Pair) -> tuple[tuple[int, int], int] | str:
     return size, 1 if bands <= 2 else 3
 
 
+@names_its_file
 def _header(path: Path) -> tuple[tuple[int, int], int]:
     try:
         with Image.open(path) as image:
