@@ -39,6 +39,7 @@ def names_its_file(
 @cache
 def _listen() -> None:
     make_record, show_warning = logging.getLogRecordFactory(), warnings.showwarning
+    told: set[str] = set()
 
     def record(
         name: str, level: int, source: str, line: int, message: Any, values: Any, *rest: Any, **keys: Any
@@ -49,11 +50,12 @@ def _listen() -> None:
         return make_record(name, level, source, line, message, values, *rest, **keys)
 
     def warn(message: Warning | str, category: type[Warning], *place: Any, **keys: Any) -> None:
-        path = getattr(_READING, "path", None)
+        path, text = getattr(_READING, "path", None), str(message).strip()
         if path is None:
             show_warning(message, category, *place, **keys)
-        else:
-            log.warning("%s: %s (told of the first such file only)", path, str(message).strip())
+        elif text not in told:
+            told.add(text)
+            log.warning("%s: %s (told of the first such file only)", path, text)
 
     logging.setLogRecordFactory(record)
     warnings.showwarning = warn

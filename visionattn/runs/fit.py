@@ -28,7 +28,7 @@ from visionattn.runs.checkpoints import epoch_of, load_weights, provenance
 from visionattn.runs.directory import RunDirectory
 from visionattn.runs.evaluate import evaluate_split
 from visionattn.runs.processes import forget_handover, from_first, is_first, offer
-from visionattn.runs.trainer import check_trainer, make_trainer
+from visionattn.runs.trainer import check_limits, check_trainer, make_trainer
 from visionattn.tasks.base import Task
 
 __all__ = ["fit", "prepare", "rehearse", "resume"]
@@ -131,7 +131,8 @@ def rehearse(spec: Recipe, dataset: Dataset) -> None:
     kind.refuse_names(spec)
     spec, dataset = kind.resolve(spec, dataset)
     task = kind.make(spec, dataset)
-    kind.training_set(dataset, spec)
+    validated = kind.evaluation_set(dataset.splits["val"], spec.data)
+    check_limits(spec, len(kind.training_set(dataset, spec)), len(validated))
     image = (len(spec.data.mean or ()), *spec.data.side)
     for training in (False, True):
         try_out(task.network, spec.model.name, image, min(2, spec.data.batch_size), training)

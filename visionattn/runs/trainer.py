@@ -2,10 +2,12 @@
 
 import importlib.util
 import inspect
+import os
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks, loggers
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from visionattn.errors import UserError, nearest
 from visionattn.recipe import Recipe
@@ -14,7 +16,7 @@ from visionattn.runs.checkpoints import AtomicCheckpointIO, ModelCheckpoint
 from visionattn.runs.directory import History, RunDirectory
 from visionattn.tasks.base import Task
 
-__all__ = ["check_trainer", "make_trainer"]
+__all__ = ["check_limits", "check_trainer", "make_trainer"]
 
 ELSEWHERE = {  # arguments of lightning.Trainer that another key of a recipe decides, or nobody
     "max_epochs": "train.epochs",
@@ -28,6 +30,9 @@ ELSEWHERE = {  # arguments of lightning.Trainer that another key of a recipe dec
     "enable_checkpointing": None,
     "num_sanity_val_steps": None,
     "enable_model_summary": None,
+    "barebones": None,
+    "limit_predict_batches": None,
+    "limit_test_batches": None,
     "max_steps": "train.epochs",
     "max_time": "train.epochs",
     "fast_dev_run": "fit --dry-run",
@@ -39,13 +44,31 @@ def check_trainer(spec: Recipe) -> None:
     options = _options(spec)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     try:
-        pl.Trainer(max_epochs=spec.train.epochs, precision=spec.train.precision, **options | quiet)
+        trainer = pl.Trainer(max_epochs=spec.train.epochs, precision=spec.train.precision, **options | quiet)
     except Exception as error:  # Lightning raises its own for each
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"trainer is {spec.trainer}: lightning.Trainer cannot be made with it: {reason}") from None
+    started = getattr(trainer.strategy, "cluster_environment", None)
+    if trainer.num_nodes > 1 and isinstance(started, LightningEnvironment) and "NODE_RANK" not in os.environ:
+        raise UserError(
+            f"trainer.num_nodes is {trainer.num_nodes}, but this command was started on one node only, and would wait "
+            "for the others for ever: start it on each by torchrun or by SLURM's srun"
+        )
     for name in ("wandb", "tensorboard"):
         if getattr(spec.log, name) and importlib.util.find_spec(name) is None:
             raise UserError(f"log.{name} is true, but {name} is not installed: pip install 'visionattn[track]'")
+
+
+def check_limits(spec: Recipe, trained: int, validated: int) -> None:
+    """Raises UserError where `trainer` leaves no batch of so many samples."""
+    batches = {
+        "limit_train_batches": trained // spec.data.batch_size,
+        "limit_val_batches": -(-validated // spec.data.batch_size),
+    }
+    for key, count in batches.items():
+        limit = spec.trainer.get(key, count)
+        if count and not (limit if isinstance(limit, int) else int(limit * count)):
+            raise UserError(f"trainer.{key} is {limit}, which leaves none of the {count} batches of an epoch")
 
 
 def make_trainer(spec: Recipe, task: Task, directory: RunDirectory) -> pl.Trainer:
@@ -74,8 +97,9 @@ def _options(spec: Recipe) -> dict[str, Any]:
     known = [key for key in inspect.signature(pl.Trainer.__init__).parameters if key != "self" and key not in ELSEWHERE]
     options = dict(spec.trainer)
     for key in options:
-        if ELSEWHERE.get(key):
-            raise UserError(f"trainer.{key}: say it as {ELSEWHERE[key]}")
+        if key in ELSEWHERE:
+            said = f"say it as {ELSEWHERE[key]}" if ELSEWHERE[key] else "every run decides this itself, leave it out"
+            raise UserError(f"trainer.{key}: {said}")
         if key not in known:
             raise UserError(f"trainer.{key}: lightning.Trainer has no such key{nearest(key, known)}")
     if options.get("limit_val_batches", 1) == 0 or options.get("overfit_batches", 0):

@@ -286,7 +286,8 @@ def test_what_a_library_remarks_of_a_file_names_it(tmp_path):
     code = (
         "import logging, sys; from visionattn.data.images import decode; from visionattn.data.remarks import *;"
         "read = names_its_file(lambda path: logging.getLogger('nibabel').warning('odd %s of %d', 'axis', 3));"
-        "decode(sys.argv[1]); read(sys.argv[1]); logging.getLogger('a').warning('none'); import warnings; warnings.warn('of no file')"
+        "decode(sys.argv[1]); read(sys.argv[1]); logging.getLogger('a').warning('none');"
+        "import warnings; warnings.warn('of no file')"
     )
     words = [sys.executable, "-c", code, str(path)]
     said = subprocess.run(words, capture_output=True, text=True, check=True).stderr.splitlines()
