@@ -48,7 +48,7 @@ class _Explanation:
 
     def _line(self, keys: tuple, items: list[Any]) -> str:
         key, item = ".".join(map(str, keys)), items[0]
-        expected = [i["msg"].removeprefix("Value error, ").removeprefix("Input should be ") for i in items]
+        expected = list(map(_expected, items))
         if not keys:  # of the whole recipe; it names its keys itself
             return " and ".join(expected)
         given = f"{key} is {shown(item['input'])}"
@@ -67,7 +67,6 @@ class _Explanation:
             allowed = item["ctx"]["expected"]
             quoted = re.findall("'([^']+)'", allowed)
             return f"{given}; allowed: {allowed}{nearest(str(item['input']), quoted)}"
-        expected = ["keys and values, {key: value}" if "dictionary" in text else text for text in expected]
         return f"{given}; expected: {' or '.join(dict.fromkeys(expected))}"
 
     def _section(self, keys: tuple) -> type[Section]:
@@ -99,3 +98,18 @@ class _Explanation:
             if isinstance(section, type) and issubclass(section, Section) and keys[-1] in section.model_fields:
                 return f"; did you mean {name}.{keys[-1]}?"
         return f"; allowed here: {', '.join(fields)}"
+
+
+def _expected(item: Any) -> str:
+    """What pydantic would have liked, in words for people who do not write Python."""
+    context = item.get("ctx", {})
+    match item["type"]:
+        case "path_type":
+            return "a path"
+        case "too_short":
+            return f"at least {context['min_length']} values"
+        case "too_long":
+            return f"at most {context['max_length']} values"
+        case "model_type" | "dict_type" | "model_attributes_type":
+            return "keys and values, {key: value}"
+    return item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")

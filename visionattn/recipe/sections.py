@@ -37,6 +37,7 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 AbovePositive = Annotated[float, Field(gt=0)]
+Side = Annotated[int, Field(ge=32, le=8192)]  # pixels
 FilePath = Annotated[Path, Field(strict=False), AfterValidator(lambda path: Path(os.path.expanduser(path)).absolute())]
 Share = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)]
 Ratio = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
@@ -73,7 +74,7 @@ class Lists(Section):
 class Data(Section):
     """What every source of data shares."""
 
-    image_size: Annotated[int, Field(ge=32)] | Annotated[list[Positive], Field(min_length=2, max_length=2)] = Field(
+    image_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] = Field(
         224, description="pixels, one number or [height, width]"
     )
     mean: list[float] | None = Field(
@@ -81,7 +82,9 @@ class Data(Section):
     )
     std: list[AbovePositive] | None = Field(None, description="as mean")
     batch_size: Positive = 32
-    workers: Count | None = Field(None, description="loading processes; unset: chosen from the cores")
+    workers: Annotated[int, Field(ge=0, le=256)] | None = Field(
+        None, description="loading processes; unset: chosen from the cores"
+    )
     skip_bad: bool = Field(False, description="leave out (and report) images that cannot be read, instead of refusing")
     lists: Lists = Lists()
     val_fraction: Rate = Field(0.2, description="share drawn for validation where no such split is given")
@@ -149,7 +152,7 @@ class Evaluate(Section):
     """What is done on held-out images after training."""
 
     tta: list[Literal["hflip", "vflip", "rot90"]] = Field([], description="views to average predictions over")
-    bootstrap: Count = Field(1000, description="resamples behind the 95 % intervals")
+    bootstrap: Annotated[int, Field(ge=0, le=100_000)] = Field(1000, description="resamples behind the 95 % intervals")
 
 
 class Log(Section):
