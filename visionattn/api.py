@@ -21,7 +21,7 @@ from visionattn.data.prediction import Prediction
 from visionattn.data.sample import Sample, cases
 from visionattn.errors import UserError
 from visionattn.recipe import Recipe, part_of
-from visionattn.report.evaluation import Evaluation, read_rows
+from visionattn.report.evaluation import Evaluation, read_history
 from visionattn.runs import check as checking
 from visionattn.runs import evaluate as evaluating
 from visionattn.runs import fit as fitting
@@ -192,7 +192,7 @@ class Run:
     @property
     def history(self) -> Table:
         """A row for each epoch, as metrics.csv."""
-        rows = read_rows(self._directory.path / "metrics.csv")
+        rows = read_history(self._directory.path)
         return Table({name: float(cell) if cell else None for name, cell in row.items()} for row in rows)
 
     @property

@@ -36,7 +36,7 @@ def test_a_run_is_trained_from_a_dict(pictures, tmp_path, monkeypatch, capfd):
     run = visionattn.fit(recipe, {"train.epochs": 1})
     assert run.path.parent == Path("runs")
     assert run.report.is_file()
-    assert [row["epoch"] for row in run.history] == [0]
+    assert [row["epoch"] for row in run.history] == [1]
     assert run.recipe.train.epochs == 1
     printed = capfd.readouterr().out.splitlines()
     assert [line for line in printed if not line.startswith("epoch 1 of 1: train/loss ")] == []

@@ -125,9 +125,10 @@ def test_the_best_weights_are_those_of_the_best_validation_epoch_and_the_last_ar
     epochs = rows(segmented / "metrics.csv")
     best = max(epochs, key=lambda row: float(row["val/dice"]))
     assert metrics(segmented, "val")["epoch"] == int(best["epoch"])
+    assert f"best: {best['epoch']}, by validation Dice" in (segmented / "report.html").read_text()
     assert metrics(segmented, "val")["overall"]["dice"] == pytest.approx(float(best["val/dice"]), abs=1e-5)
     if best is not epochs[-1]:
-        assert metrics(segmented, "test-last")["epoch"] == len(epochs) - 1
+        assert metrics(segmented, "test-last")["epoch"] == len(epochs)
     else:
         assert "which is the last epoch too" in (segmented / "report.html").read_text()
 

@@ -14,9 +14,10 @@ from PIL import Image
 
 from visionattn.files import new_folder, read_table, write_rows
 
-__all__ = ["LOSS", "Evaluation", "Metric", "format_table", "read_rows"]
+__all__ = ["LOSS", "RENAMED", "Evaluation", "Metric", "format_table", "history", "read_history", "read_rows"]
 
 FORMAT = 2  # of metrics.json
+RENAMED = {"miou": "miou_counted", "mf1": "mf1_counted"}  # metrics of 0.1.0, which left classes out of them
 FIELDS = ("task", "split", "noun", "samples", "classes", "headline", "overall", "intervals", "per_class")
 
 
@@ -46,7 +47,7 @@ class Evaluation:
         intervals: 95 % bootstrap intervals (low, high) of some of them.
         per_class: a row for each class.
         more: what only this task reports.
-        about: checkpoint, epoch, data, views.
+        about: checkpoint, epoch (counted from 1, as everywhere in a run), data, views.
         tables: by file name the rows of a table.
         pictures: by file name.
         folder: where it was read from or written to.
@@ -104,7 +105,24 @@ def _migrated(content: dict[str, Any]) -> dict[str, Any]:
         content.setdefault("intervals", {interval["metric"]: [interval["low"], interval["high"]]} if interval else {})
         content["bootstrap"] = {key: n for key, n in (interval or {}).items() if key in ("resamples", "groups")}
         content["slices"] = content["noun"] == "volume"
+        content["epoch"] += 1  # counted from 0
+        content["headline"] = RENAMED.get(content["headline"], content["headline"])
+        for key in ("overall", "intervals"):
+            content[key] = {RENAMED.get(name, name): value for name, value in content[key].items()}
     return content
+
+
+def history(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each epoch, of a run of any version, with epochs counted from 1 and metrics as they are called now."""
+    if not rows or int(rows[0]["epoch"]) > 0:
+        return rows
+    renamed = {f"val/{name}": f"val/{now}" for name, now in RENAMED.items()}
+    return [{renamed.get(k, k): v for k, v in row.items()} | {"epoch": int(row["epoch"]) + 1} for row in rows]
+
+
+def read_history(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.csv as texts; see `history`."""
+    return history(read_rows(run / "metrics.csv"))
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

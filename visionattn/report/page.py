@@ -1,7 +1,6 @@
 """The report of a run: one HTML page, inside one file, made from whatever the run directory holds so far.
 
 Its fonts and colours are in template.html; what is said about a split is the task's, `visionattn.tasks.TASK.report`.
-Epochs are numbered from 1 here, from 0 in the run's files.
 """
 
 import importlib.resources
@@ -21,7 +20,7 @@ from visionattn.files import write_text
 from visionattn.progress import duration
 from visionattn.recipe import part_of
 from visionattn.report.charts import Chart
-from visionattn.report.evaluation import Evaluation, Metric, read_rows
+from visionattn.report.evaluation import Evaluation, Metric, read_history
 from visionattn.report.pieces import PERCENT, finite, framed, number, table_of
 
 __all__ = ["write_report"]
@@ -34,6 +33,7 @@ TITLES = {
     "test-last": "Test, last epoch",
     "all": "All",
 }
+COLOURS = 6  # of curves; further ones are dashed where these are not
 SUPERSCRIPT = str.maketrans("-123456789", "⁻¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -89,7 +89,7 @@ def _read(run: Path) -> Run:
         recipe_text=recipe_text,
         recipe=yaml.safe_load(recipe_text) or {},
         environment=json.loads(_text(run / "environment.json") or "{}"),
-        epochs=[{key: finite(cell) for key, cell in row.items()} for row in read_rows(run / "metrics.csv")],
+        epochs=[{key: finite(cell) for key, cell in row.items()} for row in read_history(run)],
         evaluations=[Evaluation.read(folder) for folder in folders],
     )
 
@@ -174,7 +174,7 @@ def _best(run: Run) -> tuple[int | None, str]:
     first_best = max(rated, key=lambda pair: -pair[0] if metric == "loss" else pair[0], default=(None, None))[1]
     epoch = evaluated[0].about["epoch"] if evaluated else first_best
     label = _metrics(run.recipe["task"])[metric].label if "task" in run.recipe else metric
-    return None if epoch is None else int(epoch) + 1, label.removeprefix("log ")
+    return None if epoch is None else int(epoch), label.removeprefix("log ")
 
 
 def _warnings(data: dict[str, Any]) -> str:
@@ -251,7 +251,7 @@ def _training(run: Run) -> str:
 def _curves(run: Run, title: str, columns: dict[str, str]) -> str:
     lines: dict[str, np.ndarray] = {}
     for column, label in columns.items():
-        if points := [(row["epoch"] + 1, row[column]) for row in run.epochs if row.get(column) is not None]:
+        if points := [(row["epoch"], row[column]) for row in run.epochs if row.get(column) is not None]:
             lines[label] = np.array(points)
     if not lines:
         return ""
@@ -268,8 +268,8 @@ def _curves(run: Run, title: str, columns: dict[str, str]) -> str:
         chart.mark(best, f"best: {best}")
     legend = []
     for i, (label, curve) in enumerate(lines.items()):
-        colour = f"s{i}"
-        legend.append((f"{colour} dashed" if i % 2 else colour, label))
+        colour = f"s{i % COLOURS}"
+        legend.append((f"{colour} dashed" if (i + i // COLOURS) % 2 else colour, label))
         chart.line(curve / (1, 10**power), legend[-1][0])
         for epoch, value in curve[(curve[:, 0] == best) | (len(curve) == 1)]:
             chart.dot(epoch, value / 10**power, colour)

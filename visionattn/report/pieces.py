@@ -12,7 +12,7 @@ from PIL import Image
 
 from visionattn.errors import plural
 from visionattn.report.charts import Chart
-from visionattn.report.evaluation import Evaluation, read_rows
+from visionattn.report.evaluation import Evaluation, read_history
 
 __all__ = [
     "PERCENT",
@@ -46,10 +46,8 @@ def number(percent: bool, value: float | None) -> str:
 def about_weights(evaluation: Evaluation) -> str:
     """How many samples were measured, with which weights."""
     about = evaluation.about
-    text = (
-        f"{plural(evaluation.samples, evaluation.noun)}, weights of epoch {about['epoch'] + 1} ({about['checkpoint']})"
-    )
-    epochs = read_rows(evaluation.folder.parents[1] / "metrics.csv")
+    text = f"{plural(evaluation.samples, evaluation.noun)}, weights of epoch {about['epoch']} ({about['checkpoint']})"
+    epochs = read_history(evaluation.folder.parents[1])
     if about["checkpoint"].endswith("best.ckpt") and epochs and int(epochs[-1]["epoch"]) == about["epoch"]:
         text += ", which is the last epoch too"
     text += f", predictions averaged over {', '.join(about['tta'])}" if about.get("tta") else ""

@@ -14,6 +14,7 @@ from visionattn.errors import UserError
 from visionattn.files import new_file
 from visionattn.models.weights import load_checkpoint
 from visionattn.recipe import Recipe, part_of
+from visionattn.report.evaluation import RENAMED
 from visionattn.tasks.base import Task
 
 __all__ = ["AtomicCheckpointIO", "ModelCheckpoint", "Trained", "load_trained", "provenance"]
@@ -40,6 +41,8 @@ def _migrated(about: dict[str, Any], path: Path) -> dict[str, Any]:
         content = yaml.safe_load(about["recipe"])
         if "multi_label" in about:
             content["data"]["multi_label"] = about["multi_label"]
+        if (train := content.get("train", {})).get("monitor") in RENAMED:
+            train["monitor"] = RENAMED[train["monitor"]]
         about = {"format": 2, "version": "0.1.0", "recipe": yaml.safe_dump(content, sort_keys=False)}
     return about
 
@@ -55,6 +58,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 class ModelCheckpoint(callbacks.ModelCheckpoint):
     """Lightning's, which goes on after its folder has been moved: its own forgets which checkpoint was the best."""
+
+    @property
+    def _legacy_state_key(self) -> str:  # type: ignore[override]  # where Lightning looks for the state of older runs
+        names = {f"val/{now}": f"val/{before}" for before, now in RENAMED.items()}
+        return self.state_key.replace(repr(self.monitor), repr(names.get(self.monitor or "", self.monitor)))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         def moved(path: str) -> str:
@@ -72,7 +80,7 @@ class Trained(NamedTuple):
     task: Task
     recipe: Recipe
     checkpoint: Path
-    epoch: int
+    epoch: int  # from 1
 
 
 def load_trained(path: Path) -> Trained:
@@ -94,16 +102,16 @@ def load_trained(path: Path) -> Trained:
     train = spec.train.model_copy(update={"grad_checkpointing": False})
     task = part_of(spec.task, "task").make(spec.model_copy(update={"model": start, "train": train}))
     task.load_state_dict(checkpoint["state_dict"])
-    return Trained(task.eval(), spec, file, checkpoint["epoch"])
+    return Trained(task.eval(), spec, file, checkpoint["epoch"] + 1)
 
 
 def epoch_of(path: Path) -> int:
-    """The epoch that a checkpoint was written after, counted from 0."""
-    return load_checkpoint(path)["epoch"]
+    """The epoch that a checkpoint was written after, counted from 1."""
+    return load_checkpoint(path)["epoch"] + 1
 
 
 def load_weights(task: pl.LightningModule, path: Path) -> int:
     """Give a task the weights of a checkpoint; returns its epoch."""
     checkpoint = load_checkpoint(path)
     task.load_state_dict(checkpoint["state_dict"])
-    return checkpoint["epoch"]
+    return checkpoint["epoch"] + 1

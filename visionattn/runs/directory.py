@@ -21,7 +21,7 @@ from visionattn.environment import describe
 from visionattn.errors import UserError
 from visionattn.files import new_folder, write_rows, write_text
 from visionattn.recipe import Recipe
-from visionattn.report.evaluation import Evaluation
+from visionattn.report.evaluation import RENAMED, Evaluation, history
 
 __all__ = ["History", "RunDirectory"]
 
@@ -61,7 +61,11 @@ class RunDirectory:
 
     @property
     def recipe(self) -> Recipe:
-        return recipe.load(self.path / "recipe.yaml")
+        spec = recipe.load(self.path / "recipe.yaml")
+        monitor = spec.train.monitor
+        if self.facts.get("format", 1) == 1 and monitor in RENAMED:
+            spec = spec.model_copy(update={"train": spec.train.model_copy(update={"monitor": RENAMED[monitor]})})
+        return spec
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -137,7 +141,7 @@ def now() -> str:
 
 
 class History(pl.Callback):
-    """metrics.csv, a row per epoch; the rows travel in the checkpoint, so a resumed run goes on with them."""
+    """metrics.csv, a row per epoch, from 1; the rows travel in the checkpoint, so a resumed run goes on with them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -148,7 +152,7 @@ class History(pl.Callback):
         self._began = time.monotonic()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
-        row: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        row: dict[str, Any] = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
         row["lr"] = max(group["lr"] for group in trainer.optimizers[0].param_groups)
         row |= {name: value.item() for name, value in trainer.callback_metrics.items()}
         row["seconds"] = round(time.monotonic() - self._began, 2)
@@ -161,4 +165,4 @@ class History(pl.Callback):
         return {"rows": self.rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rows = state["rows"]
+        self.rows = history(state["rows"])

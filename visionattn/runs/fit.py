@@ -77,7 +77,7 @@ def resume(run: Path) -> Path:
         spec, dataset, _ = prepare(directory.recipe)
         directory.refuse_other_data(dataset)
         if directory.last.is_file():
-            log.info("continuing %s after epoch %d of %d", run, epoch_of(directory.last) + 1, spec.train.epochs)
+            log.info("continuing %s after epoch %d of %d", run, epoch_of(directory.last), spec.train.epochs)
         return directory, spec, dataset
 
     return _train(*from_first(begin))

@@ -42,6 +42,10 @@ class Bar(callbacks.TQDMProgressBar):
         super().on_train_start(trainer, task)
         self.clock.start(trainer)
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        super().on_train_epoch_start(trainer)
+        self.train_progress_bar.set_description(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}")
+
     def get_metrics(self, trainer: pl.Trainer, task: pl.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, task)
         metrics.pop("v_num", None)

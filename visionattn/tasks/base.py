@@ -179,8 +179,8 @@ class Task(pl.LightningModule):
         batch, index, loss = steps[first]
         images = ", ".join(self.names(i) for i in index[:5].tolist())
         raise UserError(
-            f"the loss became {loss.item()} in epoch {self.current_epoch}, batch {batch} (images {images}, ...); "
-            "training stopped and the checkpoints of the epochs before are kept. "
+            f"the loss became {loss.item()} in epoch {self.current_epoch + 1}, batch {batch + 1} (images {images}, "
+            "...); training stopped and the checkpoints of the epochs before are kept. "
             f"Lower optim.lr (now {self.optim.lr:g}), set optim.clip_grad, or use another train.precision"
         )
 

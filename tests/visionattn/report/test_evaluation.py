@@ -90,10 +90,13 @@ def test_folders_of_0_1_0_are_read(tmp_path, path):
     read, old = Evaluation.read(folder), content["interval"]
     assert read.task == ("segmentation" if path.parts[-3] == "segmentation" else "classification")
     assert (read.split, read.samples, read.classes) == (content["split"], content["samples"], content["classes"])
-    assert (read.overall, read.per_class) == (content["overall"], content["per_class"])
+    renamed = {
+        name.replace("miou", "miou_counted").replace("mf1", "mf1_counted"): v for name, v in content["overall"].items()
+    }
+    assert (read.overall, read.per_class) == (renamed, content["per_class"])
     assert read.intervals[read.headline] == [old["low"], old["high"]]
     assert read.more["confusion"] == content["confusion"]
-    assert read.about["epoch"] == content["epoch"]
+    assert read.about["epoch"] == content["epoch"] + 1, "epochs were counted from 0"
     html = re.sub(r"\s", " ", write_report(tmp_path / "run").read_text(encoding="utf-8"))
     percent = read.headline == "accuracy"
     values = [content["overall"][read.headline], old["low"], old["high"]]

@@ -53,7 +53,7 @@ def write_table(path: Path, head: list[str], rows: list[list]) -> None:
 
 
 def write_evaluation(
-    folder: Path, classes: list[str], images: int, multi_label: bool = False, seed: int = 0, epoch: int = 40
+    folder: Path, classes: list[str], images: int, multi_label: bool = False, seed: int = 0, epoch: int = 41
 ) -> dict:
     """What `fit` and `evaluate` leave of such a classifier; returns the content of metrics.json."""
     labels, belief = labels_and_probabilities(len(classes), images, multi_label, seed)
@@ -86,7 +86,7 @@ def write_training(run: Path, epochs: int, multi_label: bool = False) -> None:
         losses = [2.2 - 2.05 * done + noise[0], 2.1 - 1.8 * done + 0.006 * epoch + 3 * noise[1]]
         quality = [0.3 + 0.64 * done + noise[2], 0.28 + 0.65 * done + noise[3], 0.25 + 0.67 * done + noise[4]]
         quality += [0.7 + 0.28 * done, 0.5 + 0.45 * done, 0.2 - 0.15 * done]
-        rows.append([epoch, (epoch + 1) * 150, lr, *losses, *quality, 84.2])
+        rows.append([epoch + 1, (epoch + 1) * 150, lr, *losses, *quality, 84.2])
     names = ["accuracy", "balanced_accuracy", "f1", "auroc", "average_precision", "calibration_error"]
     head = ["epoch", "step", "lr", "train/loss", "val/loss", *(f"val/{name}" for name in names), "seconds"]
     write_table(run / "metrics.csv", head, rows)
@@ -312,7 +312,7 @@ def test_one_epoch_without_a_test(tmp_path):
     notes = {"warnings": ["3 images in more than one split"], "skipped": ["scan_04.png: truncated <file>"]}
     write_start(run, {"format": "builtin", "name": "mnist_5k"}, {"train": 400, "val": 100}, epochs=1, **notes)
     write_training(run, 1)
-    result = write_evaluation(run / "evaluation" / "val", ["a", "b", "c"], 100, epoch=0)
+    result = write_evaluation(run / "evaluation" / "val", ["a", "b", "c"], 100, epoch=1)
     page = Page(write_report(run))
     assert page.said("h2") == ["Results", "Training", "Validation images", "Recipe", "Environment"]
     assert "trained on mnist_5k for 1 epoch, reaches" in " ".join(page.said("p"))

@@ -14,9 +14,10 @@ Where a class is empty, `empty="standard"`:
 `empty="transunet"`, for comparison with papers that follow TransUNet's code: truth empty and prediction not gives
 Dice 1 and HD95 0; prediction empty gives 0 and 0, whatever the truth; every case counts.
 
-Means: `dice`, `iou`, `precision`, `recall`, `hd95`, `nsd` over the cases of a class, then over classes. `miou`, `mf1`
-and `pixel_accuracy` are of the pixels of all cases together, as is usual for scenes; the first two over the classes
-that occur. Classes of `evaluate.leave_out` count in none of the means over classes.
+Means: `dice`, `iou`, `precision`, `recall`, `hd95`, `nsd` over the cases of a class, then over the counted classes,
+which are all but those of `evaluate.leave_out`. `miou`, `mf1` and `pixel_accuracy` are of the pixels of all cases
+together, as is usual for scenes; the first two are means over all classes that occur, as elsewhere, and
+`miou_counted` and `mf1_counted` over the counted ones: with a background and one class the IoU and F1 of that class.
 """
 
 import importlib.util
@@ -47,15 +48,17 @@ __all__ = [
 
 MEASURES = ("dice", "iou", "precision", "recall", "hd95", "nsd")
 METRICS = {
-    "dice": Metric("Dice", "mean over the cases of a class, then over classes"),
+    "dice": Metric("Dice", "mean over the cases of a class, then over the counted classes"),
     "iou": Metric("IoU", "as Dice"),
     "precision": Metric("precision", "as Dice, over the cases where the class is predicted"),
     "recall": Metric("recall", "as Dice, over the cases that have the class"),
     "hd95": Metric("HD95", "95th percentile of the distances between the surfaces; as Dice"),
     "nsd": Metric("surface Dice", "share of the surfaces within the tolerance of each other (NSD); as Dice"),
     "pooled_iou": Metric("pooled IoU", "of all pixels together"),
-    "miou": Metric("mIoU", "of all pixels together, mean over the classes"),
-    "mf1": Metric("mF1", "of all pixels together, mean over the classes"),
+    "miou": Metric("mIoU", "of all pixels together, mean over all classes"),
+    "miou_counted": Metric("mIoU of counted classes", "as mIoU, without the classes that are left out"),
+    "mf1": Metric("mF1", "of all pixels together, mean over all classes"),
+    "mf1_counted": Metric("mF1 of counted classes", "as mF1, without the classes that are left out"),
     "pixel_accuracy": Metric("pixel accuracy", "labelled pixels classified correctly", True),
     "calibration_error": Metric("calibration error", "mean distance of confidence from accuracy, in 15 bins", True),
 } | LOSS
@@ -172,13 +175,15 @@ def _surface(
 
 
 def pooled(counts: np.ndarray, kept: list[int]) -> dict[str, np.ndarray]:
-    """mIoU, mF1 and pixel accuracy (N,) of counts (N, classes, 3), each the sum over some cases."""
-    values = measures_of(counts)
+    """mIoU and mF1, of all and of the counted classes, and pixel accuracy (N,) of summed counts (N, classes, 3)."""
+    values, every = measures_of(counts), list(range(counts.shape[1]))
     with np.errstate(divide="ignore", invalid="ignore"):
         accuracy = counts[..., 0].sum(1) / counts[..., 2].sum(1)
     return {
-        "miou": _mean_over_classes(values["iou"], kept),
-        "mf1": _mean_over_classes(values["dice"], kept),
+        "miou": _mean_over_classes(values["iou"], every),
+        "miou_counted": _mean_over_classes(values["iou"], kept),
+        "mf1": _mean_over_classes(values["dice"], every),
+        "mf1_counted": _mean_over_classes(values["dice"], kept),
         "pixel_accuracy": accuracy,
     }
 

@@ -79,15 +79,17 @@ class Loss(Section):
 class Train(sections.Train):
     """How long and in which way to train."""
 
-    monitor: Literal["loss", "dice", "iou", "miou", "mf1", "pixel_accuracy"] | None = Field(
-        None, description="picks the best checkpoint and heads the report; unset: dice, the mean over cases"
+    monitor: Literal["loss", "dice", "iou", "miou", "miou_counted", "mf1", "mf1_counted", "pixel_accuracy"] | None = (
+        Field(None, description="picks the best checkpoint and heads the report; unset: dice, the mean over cases")
     )
 
 
 class Evaluate(sections.Evaluate):
     """What is done on held-out images after training."""
 
-    leave_out: list[str] = Field(["background"], description="classes that means over classes leave out")
+    leave_out: list[str] = Field(
+        ["background"], description="classes that means over classes leave out; miou and mf1 are of all"
+    )
     empty: Literal["standard", "transunet"] = Field(
         "standard",
         description="rule for a class that a case or its prediction lacks: see visionattn.tasks.segmentation.metrics",

@@ -44,7 +44,7 @@ def _rules(evaluation: Evaluation) -> str:
     else:
         text += " Surface distances are not measured."
     if rules["left_out"]:
-        text += f" Means leave out {', '.join(map(escape, rules['left_out']))}."
+        text += f" Counted classes are all but {', '.join(map(escape, rules['left_out']))}; mIoU and mF1 are of all."
     return text
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import f1_score, jaccard_score
 
 from visionattn.data.sample import IGNORE
 from visionattn.tasks.segmentation.metrics import (
@@ -87,12 +88,25 @@ def test_means_are_over_the_cases_of_a_class_and_then_over_the_classes_that_coun
     values = {key: np.stack([value[key] for value in values]) for key in values[0]}
     found = summarize(np.stack(counts), values, ["a", "b"], ["ground", "disc", "none"], [1, 2], 50)
     assert found["overall"]["dice"] == pytest.approx(0.75)  # the empty case and the absent class do not count
-    assert found["overall"]["miou"] == pytest.approx(0.6)
+    assert found["overall"]["miou_counted"] == pytest.approx(0.6)
+    assert found["overall"]["miou"] == pytest.approx((108 / 116 + 0.6) / 2)
     assert found["overall"]["pixel_accuracy"] == pytest.approx((44 + 12 + 64) / 128)
     assert found["overall"]["hd95"] is None
     assert found["per_class"][2]["dice"] is None
     assert found["per_class"][1]["cases"] == 1
     assert found["intervals"]["dice"] == pytest.approx([0.75, 0.75])
+
+
+def test_means_over_all_classes_and_over_the_counted_ones_are_those_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    truth, prediction = (rng.choice(4, (20, 20), p=[0.6, 0.2, 0.2, 0.0]) for _ in range(2))
+    metric = CaseCounts(cases=1, classes=4, kept=[1, 2, 3])
+    metric.update(torch.tensor(prediction), torch.tensor(truth), 0)
+    found = metric.compute()
+    for ours, score in (("miou", jaccard_score), ("mf1", f1_score)):
+        for name, labels in ((ours, [0, 1, 2]), (f"{ours}_counted", [1, 2])):  # class 3 occurs nowhere
+            expected = score(truth.ravel(), prediction.ravel(), labels=labels, average="macro")
+            assert found[name] == pytest.approx(expected)
 
 
 def test_the_bootstrap_keeps_groups_together():
@@ -113,7 +127,7 @@ def test_counts_of_epochs_agree_with_the_evaluation():
     found = metric.compute()
     assert found["dice"] == pytest.approx((0.75 + 0) / 2)
     both = np.array([[[44 + 48, 48 + 64, 48 + 48], [12, 16, 32]]])
-    assert found["miou"] == pytest.approx(pooled(both, [1])["miou"][0])
+    assert found["miou_counted"] == pytest.approx(pooled(both, [1])["miou_counted"][0])
 
 
 def test_calibration_bins_confidence_of_labelled_pixels():
