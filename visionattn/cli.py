@@ -221,6 +221,11 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--polygons", action="store_true", help="of scenes: write a GeoPackage too")
     command.add_argument(
+        "--class-numbers",
+        action="store_true",
+        help="masks hold 0, 1, 2, ... (default: what the recipe's own masks say, such as data.values)",
+    )
+    command.add_argument(
         "--continue", dest="resume", action="store_true", help="go on with masks: what is there is whole, and is kept"
     )
     command.set_defaults(function=_predict)
@@ -229,7 +234,8 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
 def _predict(arguments: argparse.Namespace) -> int:
     from visionattn.runs.predict import predict
 
-    written, unread = predict(arguments.model, arguments.images, arguments.out, arguments.polygons, arguments.resume)
+    options = {name: getattr(arguments, name) for name in ("polygons", "resume", "class_numbers")}
+    written, unread = predict(arguments.model, arguments.images, arguments.out, **options)
     print(f"{written} predicted, {unread} unreadable: {arguments.out}")
     return 1 if unread else 0
 

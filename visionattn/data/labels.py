@@ -1,4 +1,4 @@
-"""What targets are called: classes of images, and what mask files say, numbers or colours, as class numbers."""
+"""What targets are called: classes of images, and what mask files say, numbers or colours, for class numbers."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +12,9 @@ from visionattn.data.sample import IGNORE
 from visionattn.errors import UserError, listed
 from visionattn.recipe.sections import Positive, Section
 
-__all__ = ["ClassSection", "ColouredMaskSection", "Labels", "MaskSection", "class_order"]
+__all__ = ["ClassSection", "ColouredMaskSection", "Labels", "MaskCode", "MaskSection", "class_order"]
+
+KINDS = (np.uint8, np.uint16, np.int16, np.int32, np.uint32, np.int64)  # that masks are written with
 
 
 class ClassSection(Section):
@@ -173,6 +175,69 @@ class Labels:
                 "; see also whether the mask was saved without loss"
             )
         return numbers
+
+
+@dataclass(frozen=True)
+class MaskCode:
+    """What masks are written with: what the recipe reads as these classes.
+
+    Attributes:
+        classes: their names.
+        values: of each class.
+        unlabelled: where there is none.
+        colors: RGB of each class and, last, of what has none, where the recipe's masks are colour images.
+        known: the recipe reads as unlabelled what is written there; else files have to declare it.
+    """
+
+    classes: list[str]
+    values: list[int]
+    unlabelled: int = IGNORE
+    colors: list[tuple[int, int, int]] | None = None
+    known: bool = False
+
+    @classmethod
+    def of(cls, section: MaskSection, class_numbers: bool = False) -> Self:
+        """The rules of a data section, or 0, 1, 2, ... whatever it says."""
+        names = section.class_names
+        if class_numbers or not isinstance(section, MaskFileSection):
+            return cls(names, list(range(len(names))))
+        if section.palette:
+            colors = [_rgb(section.palette[name]) for name in names]
+            taken = {part for color in colors for part in color}
+            grey = next((v for v in range(255, -1, -1) if v not in taken), 0)  # no part of a class's colour
+            ignored = _rgb(section.palette["ignore"]) if "ignore" in section.palette else (grey,) * 3
+            return cls(names, list(range(len(names))), IGNORE, [*colors, ignored], "ignore" in section.palette)
+        meant = {k: value for value, k in reversed(Labels.of(section).numbers.items())}  # the first of several
+        values = [meant[k] for k in range(len(names))]
+        free = next(v for v in range(255, -1, -1) if v not in values)
+        return cls(names, values, meant.get(IGNORE, free), known=IGNORE in meant)
+
+    @property
+    def is_plain(self) -> bool:
+        """Masks say the class numbers themselves."""
+        return self.colors is None and [*self.values, self.unlabelled] == [*range(len(self.values)), IGNORE]
+
+    @property
+    def kind(self) -> np.dtype:
+        """The smallest type that holds all values."""
+        low, high = (end(*self.values, self.unlabelled) for end in (min, max))
+        return np.dtype(next(kind for kind in KINDS if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max))
+
+    def written(self, numbers: np.ndarray) -> np.ndarray:
+        """(..., H, W) of class numbers and IGNORE as the values of the file."""
+        unlabelled = [self.unlabelled] * (IGNORE + 1 - len(self.values))
+        return np.array([*self.values, *unlabelled], self.kind)[numbers]
+
+    def painted(self, numbers: np.ndarray) -> np.ndarray:
+        """(H, W) of class numbers and IGNORE as (3, H, W) uint8, where there are colours."""
+        assert self.colors is not None
+        table = np.array([*self.colors, *[self.colors[-1]] * (IGNORE - len(self.values))], np.uint8)
+        return np.moveaxis(table[numbers], -1, 0)
+
+
+def _rgb(text: str) -> tuple[int, int, int]:
+    red, green, blue = bytes.fromhex(text.lstrip("#"))
+    return red, green, blue
 
 
 def _translated(values: np.ndarray, table: dict[int, int]) -> np.ndarray:

@@ -26,7 +26,12 @@ log = logging.getLogger(__name__)
 
 
 def predict(
-    model: Path, paths: Sequence[Path], out: Path, polygons: bool = False, resume: bool = False
+    model: Path,
+    paths: Sequence[Path],
+    out: Path,
+    polygons: bool = False,
+    resume: bool = False,
+    class_numbers: bool = False,
 ) -> tuple[int, int]:
     """Write the probabilities of images to a table, or their masks into a folder.
 
@@ -37,6 +42,7 @@ def predict(
         paths: files and folders (searched for files of the format that the model was trained on).
         out: the .csv to write; of masks the folder to make.
         polygons: of scenes, write a GeoPackage beside each.
+        class_numbers: masks hold 0, 1, 2, ... and not what the recipe's masks say for the classes.
         resume: keep the masks that an earlier command has written, and write the others.
 
     Returns:
@@ -52,7 +58,10 @@ def predict(
         raise UserError(f"{out}: the folder {out.parent} does not exist; make it first")
     trained = load_trained(model)
     data, kind, (process, processes) = trained.recipe.data, part_of(trained.recipe.task, "task"), shard()
-    writer: Writer = kind.open_writer(trained.recipe, out, polygons)
+    if class_numbers and formats.module_of(data).KIND.target != "mask":
+        raise UserError("--class-numbers is for masks, which this model does not predict")
+    options = {"polygons": polygons} | ({"class_numbers": True} if class_numbers else {})
+    writer: Writer = kind.open_writer(trained.recipe, out, **options)
     samples, problems = formats.unlabelled(paths, data, len(data.mean or ()))
     if process > 0:
         problems = []  # which the first process tells

@@ -1,7 +1,8 @@
 """Masks of scenes as cloud-optimised GeoTIFF on the scene's own grid, NAME.tif, and their regions as NAME.gpkg.
 
-Band 1 holds class numbers, band 2 the probability of that class in per cent; both are 255 where the scene has no data.
-Memory does not grow with the scene.
+Band 1 holds what the recipe's own masks say of the class, such as its number, and the last band the probability of
+that class in per cent; where those are colour images, bands 1 to 3 are the colour. Where the scene has no data the mask
+says what the recipe reads as unlabelled, or declares a value of its own as nodata. Memory does not grow with the scene.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from visionattn.data.labels import MaskCode
 from visionattn.data.prediction import Prediction
 from visionattn.data.sample import IGNORE
 from visionattn.errors import UserError, listed
@@ -27,11 +29,9 @@ COMPRESSION = {"compress": "deflate", "bigtiff": "if_safer"}
 class Scenes(FilePerCase):
     suffix = ".tif"
 
-    def __init__(
-        self, out: Path, classes: Sequence[str], colors: Any, leave_out: Sequence[str], polygons: bool
-    ) -> None:
+    def __init__(self, out: Path, code: MaskCode, colors: Any, leave_out: Sequence[str], polygons: bool) -> None:
         super().__init__(out)
-        self.classes, self.left_out, self.polygons = classes, leave_out, polygons
+        self.code, self.left_out, self.polygons = code, leave_out, polygons
 
     def files_of(self, case: str) -> list[Path]:
         return super().files_of(case) + ([self.out / f"{case}.gpkg"] if self.polygons else [])
@@ -61,24 +61,58 @@ class Scenes(FilePerCase):
             opened(scene.path) as source,
             new_file(mask) as whole,
         ):
-            profile = {"driver": "GTiff", "count": 2, "dtype": "uint8", "nodata": IGNORE, "height": source.height}
-            profile |= {"width": source.width, "crs": source.crs, "transform": source.transform, "zlevel": 1}
-            profile |= {"tiled": True, "blockxsize": TILE, "blockysize": TILE, **COMPRESSION}
-            plain = whole.with_name("plain.tif")
-            with _gdal_errors(), open_quietly(plain, "w", **profile) as sink:
-                sink.descriptions = ("class", "confidence in percent")
-                if source.gcps[0]:
-                    sink.gcps = source.gcps
-                if source.rpcs:
-                    sink.rpcs = source.rpcs
-                sink.update_tags(classes="; ".join(f"{k}: {name}" for k, name in enumerate(self.classes)))
+            numbers, coded = whole.with_name("numbers.tif"), whole.with_name("coded.tif")
+            with _gdal_errors(), _raster(numbers, source, MaskCode(self.code.classes, self.code.values)) as sink:
                 _write_tiles(readable(predictions), scene, sink)
+            if self.code.is_plain:
+                coded = numbers
+            else:
+                with _gdal_errors(), open_quietly(numbers) as plain, _raster(coded, source, self.code) as sink:
+                    _write_coded(plain, sink, self.code)
             with _gdal_errors():
                 copied = {"driver": "COG", "blocksize": TILE, "overview_resampling": "nearest", **COMPRESSION}
-                rasterio.shutil.copy(plain, whole, **copied)
+                rasterio.shutil.copy(coded, whole, **copied)
             for path in layers:
                 with new_file(path) as layer:
-                    _polygon_writer()(plain, layer, self.classes, self.left_out)
+                    _polygon_writer()(numbers, layer, self.code.classes, self.left_out)
+
+
+@contextmanager
+def _raster(path: Path, source: Any, code: MaskCode) -> Iterator[Any]:
+    """A new raster in the place of another, which says what its values mean."""
+    from visionattn.data.formats._rasters import open_quietly
+
+    bands = ["class"] if code.colors is None else ["red", "green", "blue"]
+    profile = {"driver": "GTiff", "count": len(bands) + 1, "height": source.height, "width": source.width, "zlevel": 1}
+    profile |= {"dtype": code.kind, "nodata": _nodata(code), "crs": source.crs}
+    profile |= {"transform": source.transform, "tiled": True, "blockxsize": TILE, "blockysize": TILE, **COMPRESSION}
+    profile |= {"photometric": "MINISBLACK" if code.colors is None else "RGB", "alpha": "NO"}
+    with open_quietly(path, "w", **profile) as sink:
+        sink.descriptions = (*bands, "confidence in percent")
+        if source.gcps[0]:
+            sink.gcps = source.gcps
+        if source.rpcs:
+            sink.rpcs = source.rpcs
+        said = code.values if code.colors is None else ["#{:02X}{:02X}{:02X}".format(*rgb) for rgb in code.colors]
+        sink.update_tags(classes="; ".join(f"{k}: {name}" for k, name in zip(said, code.classes, strict=False)))
+        yield sink
+
+
+def _nodata(code: MaskCode) -> int | None:
+    """What a mask declares as nodata, in all bands; nothing where that would be a percentage, or part of a colour."""
+    if code.colors is not None:
+        return None if code.known else code.colors[-1][0]
+    return None if 1 <= code.unlabelled <= 100 else code.unlabelled
+
+
+def _write_coded(source: Any, sink: Any, code: MaskCode) -> None:
+    """Write class numbers and confidence as what the recipe reads, and confidence."""
+    missing = _nodata(code)
+    for _, window in source.block_windows(1):
+        numbers, confidence = source.read(window=window)
+        said = code.written(numbers)[None] if code.colors is None else code.painted(numbers)
+        percent = np.where(numbers == IGNORE, IGNORE if missing is None else missing, confidence)
+        sink.write(np.concatenate([said, percent[None].astype(said.dtype)]), window=window)
 
 
 def _polygon_writer() -> Any:

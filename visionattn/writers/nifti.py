@@ -1,4 +1,4 @@
-"""Masks as NIfTI, NAME.nii.gz: class numbers in the orientation, with the affine and header of the volume."""
+"""Masks as NIfTI, NAME.nii.gz: what the recipe's masks say, with the orientation, affine and header of the volume."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from visionattn.data.labels import MaskCode
 from visionattn.data.prediction import Prediction
 from visionattn.data.sample import IGNORE
 from visionattn.errors import UserError
@@ -18,10 +19,9 @@ __all__ = ["open"]
 class Volumes(FilePerCase):
     suffix = ".nii.gz"
 
-    def __init__(
-        self, out: Path, classes: Sequence[str], colors: Any, leave_out: Sequence[str], polygons: bool
-    ) -> None:
+    def __init__(self, out: Path, code: MaskCode, colors: Any, leave_out: Sequence[str], polygons: bool) -> None:
         super().__init__(out)
+        self.code = code
         if polygons:
             raise UserError("--polygons is for scenes, but the model was trained on volumes")
 
@@ -33,7 +33,7 @@ class Volumes(FilePerCase):
             labels[(prediction.index, *(prediction.window or ()))] = np.asarray(prediction.value)
         (out,) = self.made_for(case[0].case)
         with new_file(out) as path:
-            nibabel.save(_as_stored(case[0].volume, labels), path)
+            nibabel.save(_as_stored(case[0].volume, self.code.written(labels)), path)
 
 
 def _as_stored(volume: Any, labels: np.ndarray) -> Any:
@@ -42,10 +42,10 @@ def _as_stored(volume: Any, labels: np.ndarray) -> Any:
 
     stored, affine = volume.as_stored(labels), np.array(volume.stored_affine)
     if volume.files:
-        return nibabel.Nifti1Image(stored, affine)
+        return nibabel.Nifti1Image(stored, affine, dtype=stored.dtype)
     source = nibabel.load(volume.path)
     header = source.header.copy()
-    header.set_data_dtype(np.uint8)
+    header.set_data_dtype(stored.dtype)
     header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0  # the range that viewers show
     return type(source)(stored, source.affine, header)

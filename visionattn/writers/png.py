@@ -1,4 +1,8 @@
-"""Masks as PNG, NAME.png: the pixels are the class numbers, a palette shows them in colours; and overlays/NAME.png."""
+"""Masks as PNG, NAME.png, with a palette that shows classes in colours; and overlays/NAME.png.
+
+The pixels are what the recipe's own masks say: numbers, or indices of a palette of their colours. Numbers of more than
+8 bits have no palette, and those that no PNG can hold are written as NAME.tif.
+"""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -7,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from visionattn.data.colors import UNLABELLED, Colors, overlay
+from visionattn.data.labels import MaskCode
 from visionattn.data.prediction import Prediction
 from visionattn.data.sample import IGNORE, Sample, unit_range
 from visionattn.errors import UserError
@@ -19,13 +24,13 @@ __all__ = ["open"]
 class Masks(FilePerCase):
     suffix = ".png"
 
-    def __init__(
-        self, out: Path, classes: Sequence[str], colors: Colors, leave_out: Sequence[str], polygons: bool
-    ) -> None:
+    def __init__(self, out: Path, code: MaskCode, colors: Colors, leave_out: Sequence[str], polygons: bool) -> None:
         super().__init__(out)
         if polygons:
             raise UserError("--polygons is for scenes, but the model was trained on images")
-        self.colors = colors
+        self.code, self.colors = code, colors
+        if code.kind not in (np.uint8, np.uint16):
+            self.suffix = ".tif"
 
     def files_of(self, case: str) -> list[Path]:
         return [*super().files_of(case), self.out / "overlays" / f"{case}.png"]
@@ -37,16 +42,17 @@ class Masks(FilePerCase):
             mask[prediction.window or ()] = np.asarray(prediction.value)
         out, shown = self.made_for(sample.case)
         with new_file(out) as path, new_file(shown) as picture:
-            _with_palette(mask, self.colors).save(path, format="PNG")
+            _picture(mask, self.code, self.colors).save(path, format="PNG" if self.suffix == ".png" else "TIFF")
             overlay(unit_range(sample.image()), mask, self.colors).save(picture, format="PNG")
 
 
-def _with_palette(mask: np.ndarray, colors: Colors) -> Image.Image:
-    palette = np.zeros((IGNORE + 1, 3), dtype=np.uint8)
-    palette[IGNORE] = UNLABELLED
-    for number, color in enumerate(colors):
-        palette[number] = color or 0
-    image = Image.fromarray(mask)
+def _picture(mask: np.ndarray, code: MaskCode, colors: Colors) -> Image.Image:
+    values = code.written(mask)
+    if values.dtype != np.uint8:
+        return Image.fromarray(values if values.dtype == np.uint16 else values.astype(np.int32))
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    palette[[*code.values, code.unlabelled]] = code.colors or [*(color or (0, 0, 0) for color in colors), UNLABELLED]
+    image = Image.fromarray(values)
     image.putpalette(palette.tobytes())
     return image
 

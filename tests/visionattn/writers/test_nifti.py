@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from visionattn.data import formats
+from visionattn.data.labels import MaskCode
 from visionattn.data.prediction import PackedMask, Prediction
 from visionattn.data.sample import Sample
 from visionattn.errors import UserError
@@ -18,6 +19,7 @@ nibabel = pytest.importorskip("nibabel")
 from nibabel.eulerangles import euler2mat  # noqa: E402
 
 CLASSES = ["none", "liver", "tumour"]
+CODE = MaskCode(CLASSES, [0, 1, 2])
 
 
 def voxels() -> tuple[np.ndarray, np.ndarray]:
@@ -46,7 +48,7 @@ def write(path: Path, out: Path, axis: int = 2, predicted=by_brightness) -> None
     section = DATA["nifti"](format="nifti", root=Path(), classes=CLASSES, axis=axis, window=100, level=50)
     samples, problems = formats.unlabelled([path], section, 1)
     assert problems == []
-    with nifti.open(out, CLASSES, [None] * 3, [], polygons=False) as writer:
+    with nifti.open(out, CODE, [None] * 3, [], polygons=False) as writer:
         writer.refuse(samples)
         writer.write(samples, predicted(samples))
 
@@ -92,7 +94,7 @@ def test_a_volume_with_an_unreadable_slice_is_not_written(tmp_path, scan, files)
 
 def test_polygons_are_for_scenes(tmp_path):
     with pytest.raises(UserError, match="--polygons is for scenes"):
-        nifti.open(tmp_path / "out", CLASSES, [None] * 3, [], polygons=True)
+        nifti.open(tmp_path / "out", CODE, [None] * 3, [], polygons=True)
 
 
 def test_a_full_disk_leaves_no_volume(tmp_path, scan, files, full_disk):

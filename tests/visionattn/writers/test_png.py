@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from visionattn.data import formats
+from visionattn.data.labels import MaskCode
 from visionattn.data.prediction import PackedMask, Prediction
 from visionattn.data.sample import IGNORE
 from visionattn.errors import UserError
@@ -15,6 +16,7 @@ from visionattn.tasks.segmentation.recipe import DATA
 from visionattn.writers import png
 
 CLASSES, COLORS = ["background", "water", "road"], [None, (0, 0, 255), (255, 0, 0)]
+CODE = MaskCode(CLASSES, [0, 1, 2])
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def write(images: Path, out: Path, predictions: list[Prediction] | None = None) 
     section = DATA["image_mask"](format="image_mask", root=Path(), classes=CLASSES)
     samples, problems = formats.unlabelled([images], section, 1)
     assert problems == []
-    with png.open(out, CLASSES, COLORS, [], polygons=False) as writer:
+    with png.open(out, CODE, COLORS, [], polygons=False) as writer:
         writer.refuse(samples)
         for sample in samples:
             writer.write([sample], predictions or [Prediction(0, PackedMask(mask()))])
@@ -88,4 +90,4 @@ def test_a_full_disk_leaves_no_half_picture(tmp_path, images, files, full_disk):
 
 def test_polygons_are_for_scenes(tmp_path):
     with pytest.raises(UserError, match="--polygons is for scenes"):
-        png.open(tmp_path / "out", CLASSES, COLORS, [], polygons=True)
+        png.open(tmp_path / "out", CODE, COLORS, [], polygons=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from visionattn.backbones.encoder_decoder import EncoderDecoder
 from visionattn.data import formats
 from visionattn.data.colors import class_colors
+from visionattn.data.labels import MaskCode
 from visionattn.data.loaders import default_workers
 from visionattn.data.prediction import PackedMask, Prediction
 from visionattn.data.sample import IGNORE, Dataset, Sample, Window, cases, unit_range
@@ -347,15 +348,15 @@ def _scene(
                 yield (rows, strip), numbers.to(torch.uint8).cpu().numpy(), percent.cpu().numpy()
 
 
-def open_writer(spec: Recipe, out: Path, polygons: bool = False) -> Writer:
-    """What writes masks in the format that the samples came in.
+def open_writer(spec: Recipe, out: Path, polygons: bool = False, class_numbers: bool = False) -> Writer:
+    """What writes masks in the format that the samples came in, with the values that the recipe's own masks have.
 
     Raises:
         UserError: it cannot write there, or no polygons.
     """
     module = importlib.import_module(f"visionattn.writers.{formats.module_of(spec.data).KIND.writer}")
     colors = class_colors(spec.data, counted(spec))
-    return module.open(out, spec.data.class_names, colors, spec.evaluate.leave_out, polygons)
+    return module.open(out, MaskCode.of(spec.data, class_numbers), colors, spec.evaluate.leave_out, polygons)
 
 
 def refuse_other(spec: Recipe, dataset: Dataset) -> None:
