@@ -92,7 +92,8 @@ class Evaluate(sections.Evaluate):
     )
     empty: Literal["standard", "transunet"] = Field(
         "standard",
-        description="rule for a class that a case or its prediction lacks: see visionattn.tasks.segmentation.metrics",
+        description="rule for a class that a case or its prediction lacks, and with transunet the HD95 of its code: "
+        "see visionattn.tasks.segmentation.metrics",
     )
     surface: bool = Field(True, description="HD95 and normalised surface distance, where MONAI is installed")
     tolerance: NotNegative = Field(1.0, description="of the normalised surface distance, in mm or pixels")

@@ -35,12 +35,14 @@ def _rules(evaluation: Evaluation) -> str:
     text = "Only labelled pixels count. "
     if rules["empty"] == "transunet":
         text += f"Empty classes as in TransUNet's code: {one} whose truth has no pixel of a class that is predicted "
-        text += "counts as Dice 1 and HD95 0, one without prediction as 0 and 0."
+        text += "counts as Dice 1 and HD95 0, one without prediction as 0 and 0; HD95 is of the distances in both "
+        text += "directions together."
     else:
         text += f"Where neither truth nor prediction of {one} has a class, the {noun} does not count for it; where "
         text += "only one of them has it, Dice, IoU and surface Dice are 0 and HD95 is the diagonal."
     if rules["surface"]:
-        text += f" HD95 in {rules['unit']}; surface Dice with a tolerance of {rules['tolerance']:g} {rules['unit']}."
+        distances = "pixels" if rules["empty"] == "transunet" else rules["unit"]
+        text += f" HD95 in {distances}; surface Dice with a tolerance of {rules['tolerance']:g} {rules['unit']}."
     else:
         text += " Surface distances are not measured."
     if rules["left_out"]:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from sklearn.metrics import f1_score, jaccard_score
 
 from visionattn.data.sample import IGNORE
@@ -79,6 +80,33 @@ def test_empty_masks_follow_the_stated_rule(name):
     rule, prediction, truth, expected = RULES[name]
     _, values = measure_case(prediction, truth, (1.0, 1.0), 2, rule, tolerance=1.0)
     assert [values[key][1] for key in ("dice", "hd95", "nsd")] == pytest.approx(expected, nan_ok=True)
+
+
+def medpy_hd95(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """By MedPy's definition, pixel by pixel: border pixels miss a neighbour along an axis; no size of pixels."""
+
+    def border(mask: np.ndarray) -> np.ndarray:
+        around = np.pad(mask, 1)
+        steps = [np.roll(around, step, axis) for axis in range(mask.ndim) for step in (-1, 1)]
+        inner = np.logical_and.reduce(steps)[(slice(1, -1),) * mask.ndim]
+        return np.argwhere(mask & ~inner)
+
+    between = np.linalg.norm(border(prediction)[:, None] - border(truth)[None], axis=-1)
+    return np.percentile(np.concatenate([between.min(0), between.min(1)]), 95)
+
+
+@pytest.mark.parametrize("shape", [(24, 30), (5, 14, 12)])
+def test_the_rule_of_transunet_has_the_hd95_of_its_code(shape):
+    pytest.importorskip("monai")
+    rng = np.random.default_rng(0)
+    masks = [ndimage.gaussian_filter(rng.normal(size=shape), 2) > 0.05 for _ in range(2)]
+    masks[0][0] = True  # a part far away, at the edge of the picture
+    prediction, truth = masks[0].astype(np.uint8), masks[1].astype(np.int64)
+    spacing = (0.5, 2.0, 0.7)[: len(shape)]
+    _, values = measure_case(prediction, truth, spacing, 2, "transunet", tolerance=1.0)
+    assert values["hd95"][1] == pytest.approx(medpy_hd95(*masks))
+    _, standard = measure_case(prediction, truth, (1.0,) * len(shape), 2, tolerance=1.0)
+    assert values["hd95"][1] < standard["hd95"][1], "the larger of two percentiles"
 
 
 def test_means_are_over_the_cases_of_a_class_and_then_over_the_classes_that_count():
