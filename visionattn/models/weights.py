@@ -1,13 +1,17 @@
 """Weights in files: read without executing anything, and taken over by a network."""
 
 import logging
+import math
 import re
+import sys
+import warnings
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import resample_abs_pos_embed, resample_abs_pos_embed_nhwc
 from torch import Tensor, nn
 
 from visionattn.errors import UserError, listed
@@ -66,13 +70,20 @@ def classifier_names(network: nn.Module) -> list[str]:
 
 
 def start_from(network: nn.Module, path: Path, name: str) -> None:
-    """Load a checkpoint into the network called `name`; the head may differ in its class count, nothing else may.
+    """Load a checkpoint into the network called `name`; the head may differ in its class count.
+
+    What depends on the size of images (position embeddings, tables of relative positions) is resampled as timm does
+    it; nothing else may differ.
 
     Raises:
         UserError: not a checkpoint, or one of another network.
     """
-    state = _weights(load_checkpoint(path), network.state_dict())
     own, classifier = network.state_dict(), classifier_names(network)
+    saved = _weights(load_checkpoint(path), own)
+    state = saved if _same_shapes(own, saved, classifier) else _resampled(saved, network)
+    sized = [key for key in own.keys() & saved.keys() & state.keys() if saved[key].shape != state[key].shape]
+    if sized:
+        log.info("%s: resampled for the size of images: %s", path, listed(sorted(sized), most=3))
     differ = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
     if differ and differ <= set(classifier):
         old, new = (len(weights[sorted(differ)[0]]) for weights in (state, own))
@@ -98,6 +109,53 @@ def _weights(content: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str,
         ):
             state = bare
     return state
+
+
+def _same_shapes(own: Mapping[str, Tensor], state: Mapping[str, Tensor], classifier: Collection[str]) -> bool:
+    """Of all but the classifier."""
+    mine, theirs = ({k: v.shape for k, v in weights.items() if k not in classifier} for weights in (own, state))
+    return mine == theirs
+
+
+def _resampled(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """The weights as the models inside the network take over weights of another image size, where they do."""
+    models: list[str] = []  # the outermost ones, each with the filter of timm that stands beside its class
+    for prefix, module in network.named_modules():
+        fitted = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
+        if fitted is None or any(f"{prefix}.".startswith(outer) for outer in models):
+            continue
+        models.append(f"{prefix}." if prefix else "")
+        of_model = {key.removeprefix(models[-1]): v for key, v in state.items() if key.startswith(models[-1])}
+        others = {key: value for key, value in state.items() if not key.startswith(models[-1])}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch, about how timm interpolates
+                state = others | {models[-1] + key: value for key, value in fitted(of_model, module).items()}
+        except Exception as error:  # each filter raises its own for weights of another network
+            log.debug("%s: %s", prefix, error)
+    own = network.state_dict()
+    of_positions = [key for key in own.keys() & state.keys() if "pos_embed" in key]  # which not every filter resamples
+    return state | {key: _resized(state[key], own[key].shape) for key in of_positions}
+
+
+def _resized(table: Tensor, shape: Sequence[int]) -> Tensor:
+    """A table of positions (1, C, H, W), (1, H, W, C), or (1, tokens, C) of square maps, for another height and width.
+
+    Any other table is returned as it is.
+    """
+    if table.ndim != len(shape):
+        return table
+    differ = [axis for axis, (old, new) in enumerate(zip(table.shape, shape, strict=True)) if old != new]
+    if table.ndim == 4 and differ == [2, 3]:
+        return resample_abs_pos_embed_nhwc(table.permute(0, 2, 3, 1), list(shape[2:])).permute(0, 3, 1, 2)
+    if table.ndim == 4 and differ == [1, 2]:
+        return resample_abs_pos_embed_nhwc(table, list(shape[1:3]))
+    if table.ndim == 3 and differ == [1]:
+        for prefix in range(3):  # class tokens
+            old, new = (math.isqrt(tokens - prefix) for tokens in (table.shape[1], shape[1]))
+            if (old**2 + prefix, new**2 + prefix) == (table.shape[1], shape[1]):
+                return resample_abs_pos_embed(table, [new, new], [old, old], prefix)
+    return table
 
 
 def _differences(own: Mapping, state: Mapping, missing: set, unknown: set, differ: set) -> str:
