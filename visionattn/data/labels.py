@@ -130,12 +130,14 @@ class Labels:
         """Class numbers (H, W) int64, IGNORE where unlabelled.
 
         Args:
-            mask: (H, W) whole numbers, or (H, W, 3) uint8 colours.
+            mask: (H, W) whole numbers, or (H, W, 3) uint8 colours; without a table of colours grey ones are numbers.
             name: the file, for messages.
 
         Raises:
             UserError: values or colours that the recipe does not know; colours without a table.
         """
+        if mask.ndim == 3 and self.colors is None and (mask == mask[..., :1]).all():
+            mask = mask[..., 0]
         if mask.ndim == 3:
             return self._of_colors(mask, name)
         if self.colors is not None:

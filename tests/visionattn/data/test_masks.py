@@ -237,7 +237,7 @@ def test_unknown_values_are_named_with_the_likely_remedy():
     with pytest.raises(UserError, match=r"m.png: the mask has -1.*data.ignore_index=-1"):
         labels.of_mask(np.array([[0, -1]], np.int16), "m.png")
     with pytest.raises(UserError, match=r"data\.colors"):
-        labels.of_mask(np.zeros((2, 2, 3), np.uint8), "m.png")
+        labels.of_mask(np.array([[[0, 0, 0], [60, 16, 152]]], np.uint8), "m.png")
 
 
 def test_palette_masks_are_read_by_number_or_by_colour(tmp_path):
@@ -254,6 +254,17 @@ def test_colours_of_masks_become_class_numbers():
     assert labels.of_mask(mask, "m.png").tolist() == [[0, 1, IGNORE]]
     with pytest.raises(UserError, match="#010101"):
         labels.of_mask(mask + 1, "m.png")
+
+
+def test_grey_masks_that_were_saved_in_colour_are_numbers(tmp_path):
+    grey = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (40, 48))
+    colour = np.repeat(grey[..., None], 3, axis=2)
+    write(tmp_path, ["train/a", "val/b"], colour)
+    dataset, problems = find(section(tmp_path, values=[0, 255]))
+    assert problems == []
+    assert np.array_equal(dataset.samples[0].target(), grey // 255)
+    labels = Labels.of(section(tmp_path, colors={"no": "#000000", "yes": "#FFFFFF"}))
+    assert np.array_equal(labels.of_mask(colour, "a"), grey // 255)
 
 
 def test_builtin_scenes_use_every_digit_once():

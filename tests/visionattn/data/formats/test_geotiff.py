@@ -22,6 +22,8 @@ from visionattn.recipe.sections import Data, Lists
 from visionattn.tasks.segmentation.recipe import DATA
 
 rasterio = pytest.importorskip("rasterio")
+from rasterio.warp import transform_bounds  # noqa: E402
+
 from visionattn.data.formats import _rasters  # noqa: E402
 
 SIZE = (40, 50)
@@ -280,7 +282,7 @@ def test_ground_is_shared_whatever_the_coordinate_system(root, tmp_path, crs, sc
     """A scene round the middle of the first one, as large, far smaller or larger, or beside it."""
     middle = np.array([500_250.0, 4_999_800.0]) + (np.array([510, 410]) * max(scale, 1) if away else 0)
     half = np.array([250, 200]) * scale
-    west, south, east, north = rasterio.warp.transform_bounds(UTM, crs, *(middle - half), *(middle + half))
+    west, south, east, north = transform_bounds(UTM, crs, *(middle - half), *(middle + half))
     place = rasterio.Affine((east - west) / SIZE[1], 0, west, 0, (south - north) / SIZE[0], north)
     save(root / "images/b.tif", bands() + np.uint16(1), transform=place, crs=crs)
     save(root / "masks/b.tif", numbers(), transform=place, crs=crs)
