@@ -146,15 +146,19 @@ class History(pl.Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        self._began = time.monotonic()
+        self._began, self._validated = time.monotonic(), False
 
     def on_train_epoch_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
-        self._began = time.monotonic()
+        self._began, self._validated = time.monotonic(), False
+
+    def on_validation_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        self._validated = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         row: dict[str, Any] = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
         row["lr"] = max(group["lr"] for group in trainer.optimizers[0].param_groups)
-        row |= {name: value.item() for name, value in trainer.callback_metrics.items()}
+        values = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        row |= {name: value for name, value in values.items() if self._validated or not name.startswith("val/")}
         row["seconds"] = round(time.monotonic() - self._began, 2)
         self.rows.append(row)
         if trainer.is_global_zero:

@@ -1,5 +1,6 @@
 """Commands that are stopped, that meet a locked place, or that are asked for what cannot be: one line, no rest."""
 
+import csv
 import os
 import shutil
 import signal
@@ -103,8 +104,11 @@ def test_a_trainer_that_cannot_work_is_refused_first(override, words, recipe_fil
 
 def test_validation_every_other_epoch_works(recipe_file, tmp_path):
     run = tmp_path / "run"
-    assert main(["fit", str(recipe_file), "--run", str(run), "trainer.check_val_every_n_epoch=2"]) == 0
+    every_other = ["trainer.check_val_every_n_epoch=2", "train.epochs=4"]
+    assert main(["fit", str(recipe_file), "--run", str(run), *every_other]) == 0
     assert (run / "report.html").is_file()
+    with (run / "metrics.csv").open() as file:
+        assert [row["val/loss"] != "" for row in csv.DictReader(file)] == [False, True, False, True]
 
 
 def test_a_batch_of_one_with_batch_norm_is_refused_first(tmp_path, refused):
