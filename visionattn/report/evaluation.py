@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 from PIL import Image
 
 from visionattn.files import new_folder, read_table, write_rows
@@ -49,6 +50,7 @@ class Evaluation:
         more: what only this task reports.
         about: checkpoint, epoch (counted from 1, as everywhere in a run), data, views.
         tables: by file name the rows of a table.
+        arrays: by file name (.npy) what is too wide for a table.
         pictures: by file name.
         folder: where it was read from or written to.
     """
@@ -65,6 +67,7 @@ class Evaluation:
     more: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, Iterable[Mapping[str, Any]]] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
     pictures: dict[str, Image.Image] = field(default_factory=dict)
     folder: Path = Path()
 
@@ -80,6 +83,8 @@ class Evaluation:
             (folder / "metrics.json").write_text(json.dumps(self.as_dict(), indent=1), encoding="utf-8")
             for name, rows in self.tables.items():
                 write_rows(folder / name, rows)
+            for name, array in self.arrays.items():
+                np.save(folder / name, array)
             for name, picture in self.pictures.items():
                 (folder / name).parent.mkdir(exist_ok=True)
                 picture.save(folder / name)

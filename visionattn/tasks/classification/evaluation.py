@@ -1,6 +1,7 @@
 """What is measured of a classifier on held-out images.
 
-Tables: predictions.csv (a row per image), mistakes.csv and mistakes/*.png, the most confident mistakes.
+Tables: predictions.csv, a row per image with the probability of each class, or of many classes of the likeliest, all
+then being in probabilities.npy; mistakes.csv and mistakes/*.png, the most confident mistakes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,8 @@ from visionattn.tasks.classification.recipe import Recipe
 __all__ = ["measure"]
 
 MISTAKES = 12
+WIDEST = 100  # classes that a table has columns for
+LIKELIEST = 5
 THUMBNAIL = 160  # pixels of the longer side
 
 
@@ -28,11 +31,13 @@ def measure(predictions: Sequence[Prediction], samples: Sequence[Sample], spec: 
     labelling = labelling_of(spec.data.classes, spec.data.multi_label)
     rows = sorted(predictions, key=lambda prediction: prediction.index)
     probabilities, targets = torch.from_numpy(np.stack([np.asarray(row.value) for row in rows])), targets_of(samples)
-    scores = metrics.overall(probabilities, targets)
-    overall = {name: None if score.isnan() else score.item() for name, score in scores.items()}
+    scores = metrics.of_classes(probabilities, targets)
+    means = metrics.overall(probabilities, targets, scores)
+    overall = {name: None if score.isnan() else score.item() for name, score in means.items()}
     overall["loss"] = labelling.log_loss(probabilities, targets).item()
     measured = {name: int(which.sum()) for name, which in metrics.measurable(targets, len(labelling.classes)).items()}
     groups = [sample.group for sample in samples]
+    interval = metrics.interval(probabilities, targets, groups, spec.evaluate.bootstrap)
     mistakes, pictures = _mistakes(labelling, samples, probabilities.numpy(), targets.numpy())
     return Evaluation(
         task=spec.task,
@@ -42,8 +47,8 @@ def measure(predictions: Sequence[Prediction], samples: Sequence[Sample], spec: 
         classes=labelling.classes,
         headline=labelling.headline,
         overall=overall,
-        intervals=metrics.intervals(labelling.headline, probabilities, targets, groups, spec.evaluate.bootstrap),
-        per_class=metrics.per_class(probabilities, targets, labelling),
+        intervals={labelling.headline: interval} if interval else {},
+        per_class=metrics.per_class(scores, targets, labelling),
         more={
             "multi_label": spec.data.multi_label,
             "confusion": _confusion(labelling, probabilities.numpy(), targets.numpy()).tolist(),
@@ -51,6 +56,7 @@ def measure(predictions: Sequence[Prediction], samples: Sequence[Sample], spec: 
             "bootstrap": {"resamples": spec.evaluate.bootstrap, "groups": len(set(groups))},
         },
         tables={"predictions.csv": _table(labelling, samples, probabilities.numpy()), "mistakes.csv": mistakes},
+        arrays={"probabilities.npy": probabilities.numpy()} if len(labelling.classes) > WIDEST else {},
         pictures=pictures,
     )
 
@@ -70,11 +76,17 @@ def _table(labelling: Labelling, samples: Sequence[Sample], probabilities: np.nd
         truth, guess = labelling.name(sample.label), labelling.name(labelling.decided(row))
         confidence = "" if np.ndim(sample.label) else f"{row.max():.6f}"
         cells = {"name": sample.name, "label": truth, "predicted": guess, "correct": int(truth == guess)}
-        yield (
-            cells
-            | {"confidence": confidence}
-            | {f"p:{c}": f"{p:.6f}" for c, p in zip(labelling.classes, row, strict=True)}
-        )
+        yield cells | {"confidence": confidence} | _probabilities(labelling, row)
+
+
+def _probabilities(labelling: Labelling, row: np.ndarray) -> dict[str, str]:
+    """Cells with the probability of each class, or of many classes with the likeliest ones and theirs."""
+    if len(row) <= WIDEST:
+        return {f"p:{name}": f"{p:.6f}" for name, p in zip(labelling.classes, row, strict=True)}
+    likeliest = np.argpartition(-row, LIKELIEST)[:LIKELIEST]
+    ranked = likeliest[np.argsort(-row[likeliest], kind="stable")]
+    cells = {f"top{n}": labelling.classes[k] for n, k in enumerate(ranked, 1)}
+    return cells | {f"p{n}": f"{row[k]:.6f}" for n, k in enumerate(ranked, 1)}
 
 
 def _mistakes(

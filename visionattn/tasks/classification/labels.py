@@ -81,7 +81,7 @@ class SingleLabel(Labelling):
         return targets.reshape(-1, 1) == np.arange(len(self.classes))
 
     def log_loss(self, probabilities: Tensor, targets: Tensor) -> Tensor:
-        return F.nll_loss(probabilities.clamp_min(1e-12).log(), targets)
+        return -probabilities.gather(1, targets[:, None]).clamp_min(1e-12).log().mean()
 
     def surprise(self, probabilities: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         wrong = probabilities.argmax(1) != targets

@@ -98,10 +98,11 @@ def _probabilities(evaluation: Evaluation) -> str:
     if not path.is_file():
         return ""
     scored = classes if several else classes[1:] if len(classes) == 2 else []
-    columns = ["label", "correct", "confidence", *(f"p:{name}" for name in scored)]
-    label, correct, confidence, *scores = _columns(path, columns)
+    kept = evaluation.folder / "probabilities.npy"
+    columns = [] if kept.is_file() else [f"p:{name}" for name in scored]
+    label, correct, confidence, *scores = _columns(path, ["label", "correct", "confidence", *columns])
     truth = np.array([[f";{name};" in f";{text};" for text in label] for name in scored])
-    belief = np.array(scores, dtype=float)
+    belief = np.array(scores, float) if columns or not scored else np.load(kept, mmap_mode="r").T
     confusion = evaluation.more["confusion"] if several else [evaluation.more["confusion"]]
     auroc = {row["class"]: row["auroc"] for row in evaluation.per_class if row["auroc"] is not None}
     worst = sorted((k for k, name in enumerate(scored) if name in auroc), key=lambda k: auroc[scored[k]])[:ROC_LABELS]

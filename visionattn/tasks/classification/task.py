@@ -68,7 +68,7 @@ class Classifier(Task):
         super().__init__(network, **task)
         self.loss, self.labelling, self.mix = loss, labelling, mix
         self.views = views(tta, turnable)
-        self.val_scores = Scores()
+        self.val_scores = Scores(self.monitored in ("val/auroc", "val/average_precision"))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         image, label = batch["image"], batch["label"]

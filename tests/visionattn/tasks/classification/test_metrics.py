@@ -1,5 +1,6 @@
 """Metrics against scikit-learn: their values, what they leave out, and their intervals."""
 
+import csv
 import math
 
 import numpy as np
@@ -110,7 +111,7 @@ def test_the_interval_is_that_of_the_binomial_distribution():
     labels = torch.zeros(100, dtype=torch.int64)
     probabilities = torch.eye(2)[[0] * 70 + [1] * 30]
     groups = list(map(str, range(100)))
-    low, high = metrics.intervals("accuracy", probabilities, labels, groups, 4000)["accuracy"]
+    low, high = metrics.interval(probabilities, labels, groups, 4000)
     spread = 1.96 * math.sqrt(0.7 * 0.3 / 100)
     assert (low, high) == pytest.approx((0.7 - spread, 0.7 + spread), abs=0.015)
 
@@ -120,10 +121,10 @@ def test_groups_are_drawn_whole_so_equal_copies_narrow_nothing():
     labels = torch.randint(2, (30,))
     probabilities = torch.eye(2)[torch.where(torch.rand(30) < 0.7, labels, 1 - labels)]
     groups = [f"{i:02}" for i in range(30)]
-    alone = metrics.intervals("accuracy", probabilities, labels, groups, 500)
-    copied = metrics.intervals("accuracy", probabilities.repeat(4, 1), labels.repeat(4), groups * 4, 500)
-    assert copied["accuracy"] == pytest.approx(alone["accuracy"], abs=1e-6)
-    assert metrics.intervals("accuracy", probabilities, labels, ["same"] * 30, 500) == {}
+    alone = metrics.interval(probabilities, labels, groups, 500)
+    copied = metrics.interval(probabilities.repeat(4, 1), labels.repeat(4), groups * 4, 500)
+    assert copied == pytest.approx(alone, abs=1e-6)
+    assert metrics.interval(probabilities, labels, ["same"] * 30, 500) is None
 
 
 def test_a_class_without_images_has_no_scores(single):
@@ -210,14 +211,51 @@ def test_a_metric_that_no_class_allows_is_none(kind):
     assert found.overall["accuracy"] is not None
 
 
-@pytest.mark.parametrize("name", ["auroc", "f1", "balanced_accuracy", "average_precision", "accuracy"])
-def test_every_metric_has_an_interval_where_resamples_lack_classes(several, name):
-    probabilities, labels = several
-    labels = labels[:20].clone()
+def test_the_interval_of_auroc_is_that_of_resampled_images(several, monkeypatch):
+    """With ties, and labels that some resamples lack: against scikit-learn, resample by resample."""
+    probabilities, labels = (values[:20].clone() for values in several)
+    probabilities = (probabilities * 8).round() / 8
     labels[:, 5:] = 0
     labels[0, 5] = 1
-    (low, high) = metrics.intervals(name, probabilities[:20], labels, list(map(str, range(20))), 100)[name]
-    assert 0 < low < metrics.overall(probabilities[:20], labels)[name].item() < high <= 1
+    p, y = probabilities.numpy(), labels.numpy()
+    rng, values = np.random.default_rng(0), []
+    for _ in range(100):
+        rows = rng.integers(20, size=20)
+        there = [k for k in range(7) if 0 < y[rows, k].sum() < 20]
+        values.append(np.mean([sk.roc_auc_score(y[rows, k], p[rows, k]) for k in there]))
+    expected = np.quantile(values, [0.025, 0.975])
+    for at_once in (2**22, 60):  # weights at once
+        monkeypatch.setattr(metrics, "AT_ONCE", at_once)
+        groups = [f"{i:02}" for i in range(20)]
+        assert metrics.interval(probabilities, labels, groups, 100) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_areas_are_scikit_learn_s_with_ties_too(levels):
+    rng = np.random.default_rng(levels)
+    scores = (rng.integers(levels, size=(500, 4)) / levels).astype(np.float32)
+    labels = (rng.random((500, 4)) < [0.01, 0.3, 0.5, 0.97]).astype(np.float32)
+    found = metrics.of_classes(torch.from_numpy(scores), torch.from_numpy(labels))
+    for name, function in (("auroc", sk.roc_auc_score), ("average_precision", sk.average_precision_score)):
+        expected = [function(labels[:, k], scores[:, k]) for k in range(4)]
+        assert found[name].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_of_many_classes_the_likeliest_are_a_table_and_all_an_array(tmp_path):
+    probabilities = torch.rand(6, 120, generator=torch.Generator().manual_seed(0)).softmax(1)
+    classes = [f"c{i}" for i in range(120)]
+    keys = {"format": "folder", "root": "x", "classes": classes, "multi_label": False}
+    spec = Recipe(task="classification", model={"name": "m"}, data=DATA["folder"](**keys))
+    samples = [PlainSample(str(i), str(i), str(i), label=i) for i in range(6)]
+    found = measure([Prediction(i, p) for i, p in enumerate(probabilities.numpy())], samples, spec, "val")
+    found.write(tmp_path / "val")
+    assert np.array_equal(np.load(tmp_path / "val/probabilities.npy"), probabilities.numpy())
+    with (tmp_path / "val/predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row, (values, places) in zip(rows, zip(*probabilities.topk(5), strict=True), strict=True):
+        assert [row[f"top{n}"] for n in range(1, 6)] == [f"c{k}" for k in places.tolist()]
+        assert [float(row[f"p{n}"]) for n in range(1, 6)] == pytest.approx(values.tolist(), abs=1e-6)
+        assert row["predicted"] == row["top1"]
 
 
 def test_metrics_of_an_epoch_are_those_of_its_images_without_what_cannot_be_measured(several):
@@ -227,10 +265,20 @@ def test_metrics_of_an_epoch_are_those_of_its_images_without_what_cannot_be_meas
     scores = metrics.Scores()
     for part in range(0, 200, 70):
         scores.update(probabilities[part : part + 70], labels[part : part + 70])
-    assert scores.compute() == metrics.overall(probabilities, labels)
+    assert scores.compute() == metrics.overall(probabilities, labels, metrics.of_classes(probabilities, labels))
     scores.reset()
     scores.update(probabilities, torch.zeros(200, 7))
     assert set(scores.compute()) == {"accuracy", "calibration_error"}
+
+
+@pytest.mark.parametrize("ranked", [False, True])
+def test_of_very_many_probabilities_an_epoch_sorts_only_what_is_monitored(single, ranked, monkeypatch):
+    monkeypatch.setattr(metrics, "SORTED", 100)
+    scores = metrics.Scores(ranked)
+    scores.update(*single)
+    assert {"auroc", "average_precision"} <= set(scores.compute()) or not ranked
+    assert {"accuracy", "f1", "balanced_accuracy"} <= set(scores.compute())
+    assert ("auroc" in scores.compute()) == ranked
 
 
 @pytest.mark.parametrize(
