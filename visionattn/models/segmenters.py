@@ -77,8 +77,29 @@ def _fpn(channels: list[int], **args: Any) -> nn.Module:
     return SmpDecoder(decoder, decoder.out_channels)
 
 
+class AveragePool(nn.Module):
+    """Adaptive average pooling, (B, C, H, W) -> (B, C, side, side), by products, whose gradient repeats on CUDA."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = (_means(size, self.side).to(x) for size in x.shape[2:])
+        return rows @ x @ columns.T
+
+
+def _means(size: int, bins: int) -> Tensor:
+    """(bins, size): the weights of the means of `bins` equal parts, which share a place where they do not divide it."""
+    part, place = torch.arange(bins)[:, None], torch.arange(size)
+    inside = (place >= part * size // bins) & (place < -(-(part + 1) * size // bins))
+    return inside / inside.sum(1, keepdim=True)
+
+
 def _upernet(channels: list[int], decoder_channels: int = 256, **args: Any) -> nn.Module:
     decoder = UPerNetDecoder(_with_image(channels), decoder_channels=decoder_channels, **args)
+    for block in decoder.psp.blocks:
+        block[0] = AveragePool(block[0].output_size)
     return SmpDecoder(decoder, decoder_channels)
 
 

@@ -21,6 +21,7 @@ from visionattn.data.splits import split
 from visionattn.data.survey import doubts, read_through, usable
 from visionattn.environment import silence
 from visionattn.errors import UserError, listed
+from visionattn.models.determinism import refuse_nondeterministic
 from visionattn.models.networks import try_out
 from visionattn.recipe import Recipe, part_of
 from visionattn.report.page import write_report
@@ -28,7 +29,7 @@ from visionattn.runs.checkpoints import epoch_of, load_weights, provenance
 from visionattn.runs.directory import RunDirectory
 from visionattn.runs.evaluate import evaluate_split
 from visionattn.runs.processes import forget_handover, from_first, is_first, offer
-from visionattn.runs.trainer import check_limits, check_trainer, make_trainer
+from visionattn.runs.trainer import check_limits, check_trainer, make_trainer, on_cuda
 from visionattn.tasks.base import Task
 
 __all__ = ["fit", "prepare", "rehearse", "resume"]
@@ -134,8 +135,11 @@ def rehearse(spec: Recipe, dataset: Dataset) -> None:
     validated = kind.evaluation_set(dataset.splits["val"], spec.data)
     check_limits(spec, len(kind.training_set(dataset, spec)), len(validated))
     image = (len(spec.data.mean or ()), *spec.data.side)
+    batch = min(2, spec.data.batch_size)
     for training in (False, True):
-        try_out(task.network, spec.model.name, image, min(2, spec.data.batch_size), training)
+        try_out(task.network, spec.model.name, image, batch, training)
+    if spec.train.deterministic and on_cuda(spec):
+        refuse_nondeterministic(task.network, spec.model.name, image, batch)
 
 
 def _train(directory: RunDirectory, spec: Recipe, dataset: Dataset) -> Path:

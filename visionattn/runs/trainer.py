@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch import callbacks, loggers
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
@@ -16,7 +17,7 @@ from visionattn.runs.checkpoints import AtomicCheckpointIO, ModelCheckpoint
 from visionattn.runs.directory import History, RunDirectory
 from visionattn.tasks.base import Task
 
-__all__ = ["check_limits", "check_trainer", "make_trainer"]
+__all__ = ["check_limits", "check_trainer", "make_trainer", "on_cuda"]
 
 ELSEWHERE = {  # arguments of lightning.Trainer that another key of a recipe decides, or nobody
     "max_epochs": "train.epochs",
@@ -69,6 +70,11 @@ def check_limits(spec: Recipe, trained: int, validated: int) -> None:
         limit = spec.trainer.get(key, count)
         if count and not (limit if isinstance(limit, int) else int(limit * count)):
             raise UserError(f"trainer.{key} is {limit}, which leaves none of the {count} batches of an epoch")
+
+
+def on_cuda(spec: Recipe) -> bool:
+    """Whether a run trains on NVIDIA's or AMD's devices."""
+    return torch.cuda.is_available() and spec.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
 
 
 def make_trainer(spec: Recipe, task: Task, directory: RunDirectory) -> pl.Trainer:

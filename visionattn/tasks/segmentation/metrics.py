@@ -290,8 +290,8 @@ def calibration(probabilities: Tensor, truth: Tensor) -> Tensor:
     labelled = truth != IGNORE
     confidence, guess = (x[labelled] for x in probabilities.max(0))
     place = (confidence * BINS).long().clamp_(0, BINS - 1)
-    weights = (torch.ones_like(confidence), confidence, (guess == truth[labelled]).to(confidence.dtype))
-    return torch.stack([torch.bincount(place, w.double(), minlength=BINS) for w in weights])
+    weights = torch.stack([torch.ones_like(confidence), confidence, guess == truth[labelled]]).double()
+    return weights.new_zeros(3, BINS).index_add_(1, place, weights)  # bincount has no deterministic form on CUDA
 
 
 def calibration_error(bins: np.ndarray) -> float:
