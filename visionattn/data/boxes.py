@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from visionattn.data.sample import Window
-from visionattn.recipe.sections import Section
+from visionattn.data.splits import GroupSection
 
 __all__ = ["BoxSection", "Boxes", "pixels_of"]
 
@@ -16,10 +16,13 @@ VISIBLE = 0.25  # an object of which a crop shows less is left out ...
 WHOLE = 0.5  # ... and one of which it shows less than this is ignored there
 
 
-class BoxSection(Section):
+class BoxSection(GroupSection):
     """What every source of images with boxes shares."""
 
     classes: list[str] | None = Field(None, description="class names in order; unset: as found in the data")
+    ignored: list[str] = Field(
+        [], description="names of the data that are no classes: there nothing is learned, and nothing counts as wrong"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +31,7 @@ class Boxes:
 
     Attributes:
         xyxy: (N, 4) float32 left, top, right, bottom in pixels; a box of one pixel at the origin is 0, 0, 1, 1.
-        labels: (N,) int64 class indices.
+        labels: (N,) int64 class indices; -1 of ignored objects that may be of any class.
         ignore: (N,) bool: a crowd, a doubtful or unlabelled region, neither learned nor counted as wrong.
         scores: (N,) float32 of predictions, None of labels.
         masks: of each object a bool crop (h, w) of the pixels that its box touches, see `pixels_of`; None where objects
@@ -70,6 +73,9 @@ class Boxes:
         rows, columns = window
         low, high = [columns.start, rows.start] * 2, [columns.stop, rows.stop] * 2
         boxes = self.xyxy.clip(low, high)
+        touched = np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
+        if not touched.all():
+            return self[touched].within(window)
         visible = (boxes[:, 2:] - boxes[:, :2]).prod(1) / np.maximum(self.areas, 1e-12)
         masks = self.masks
         if masks is not None:

@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from visionattn.data.remarks import names_its_file
@@ -24,13 +25,16 @@ from visionattn.errors import UserError, listed
 
 __all__ = [
     "SUFFIXES",
+    "Header",
     "ImageArray",
     "ImageFile",
     "Place",
     "array_to_image",
     "decode",
+    "existing",
     "files_below",
     "given_files",
+    "header",
     "identities",
     "image_samples",
     "is_data",
@@ -46,6 +50,7 @@ log = logging.getLogger(__name__)
 SUFFIXES = {".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 WHITE_IS_ZERO = 0  # TIFF 6.0, PhotometricInterpretation
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
+TRANSPOSED = {5, 6, 7, 8}  # EXIF orientations that swap height and width
 Place = tuple[int, int]  # of a folder: device and number
 NO_DATA = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN"}  # what file servers and systems leave among the files
 
@@ -102,6 +107,36 @@ def read_image(path: str | Path, channels: int | None = None) -> np.ndarray:
         UserError: missing, not an image, damaged, pixel values outside the rules, or channels that do not match.
     """
     return match_channels(array_to_image(decode(path), path), channels, path)
+
+
+class Header(NamedTuple):
+    """What an image file says before it is decoded.
+
+    Attributes:
+        size: (H, W) of the picture turned upright.
+        bands: 1 of grey, 3 of colour, one more with transparency.
+        orientation: EXIF's, from 1 (stored upright) to 8.
+    """
+
+    size: tuple[int, int]
+    bands: int
+    orientation: int
+
+
+@names_its_file
+def header(path: Path) -> Header:
+    """Raises UserError where it is no readable image."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            orientation = orientation if orientation in range(2, 9) else 1
+            size = (width, height) if orientation in TRANSPOSED else (height, width)
+            return Header(size, 3 if image.mode == "P" else len(image.getbands()), orientation)
+    except Exception as error:  # decoders raise nearly anything
+        deep = path.suffix.lower() in (".tif", ".tiff")
+        hint = "; many bands or 16-bit colour: data.format=geotiff" if deep else ""
+        raise UserError(f"{path}: not a readable image ({str(error) or type(error).__name__}){hint}") from None
 
 
 @names_its_file
@@ -261,6 +296,12 @@ def unused(folder: Path, used: Iterable[Path]) -> str:
     others = (here / name for here, _, files in walk(folder) for name in files)
     endings = Counter(path.suffix.lower() or "without ending" for path in others if path not in known)
     return ", ".join(f"{count} {ending}" for ending, count in endings.most_common())
+
+
+def existing(base: Path, name: str) -> Path:
+    """The file of this name, or of the same characters composed or decomposed, as other systems write them."""
+    spelt = [base / name, *(base / normalize(form, name) for form in ("NFC", "NFD"))]
+    return next((path for path in spelt if path.is_file()), spelt[0])
 
 
 def given_files(paths: Sequence[Path], endings: Collection[str] = SUFFIXES) -> list[tuple[Path, Path]]:

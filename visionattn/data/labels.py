@@ -24,17 +24,17 @@ class ClassSection(Section):
     classes: list[str] | None = Field(None, description="class names in order; unset: as found in the data")
 
 
-def class_order(names: Iterable[str], section: ClassSection) -> list[str]:
+def class_order(names: Iterable[str], classes: list[str] | None) -> list[str]:
     """Class names in order: the recipe's if it has them, else sorted, whole numbers by their value."""
     names = set(names)
-    if section.classes is None:
+    if classes is None:
         return sorted(names, key=lambda n: (0, int(n), n) if n.isdecimal() else (1, 0, n))
-    twice, unknown = {n for n in section.classes if section.classes.count(n) > 1}, names - set(section.classes)
+    twice, unknown = {n for n in classes if classes.count(n) > 1}, names - set(classes)
     if twice:
         raise UserError(f"data.classes names twice: {listed(sorted(twice))}")
     if unknown:
-        raise UserError(f"not in data.classes ({listed(section.classes)}) but in the data: {listed(sorted(unknown))}")
-    return section.classes
+        raise UserError(f"not in data.classes ({listed(classes)}) but in the data: {listed(sorted(unknown))}")
+    return classes
 
 
 class MaskSection(Section):

@@ -4,25 +4,23 @@ Every folder called `data.images` below `data.root` has a sibling called `data.m
 from the root without that folder and without suffixes: images/train/a.png and train/images/a.png are both `train/a`.
 """
 
-import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from visionattn.data.images import Place, identities, walk
-from visionattn.data.sample import SPLITS
-from visionattn.data.splits import OTHER_NAMES
+from visionattn.data.splits import GroupSection, split_named
 from visionattn.errors import UserError, listed, nearest
-from visionattn.recipe.sections import FilePath, Section
+from visionattn.recipe.sections import FilePath
 
 __all__ = ["Pair", "PairSection", "find_pairs"]
 
 
-class PairSection(Section):
+class PairSection(GroupSection):
     """Folders called `images` anywhere below `root` have siblings called `masks`; a pair has the same stem and the same
     subfolders. A split is what a folder above or below is called (train, val, test), a list file says, or is drawn.
     """
@@ -32,17 +30,6 @@ class PairSection(Section):
     masks: str = Field("masks", description="name of the folders of masks")
     image_suffix: str = Field("", description="end of an image's stem that is no part of its name, such as _RGBIR")
     mask_suffix: str = Field("", description="as image_suffix, such as _segmentation")
-    group: str | None = Field(
-        None, description="regular expression that finds in a name what is never split apart (patient, scene)"
-    )
-
-    @model_validator(mode="after")
-    def _group_is_a_pattern(self) -> Self:
-        try:
-            re.compile(self.group or "")
-        except re.error as error:
-            raise ValueError(f"group is {self.group!r}, which is no regular expression: {error}") from None
-        return self
 
 
 class Pair(NamedTuple):
@@ -107,14 +94,7 @@ def find_pairs(
 
 
 def _pair(section: PairSection, name: str, image: Path, mask: Path) -> Pair:
-    group = name
-    if section.group is not None:
-        match = re.search(section.group, name)
-        if match is None:
-            raise UserError(f"{name}: data.group {section.group!r} finds nothing in this name")
-        group = match[1] if match.groups() else match[0]
-    spelt = {split: split for split in SPLITS} | OTHER_NAMES
-    return Pair(name, image, mask, group, next((spelt[p] for p in name.lower().split("/")[:-1] if p in spelt), ""))
+    return Pair(name, image, mask, section.group_of(name), split_named(name.split("/")[:-1]))
 
 
 def _image_folders(section: PairSection) -> list[Path]:

@@ -4,20 +4,55 @@ What is drawn is the same for the same seed. Samples with class labels are strat
 together; samples with masks are drawn as groups, of which each may be one image.
 """
 
+import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Self
 from unicodedata import normalize
 
 import numpy as np
+from pydantic import Field, model_validator
 
 from visionattn.data.sample import SPLITS, Dataset, Sample
 from visionattn.errors import UserError, listed
-from visionattn.recipe.sections import Data
+from visionattn.recipe.sections import Data, Section
 
-__all__ = ["OTHER_NAMES", "draw", "fold", "given_splits", "split"]
+__all__ = ["OTHER_NAMES", "GroupSection", "draw", "fold", "given_splits", "split", "split_named"]
 
 OTHER_NAMES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 GROUP_DRAWS = 100
+
+
+class GroupSection(Section):
+    """Samples whose names say what belongs together."""
+
+    group: str | None = Field(
+        None, description="regular expression that finds in a name what is never split apart (patient, scene)"
+    )
+
+    @model_validator(mode="after")
+    def _group_is_a_pattern(self) -> Self:
+        try:
+            re.compile(self.group or "")
+        except re.error as error:
+            raise ValueError(f"group is {self.group!r}, which is no regular expression: {error}") from None
+        return self
+
+    def group_of(self, name: str) -> str:
+        """What `group` finds in the name; unset: the name itself. Raises UserError where it finds nothing."""
+        if self.group is None:
+            return name
+        match = re.search(self.group, name)
+        if match is None:
+            raise UserError(f"{name}: data.group {self.group!r} finds nothing in this name")
+        return match[1] if match.groups() else match[0]
+
+
+def split_named(words: Iterable[str]) -> str:
+    """The split that the first of these words is a name of; "" without one."""
+    spelt = {split: split for split in SPLITS} | OTHER_NAMES
+    return next((spelt[word.lower()] for word in words if word.lower() in spelt), "")
 
 
 def split(samples: list[Sample], classes: list[str], section: Data) -> tuple[Dataset, list[str]]:

@@ -38,9 +38,9 @@ class Kind(NamedTuple):
     """What the samples of a format are.
 
     Attributes:
-        target: what they are labelled with: "class" (one or several) or "mask".
+        target: what they are labelled with: "class" (one or several), "mask" or "boxes".
         noun: what a case is called.
-        writer: the output format of predicted masks, a module of `visionattn.writers`.
+        writer: the output format of what is predicted, a module of `visionattn.writers`.
         endings: of the paths that a section's `root` can be; "" is a folder.
         needs: packages that read its files, of the extra `extra`.
         unit_range: values are scaled to 0..1, so that statistics of published weights fit them.

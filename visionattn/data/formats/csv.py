@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from visionattn.data.formats import Found, Kind
-from visionattn.data.images import ImageFile, image_samples
+from visionattn.data.images import ImageFile, existing, image_samples
 from visionattn.data.labels import ClassSection, class_order
 from visionattn.data.sample import SPLITS, Sample
 from visionattn.errors import UserError, listed, nearest
@@ -44,15 +44,15 @@ def find(section: Section) -> Found:
     """The images in the order of the rows; none is opened."""
     rows = _rows(section)
     base = section.images or section.root.parent
-    paths = [_existing(base, row[section.path_column]) for row in rows]
+    paths = [existing(base, row[section.path_column]) for row in rows]
     _refuse_files(rows, paths, section)
     texts = [normalize("NFC", row[section.label_column]) for row in rows]
     if section.label_separator:
         sets = [{x.strip() for x in text.split(section.label_separator)} - {""} for text in texts]
-        classes = class_order(set().union(*sets), section)
+        classes = class_order(set().union(*sets), section.classes)
         labels = list(np.array([[c in s for c in classes] for s in sets], dtype=np.float32))
     else:
-        classes = class_order(texts, section)
+        classes = class_order(texts, section.classes)
         index = {c: k for k, c in enumerate(classes)}
         labels = [index[text] for text in texts]
     splits = _splits(rows, section)
@@ -62,12 +62,6 @@ def find(section: Section) -> Found:
         group = row[section.group_column] if section.group_column else name
         samples.append(ImageFile(name, name, group, section.channels, split=split, label=label, path=path))
     return Found(samples, classes, [])
-
-
-def _existing(base: Path, name: str) -> Path:
-    """The file of this name, or of the same characters composed or decomposed, as other systems write them."""
-    spelt = [base / name, *(base / normalize(form, name) for form in ("NFC", "NFD"))]
-    return next((path for path in spelt if path.is_file()), spelt[0])
 
 
 def _refuse_files(rows: list[dict[str, str]], paths: list[Path], section: Section) -> None:

@@ -48,7 +48,7 @@ def find(section: Section) -> Found:
     empty += [str(parents[split]) for split, content in files.items() if not content]
     if empty:
         raise UserError(f"data.root: no images in {listed(empty)}")
-    classes = class_order((c for content in files.values() for c in content), section)
+    classes = class_order((c for content in files.values() for c in content), section.classes)
     samples: list[Sample] = []
     for split, content in files.items():
         for k, name in enumerate(classes):

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from pydantic import Field
 
 from visionattn.data.formats import Found, Kind
-from visionattn.data.images import SUFFIXES, ImageFile, named_files
+from visionattn.data.images import SUFFIXES, ImageFile, header, named_files
 from visionattn.data.labels import ColouredMaskSection, Labels
 from visionattn.data.pairs import Pair, PairSection, find_pairs
 from visionattn.data.remarks import names_its_file
@@ -23,8 +23,6 @@ from visionattn.errors import UserError
 from visionattn.recipe.sections import Positive
 
 KIND = Kind("mask", endings=("",))
-TRANSPOSED = {5, 6, 7, 8}  # EXIF orientations that swap height and width
-EXIF_ORIENTATION = 0x0112
 
 
 class Section(PairSection, ColouredMaskSection):
@@ -105,25 +103,12 @@ def find(section: Section) -> Found:
 def _header_of_pair(pair: Pair) -> tuple[tuple[int, int], int] | str:
     """(H, W) and channels of an image, 1 for grey and 3 for colour, or what is wrong with the pair."""
     try:
-        (size, bands), (mask_size, _) = _header(pair.image), _header(pair.mask)
+        image, mask = header(pair.image), header(pair.mask)
     except UserError as error:
         return str(error)
-    if size != mask_size:
-        return f"{pair.image} is {size[0]}x{size[1]}, but {pair.mask} is {mask_size[0]}x{mask_size[1]}"
-    return size, 1 if bands <= 2 else 3
-
-
-@names_its_file
-def _header(path: Path) -> tuple[tuple[int, int], int]:
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if image.getexif().get(EXIF_ORIENTATION) in TRANSPOSED:
-                width, height = height, width
-            return (height, width), 3 if image.mode == "P" else len(image.getbands())
-    except Exception as error:
-        hint = "; many bands or 16-bit colour: data.format=geotiff" if path.suffix.lower() in (".tif", ".tiff") else ""
-        raise UserError(f"{path}: not a readable image ({str(error) or type(error).__name__}){hint}") from None
+    if image.size != mask.size:
+        return "{} is {}x{}, but {} is {}x{}".format(pair.image, *image.size, pair.mask, *mask.size)
+    return image.size, 1 if image.bands <= 2 else 3
 
 
 def unlabelled(paths: Sequence[Path], section: Section, channels: int) -> tuple[list[Sample], list[str]]:
@@ -136,7 +121,7 @@ def mask_samples(paths: Sequence[Path], channels: int) -> tuple[list[Sample], li
     problems = []
     for name, path in named_files(paths).items():
         try:
-            size, _ = _header(path)
+            size = header(path).size
         except UserError as error:
             problems.append(str(error))
             continue
