@@ -42,6 +42,11 @@ class Polygons(Shape):
 
     parts: tuple[np.ndarray, ...]
 
+    @classmethod
+    def of_box(cls, box: np.ndarray) -> Self:
+        """All of a box (4,)."""
+        return cls((box[[[0, 1], [2, 1], [2, 3], [0, 3]]],))
+
     def on(self, window: Window) -> np.ndarray:
         return np.logical_or.reduce([_filled(part, window) for part in self.parts])
 
@@ -59,15 +64,14 @@ def _filled(polygon: np.ndarray, window: Window) -> np.ndarray:
     """Every edge switches, in each row whose centre line it crosses, all pixels to the right of the crossing."""
     rows, columns = window
     height, width = rows.stop - rows.start, columns.stop - columns.start
-    x, y = (polygon.astype(np.float64) - (columns.start + 0.5, rows.start + 0.5)).T
-    from_x, to_x, from_y, to_y = x, np.roll(x, -1), y, np.roll(y, -1)
-    low, high = np.minimum(from_y, to_y), np.maximum(from_y, to_y)
-    first = np.ceil(low).clip(0, height).astype(int)
-    crossed = np.ceil(high).clip(0, height).astype(int) - first  # rows low <= r < high
-    edge = np.repeat(np.arange(len(x)), crossed)
-    row = np.arange(len(edge)) - np.repeat(np.cumsum(crossed) - crossed, crossed) + first[edge]
-    slope = (to_x[edge] - from_x[edge]) / (to_y[edge] - from_y[edge])
-    crossing = from_x[edge] + (row - from_y[edge]) * slope
+    corners = polygon.astype(np.float64) - (columns.start + 0.5, rows.start + 0.5)
+    edges = np.stack([corners, np.roll(corners, -1, axis=0)], axis=1)
+    edges[edges[:, 0, 1] > edges[:, 1, 1]] = edges[edges[:, 0, 1] > edges[:, 1, 1], ::-1]  # from the upper to the lower
+    first, end = np.ceil(edges[..., 1]).clip(0, height).astype(int).T
+    edge = np.repeat(np.arange(len(edges)), end - first)
+    row = np.arange(len(edge)) - np.repeat(np.cumsum(end - first) - end, end - first)
+    (x, y), (to_x, to_y) = edges[edge].transpose(1, 2, 0)
+    crossing = x + (row - y) * (to_x - x) / (to_y - y)
     switches = np.zeros((height, width + 1), np.int64)
     np.add.at(switches, (row, np.ceil(crossing).clip(0, width).astype(int)), 1)
     return switches[:, :-1].cumsum(1) % 2 == 1
