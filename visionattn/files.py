@@ -19,6 +19,7 @@ from visionattn.errors import UserError
 
 __all__ = [
     "Unwritable",
+    "as_given",
     "new_file",
     "new_folder",
     "read_table",
@@ -114,7 +115,12 @@ def write_table(file: TextIO, rows: Iterable[Iterable[Any]]) -> None:
 def read_table(file: TextIO) -> Iterator[list[str]]:
     """The rows that `write_table` has written, each text as it was given."""
     for row in csv.reader(file):
-        yield [cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell for cell in row]
+        yield [as_given(cell) for cell in row]
+
+
+def as_given(cell: str) -> str:
+    """A text of a table as it was before `write_table` kept it from being run."""
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
 
 
 def _harmless(cell: Any) -> Any:

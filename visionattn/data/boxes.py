@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Self
 
 import numpy as np
@@ -59,6 +60,21 @@ class Boxes:
             masks=None if self.masks is None else [self.masks[i] for i in places],
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """All objects of several; with scores or masks only if all parts have them."""
+        if not parts:
+            return cls()
+        scores = [part.scores for part in parts if part.scores is not None]
+        masks = [part.masks for part in parts if part.masks is not None]
+        return cls(
+            np.concatenate([part.xyxy for part in parts]),
+            np.concatenate([part.labels for part in parts]),
+            np.concatenate([part.ignore for part in parts]),
+            np.concatenate(scores) if len(scores) == len(parts) else None,
+            list(chain.from_iterable(masks)) if len(masks) == len(parts) else None,
+        )
+
     @property
     def areas(self) -> np.ndarray:
         """(N,) of the boxes, in pixels."""
@@ -80,7 +96,7 @@ class Boxes:
         masks = self.masks
         if masks is not None:
             boxes, masks, visible = boxes.copy(), list(masks), visible.copy()
-            for i in np.flatnonzero(visible):
+            for i in np.flatnonzero(visible < 1):
                 whole = masks[i]
                 inner, outer = pixels_of(boxes[i]), pixels_of(self.xyxy[i])
                 part = whole[

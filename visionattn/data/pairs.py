@@ -17,7 +17,7 @@ from visionattn.data.splits import GroupSection, split_named
 from visionattn.errors import UserError, listed, nearest
 from visionattn.recipe.sections import FilePath
 
-__all__ = ["Pair", "PairSection", "find_pairs"]
+__all__ = ["Pair", "PairSection", "files_by_name", "find_pairs", "folders"]
 
 
 class PairSection(GroupSection):
@@ -66,15 +66,14 @@ def find_pairs(
         UserError: no folder of images, one without a folder of masks beside it, or a name without a group.
     """
     pairs, problems = [], []
-    places = [_beside(section, folder) for folder in _image_folders(section)]
-    walked = identities({section.root, *chain(*places)})
+    places, walked = folders(section)
     image_end, mask_end = section.image_suffix, section.mask_suffix
     not_image, not_mask = (mask_end, image_end) if section.images == section.masks else ("", "")
     for beside, folder, masks in places:
-        images = _files(folder, image_endings, image_end, not_image, walked)
+        images = files_by_name(folder, image_endings, image_end, not_image, walked)
         if image_endings is None:
             images = {key: kept for key, paths in images.items() if (kept := [p for p in paths if is_image(p)])}
-        partners = _files(masks, mask_endings or image_endings, mask_end, not_mask, walked)
+        partners = files_by_name(masks, mask_endings or image_endings, mask_end, not_mask, walked)
         prefix = beside.relative_to(section.root)
         for key in sorted(images.keys() | partners.keys()):
             of_image, of_mask = images.get(key, []), partners.get(key, [])
@@ -95,6 +94,16 @@ def find_pairs(
 
 def _pair(section: PairSection, name: str, image: Path, mask: Path) -> Pair:
     return Pair(name, image, mask, section.group_of(name), split_named(name.split("/")[:-1]))
+
+
+def folders(section: PairSection) -> tuple[list[tuple[Path, Path, Path]], set[Place]]:
+    """Folders that hold one of images and one of masks, with these two; and what `walk` does not go into from others.
+
+    Raises:
+        UserError: no folder of images, or one without a folder of masks beside it.
+    """
+    places = [_beside(section, folder) for folder in _image_folders(section)]
+    return places, identities({section.root, *chain(*places)})
 
 
 def _image_folders(section: PairSection) -> list[Path]:
@@ -122,7 +131,7 @@ def _beside(section: PairSection, images: Path) -> tuple[Path, Path, Path]:
     return beside, images, masks
 
 
-def _files(
+def files_by_name(
     folder: Path, endings: Collection[str] | None, suffix: str, others: str, walked: Collection[Place]
 ) -> dict[str, list[Path]]:
     """Files by their path without ending and suffix; `others` is the suffix of files that are none of these."""

@@ -5,8 +5,9 @@ turns it upright, which the sizes in them tell; samples are always upright.
 """
 
 import logging
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,13 +18,14 @@ import numpy as np
 
 from visionattn.data.boxes import Boxes, BoxSection
 from visionattn.data.formats import Found
-from visionattn.data.images import TRANSPOSED, Header, ImageFile, header
+from visionattn.data.images import SUFFIXES, TRANSPOSED, Header, ImageFile, header, is_data
 from visionattn.data.labels import class_order
 from visionattn.data.object_masks import Drawn, Polygons, Shape, turn_boxes
 from visionattn.data.sample import Sample, Window
+from visionattn.data.splits import split_named
 from visionattn.errors import UserError, listed, plural
 
-__all__ = ["BoxImage", "Entry", "found", "notes"]
+__all__ = ["BoxImage", "Entry", "class_names", "found", "notes", "split_in", "without_entry"]
 
 log = logging.getLogger(__name__)
 MOST, SOME = 0.95, 0.1  # shares of boxes: what another reading has to explain, and what this one fails at
@@ -71,6 +73,8 @@ class Entry:
         ids: what boxes are called in messages; unset: their numbers, from 1.
         size: (H, W) as the file has them, None where it says nothing.
         form: of the values: corners, or the first corner with width and height.
+        group: of the image; unset: as the recipe finds it in the name.
+        relative: values and shapes are shares of the image's width and height.
         wrong: something of it has been found wrong; it is known, but not used.
     """
 
@@ -87,6 +91,8 @@ class Entry:
     size: tuple[int, int] | None = None
     form: Literal["xywh", "xyxy"] = "xyxy"
     wrong: bool = False
+    group: str | None = None
+    relative: bool = False
     header: Header = field(default_factory=lambda: Header((0, 0), 0, 1))
     stored: bool = False
 
@@ -126,7 +132,7 @@ def found(
     problems += more
     entries, more = _right_boxes(entries)
     problems += more
-    classes = _class_names({name for entry in entries for name in entry.names}, section, known)
+    classes = class_names({name for entry in entries for name in entry.names}, section, known)
     grey = all(entry.header.bands <= 2 for entry in entries)
     channels = getattr(section, "channels", None) or (1 if grey else 3)
     masks = any(shape for entry in entries for shape in entry.shapes)
@@ -137,7 +143,7 @@ def found(
     return Found(samples, classes, problems)
 
 
-def _class_names(used: Collection[str], section: BoxSection, known: Sequence[str] = ()) -> list[str]:
+def class_names(used: Collection[str], section: BoxSection, known: Sequence[str] = ()) -> list[str]:
     """The classes: of the recipe, else what is used, in the files' order or sorted.
 
     Raises:
@@ -165,10 +171,24 @@ def notes(samples: Sequence[Sample]) -> list[str]:
     return lines
 
 
+def split_in(parts: Iterable[str]) -> str:
+    """The split that a part of a path is called after, as in train2017 or instances_train; "" without one."""
+    return split_named(word for part in parts for word in re.findall("[a-z]+", part.lower()))
+
+
+def without_entry(entries: Sequence[Entry]) -> Iterator[str]:
+    """A line for each image beside those of the entries."""
+    known = {entry.path.resolve() for entry in entries}
+    for folder in sorted({entry.path.parent for entry in entries if entry.path.is_file()}):
+        for path in sorted(folder.iterdir()):
+            if path.suffix.lower() in SUFFIXES and is_data(path.name) and path.resolve() not in known:
+                yield f"{path}: no labels have an entry for it; an image without objects needs one too"
+
+
 def _sample(entry: Entry, section: BoxSection, classes: Sequence[str], channels: int, masks: bool) -> BoxImage:
     (height, width), orientation = entry.header.size, entry.header.orientation
     whole, given = entry.xyxy, entry.shapes if masks else []
-    shapes = [shape or _rectangle(box) for shape, box in zip(given, whole, strict=masks)]
+    shapes = [shape or Polygons.of_box(box) for shape, box in zip(given, whole, strict=masks)]
     if entry.stored:
         whole = turn_boxes(whole, orientation, entry.labelled_size)
         shapes = [shape.turned(orientation, entry.labelled_size) for shape in shapes]
@@ -179,7 +199,7 @@ def _sample(entry: Entry, section: BoxSection, classes: Sequence[str], channels:
     return BoxImage(
         name=entry.name,
         case=entry.name,
-        group=section.group_of(entry.name),
+        group=section.group_of(entry.name) if entry.group is None else entry.group,
         channels=channels,
         size=(height, width),
         split=entry.split,
@@ -193,11 +213,6 @@ def _sample(entry: Entry, section: BoxSection, classes: Sequence[str], channels:
 
 def _corners(xywh: np.ndarray) -> np.ndarray:
     return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-
-
-def _rectangle(box: np.ndarray) -> Polygons:
-    left, top, right, bottom = box
-    return Polygons((np.array([[left, top], [right, top], [right, bottom], [left, bottom]]),))
 
 
 def _has_masks(entry: Entry) -> bool:
@@ -219,13 +234,20 @@ def _with_headers(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
         if not entry.path.is_file():
             return f"{entry.where}: there is no image {entry.path}"
         try:
-            return replace(entry, header=header(entry.path))
+            read = replace(entry, header=header(entry.path))
+            return _in_pixels(read) if read.relative else read
         except UserError as error:
             return str(error)
 
     with ThreadPoolExecutor(8) as pool:
         read_ones = list(pool.map(read, entries))
     return [e for e in read_ones if isinstance(e, Entry)], [e for e in read_ones if isinstance(e, str)]
+
+
+def _in_pixels(entry: Entry) -> Entry:
+    whole = entry.header.size[::-1]
+    shapes = [Polygons(tuple(p * whole for p in s.parts)) if isinstance(s, Polygons) else s for s in entry.shapes]
+    return replace(entry, values=entry.values * [*whole, *whole], shapes=shapes, relative=False)
 
 
 def _right_sizes(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
@@ -303,10 +325,10 @@ def _misread(values: np.ndarray, sizes: np.ndarray, form: str) -> str:
 
 
 def _inside(xyxy: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Which boxes have sides and reach over their image by no more than a tenth of it."""
+    """Which boxes are not the wrong way round, and reach over their image by no more than a tenth of it."""
     margin = sizes / 10
     low, high = xyxy[:, :2], xyxy[:, 2:]
-    return np.all((high > low) & (low >= -margin) & (high <= sizes + margin), axis=1)
+    return np.all((high >= low) & (low >= -margin) & (high <= sizes + margin), axis=1)
 
 
 def _faults(values: np.ndarray, sizes: np.ndarray, form: str) -> Iterator[tuple[np.ndarray, Callable[[int], str]]]:

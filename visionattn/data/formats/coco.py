@@ -15,11 +15,10 @@ from pydantic import Field
 
 from visionattn.data.boxes import BoxSection
 from visionattn.data.formats import Found, Kind, _boxes, image_mask
-from visionattn.data.formats._boxes import Entry
-from visionattn.data.images import SUFFIXES, existing, files_below
+from visionattn.data.formats._boxes import Entry, split_in
+from visionattn.data.images import existing, files_below
 from visionattn.data.object_masks import Polygons, Runs, Shape
 from visionattn.data.sample import Sample
-from visionattn.data.splits import split_named
 from visionattn.errors import UserError, listed
 from visionattn.recipe.sections import FilePath, Positive
 
@@ -54,7 +53,7 @@ def find(section: Section) -> Found:
     for path, content in files.items():
         entries += _entries(section, path, content, categories[path], problems)
     if section.root.is_dir():
-        problems += _without_entry(entries)
+        problems += _boxes.without_entry(entries)
     return _boxes.found(entries, section, problems, known=list(next(iter(categories.values())).values()))
 
 
@@ -133,13 +132,13 @@ def _entries(
         else:
             problems.append(f"{path}: annotation {number} is of an unknown image id: {image!r}")
     base = _base(section, path, list(images.values()))
-    words = [*path.relative_to(section.root if section.root.is_dir() else path.parent).parts[:-1], *_words(path)]
+    parts = path.relative_to(section.root if section.root.is_dir() else path.parent).with_suffix("").parts
     for number, image in images.items():
         where = f"{path}: image {number} ({image['file_name']})"
         boxes, faults = _boxes_of(where, objects[number], _size(image), categories)
         problems += faults
         file = existing(base, image["file_name"])
-        split = split_named(words) or split_named(Path(image["file_name"]).parts[:-1])
+        split = split_in(parts) or split_in(Path(image["file_name"]).parts[:-1])
         name = _name(section, file, image["file_name"])
         yield Entry(path, where, file, name, split, **boxes, size=_size(image), form="xywh", wrong=bool(faults))
 
@@ -165,11 +164,6 @@ def _size(image: Mapping[str, Any]) -> tuple[int, int] | None:
     return (image["height"], image["width"]) if image.get("height") and image.get("width") else None
 
 
-def _words(path: Path) -> list[str]:
-    """Those of a name: of instances_train2017.json instances and train."""
-    return re.findall("[a-z]+", path.stem.lower())
-
-
 def _base(section: Section, path: Path, images: Sequence[Mapping[str, Any]]) -> Path:
     """The folder that file names start from: the first one, of those that are usual, where an image is."""
     if section.images is not None:
@@ -186,15 +180,6 @@ def _name(section: Section, file: Path, name: str) -> str:
     """The path below the root, or below the folder of images outside of it, without ending."""
     inside = section.root.is_dir() and file.is_relative_to(section.root)
     return (file.relative_to(section.root) if inside else Path(name)).with_suffix("").as_posix()
-
-
-def _without_entry(entries: Sequence[Entry]) -> Iterator[str]:
-    """Images beside those that are listed."""
-    known = {entry.path.resolve() for entry in entries}
-    for folder in sorted({entry.path.parent for entry in entries if entry.path.is_file()}):
-        for path in sorted(folder.iterdir()):
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.resolve() not in known:
-                yield f"{path}: no annotation file has an entry for it; an image without objects needs one too"
 
 
 def _boxes_of(

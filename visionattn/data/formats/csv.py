@@ -1,7 +1,5 @@
 """`format: csv`: a table of images and their labels."""
 
-import csv
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
@@ -11,16 +9,15 @@ import numpy as np
 from pydantic import Field
 
 from visionattn.data.formats import Found, Kind
+from visionattn.data.formats._tables import Row, read_rows, splits_of
 from visionattn.data.images import ImageFile, existing, image_samples
 from visionattn.data.labels import ClassSection, class_order
-from visionattn.data.sample import SPLITS, Sample
-from visionattn.errors import UserError, listed, nearest
+from visionattn.data.sample import Sample
+from visionattn.errors import UserError, listed
 from visionattn.recipe.sections import FilePath
 
 KIND = Kind("class", endings=(".csv",))
-SEPARATORS = ",;\t"
 NOTHING = {"nan", "null", "none", "na", "n/a", "<na>", "nat", "#n/a"}  # what programs write into a cell without a value
-log = logging.getLogger(__name__)
 
 
 class Section(ClassSection):
@@ -55,7 +52,7 @@ def find(section: Section) -> Found:
         classes = class_order(texts, section.classes)
         index = {c: k for k, c in enumerate(classes)}
         labels = [index[text] for text in texts]
-    splits = _splits(rows, section)
+    splits = splits_of(section.root, rows, section.split_column)
     samples: list[Sample] = []
     for row, path, label, split in zip(rows, paths, labels, splits, strict=True):
         name = row[section.path_column]
@@ -64,7 +61,7 @@ def find(section: Section) -> Found:
     return Found(samples, classes, [])
 
 
-def _refuse_files(rows: list[dict[str, str]], paths: list[Path], section: Section) -> None:
+def _refuse_files(rows: list[Row], paths: list[Path], section: Section) -> None:
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise UserError(
@@ -77,27 +74,13 @@ def _refuse_files(rows: list[dict[str, str]], paths: list[Path], section: Sectio
         raise UserError(f"data.root: {section.root}: listed more than once: {listed(sorted(twice))}{hint}")
 
 
-def _rows(section: Section) -> list[dict[str, str]]:
-    """Rows of the table as stripped text, with all the columns that the recipe names."""
-    header, lines = _table(section)
+def _rows(section: Section) -> list[Row]:
+    """Rows of the table, with all the columns that the recipe names."""
     keys = ["path_column", "label_column", "split_column", "group_column"]
-    columns = {key: getattr(section, key) for key in keys if getattr(section, key) is not None}
-    for key, column in columns.items():
-        if column not in header:
-            hint = nearest(column, header, cutoff=0.5)
-            raise UserError(f"data.{key}: {section.root} has no column {column!r}; it has {listed(header)}{hint}")
-    misfits = [line for line, row in lines if len(row) != len(header)]
-    if misfits:
-        raise UserError(
-            f"data.root: {section.root}: more or fewer fields than the {len(header)} of the header in line "
-            f"{listed(misfits)}; a text that has the separator in it stands in quotes"
-        )
-    places = {column: header.index(column) for column in columns.values()}
-    rows = [(line, {column: row[place].strip() for column, place in places.items()}) for line, row in lines]
-    if not rows:
-        raise UserError(f"data.root: {section.root}: no rows below the header")
+    columns = [(key, column) for key in keys if (column := getattr(section, key)) is not None]
+    rows = read_rows(section.root, columns)
     optional = {section.label_column} if section.label_separator else set()  # an image may have none of the labels
-    for column in set(columns.values()) - optional:
+    for column in {column for _, column in columns} - optional:
         empty = [line for line, row in rows if not row[column]]
         if empty:
             raise UserError(f"data.root: {section.root}: {column} is empty in line {listed(empty)}")
@@ -105,7 +88,7 @@ def _rows(section: Section) -> list[dict[str, str]]:
     return [row for _, row in rows]
 
 
-def _refuse_nothing(rows: list[tuple[int, dict[str, str]]], section: Section) -> None:
+def _refuse_nothing(rows: list[tuple[int, Row]], section: Section) -> None:
     """Raises UserError for labels and groups that say in a program's words that there are none."""
     for column in filter(None, (section.label_column, section.group_column)):
         labels = column == section.label_column
@@ -122,42 +105,6 @@ def _refuse_nothing(rows: list[tuple[int, dict[str, str]]], section: Section) ->
                 f"data.root: {section.root}: {column} says that there is none, as programs write a missing value (nan, "
                 f"null, None ...), in line {listed(lines)}; remove such rows{hint}"
             )
-
-
-def _table(section: Section) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header, and each line that is not empty with its number; separated by what makes the path a column."""
-    try:
-        with open(section.root, newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
-            known = (
-                mark for mark in SEPARATORS if section.path_column in next(csv.reader([first], delimiter=mark), [])
-            )
-            separator = next(known, ",")
-            file.seek(0)
-            reader = csv.reader(file, delimiter=separator)
-            header = next(reader, [])
-            lines = [(reader.line_num, row) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"data.root: {section.root}: not readable as a table ({reason})") from None
-    if separator != ",":
-        log.info("%s: its columns are separated by %r", section.root, separator)
-    if twice := sorted({column for column in header if header.count(column) > 1}):
-        raise UserError(f"data.root: {section.root}: columns of one name: {listed(twice)}")
-    return header, lines
-
-
-def _splits(rows: list[dict[str, str]], section: Section) -> list[str]:
-    if section.split_column is None:
-        return [""] * len(rows)
-    splits = [row[section.split_column] for row in rows]
-    unknown = sorted(set(splits) - set(SPLITS))
-    if unknown or "train" not in splits:
-        raise UserError(
-            f"data.split_column: {section.root}: {section.split_column} has {listed(unknown or sorted(set(splits)))}, "
-            f"expected {', '.join(SPLITS)}"
-        )
-    return splits
 
 
 def unlabelled(paths: Sequence[Path], section: Section, channels: int) -> tuple[list[Sample], list[str]]:

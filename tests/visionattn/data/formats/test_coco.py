@@ -287,7 +287,7 @@ def test_another_form_of_boxes_is_said_once(tmp_path):
         ),
         (
             {"images": [{"id": 8, "file_name": "b.png"}], "annotations": []},
-            "a.png: no annotation file has an entry for it",
+            "a.png: no labels have an entry for it",
         ),
         (
             {"images": [{"id": 7, "file_name": "a.png", "height": 41, "width": W}, {"id": 8, "file_name": "b.png"}]},
