@@ -107,7 +107,11 @@ def test_torch_is_imported_where_it_is_needed_only():
     light += [f for f in files("visionattn/tasks") if f.name == "recipe.py"]
     heavy = {"torch", "torchvision", "timm", "lightning", "torchmetrics", "sklearn", "nibabel", "pydicom", "rasterio"}
     for file in light:
-        private = file.name in ("_volumes.py", "_rasters.py")  # what a format imports when it reads its files
+        private = file.name in (
+            "_volumes.py",
+            "_rasters.py",
+            "_vectors.py",
+        )  # what a format imports when it reads its files
         names = {name.split(".")[0] for name in imported(file, everywhere=False)}
         assert not names & (heavy - {"nibabel", "pydicom", "rasterio"} if private else heavy), file
 

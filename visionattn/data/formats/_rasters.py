@@ -27,7 +27,7 @@ from visionattn.data.remarks import names_its_file
 from visionattn.data.sample import IGNORE, Sample, Window
 from visionattn.errors import UserError, listed
 
-__all__ = ["Scene", "can_miss", "labelled", "notes", "open_quietly", "opened", "read_bands", "unlabelled"]
+__all__ = ["Scene", "can_miss", "labelled", "notes", "open_quietly", "opened", "read_bands", "scenes", "unlabelled"]
 
 Ground = tuple[str, tuple[tuple[float, float], ...]]  # CRS and corners
 SAME_RESOLUTION = 1.05
@@ -65,7 +65,7 @@ class Scene(Sample):
     def image(self, window: Window | None = None) -> np.ndarray:
         return read_bands(_kept_open(self.path), self.bands, window, self.nodata)
 
-    def target(self, window: Window | None = None) -> np.ndarray | None:
+    def target(self, window: Window | None = None) -> Any:
         if self.mask_path is None or self.labels is None:
             return None
         numbers = _numbers(_kept_open(self.mask_path), self.labels, window)
@@ -218,8 +218,25 @@ def labelled(pairs: Sequence[Pair], section: Section) -> tuple[list[Sample], lis
     return samples, problems
 
 
-def unlabelled(paths: Mapping[str, Path], section: Section, channels: int) -> tuple[list[Sample], list[str]]:
-    """Scenes by name, and a line for each that cannot be read or has other bands."""
+def scenes(paths: Mapping[str, Path], section: Any) -> tuple[list[Scene], list[str]]:
+    """Scenes by name, and a line for each that cannot be read or has other bands than most.
+
+    Args:
+        section: has `bands` and `nodata`.
+    """
+    headers: dict[str, _Header] = {}
+    problems: list[str] = []
+    for name, path in paths.items():
+        try:
+            headers[name] = _header(path)
+        except UserError as error:
+            problems.append(str(error))
+    problems += _band_problems({paths[name]: header.count for name, header in headers.items()}, section.bands)
+    return [_scene(name, paths[name], header, section, group=name) for name, header in headers.items()], problems
+
+
+def unlabelled(paths: Mapping[str, Path], section: Any, channels: int) -> tuple[list[Sample], list[str]]:
+    """Scenes by name, and a line for each that cannot be read or has other bands; the section as in `scenes`."""
     samples: list[Sample] = []
     problems: list[str] = []
     for name, path in paths.items():
@@ -240,7 +257,7 @@ def _scene(
     name: str,
     path: Path,
     header: "_Header",
-    section: Section,
+    section: Any,
     group: str,
     split: str = "",
     mask: Path | None = None,
