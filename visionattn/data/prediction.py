@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from visionattn.data.boxes import Boxes
 from visionattn.data.sample import Window
 
 __all__ = ["PackedMask", "Prediction"]
@@ -25,7 +26,8 @@ class Prediction(NamedTuple):
 
     Attributes:
         index: position of the sample.
-        value: an array, or what numpy reads as one: probabilities (K,), a mask (h, w) of class numbers.
+        value: an array, or what numpy reads as one: probabilities (K,), a mask (h, w) of class numbers; or objects,
+            always in the pixels of the whole sample.
         window: that `value` is about; None: the whole sample.
         confidence: (h, w) uint8, the probability of a mask's classes in per cent, where a writer wants it.
         bins: calibration counts where there is a truth.
@@ -33,7 +35,7 @@ class Prediction(NamedTuple):
     """
 
     index: int  # type: ignore[assignment]  # in place of tuple.index, which nobody calls
-    value: np.ndarray | PackedMask | None = None
+    value: np.ndarray | PackedMask | Boxes | None = None
     window: Window | None = None
     confidence: np.ndarray | None = None
     bins: np.ndarray | None = None

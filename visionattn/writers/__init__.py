@@ -3,19 +3,24 @@
 A writer module has `open(out, ...) -> Writer`, which a task's `open_writer` calls.
 """
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, zip_longest
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from visionattn.data.prediction import Prediction
 from visionattn.data.sample import Sample, cases
 from visionattn.errors import UserError
-from visionattn.files import Unwritable
+from visionattn.files import Unwritable, refuse_existing
 
-__all__ = ["FilePerCase", "Writer"]
+__all__ = ["FilePerCase", "OneFile", "Writer", "in_turn", "readable"]
+
+SECONDS_BETWEEN_LOOKS = 0.2
+T = TypeVar("T")
 
 
 class Writer(ABC):
@@ -48,7 +53,8 @@ class Writer(ABC):
             UserError: what this writes appears at once, at the end.
         """
         raise UserError(
-            "--continue is for masks: a table appears at once, at the end, so there is nothing to go on with"
+            "--continue is for what has a file for each image: one file for all appears at once, at the end, so there "
+            "is nothing to go on with"
         )
 
     @contextmanager
@@ -61,18 +67,60 @@ class Writer(ABC):
         """Note that a case is not written, since it cannot be read."""
 
 
+class OneFile(Writer):
+    """Into one file, which appears at the end."""
+
+    endings: tuple[str, ...]
+
+    def __init__(self, out: Path) -> None:
+        refuse_existing(out)
+        if out.suffix.lower() not in self.endings:
+            raise UserError(
+                f"{out}: all predictions are written into one file: give an --out that ends with {self.endings[0]}"
+            )
+        self.out = out
+
+    @contextmanager
+    def share(self, process: int, processes: int) -> Iterator[Self]:
+        """Each process writes a hidden file of its own; the first one then makes one of all, in order."""
+        if processes == 1:
+            with self:
+                yield self
+            return
+        whole = self.out
+        parts = [whole.with_name(f".{whole.name}.{number}") for number in range(processes)]
+        self.out = parts[process]
+        with self:
+            yield self
+        if process == 0:
+            while not all(part.exists() for part in parts):
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+            self.join(parts, whole)
+            for part in parts:
+                part.unlink()
+
+    @abstractmethod
+    def join(self, parts: Sequence[Path], whole: Path) -> None:
+        """Write what the files of all processes have, a case of each in turn."""
+
+
+def in_turn(parts: Iterable[Sequence[T]]) -> Iterator[T]:
+    """The first of each part, then the second of each ..."""
+    return (item for item in chain.from_iterable(zip_longest(*parts)) if item is not None)
+
+
 class FilePerCase(Writer):
-    """Into a folder a mask for each case, called as the case with `suffix`, and what a subclass writes beside it."""
+    """Into a folder a file for each case, called as the case with `suffix`, and what a subclass writes beside it."""
 
     suffix: str
 
     def __init__(self, out: Path) -> None:
         self.out = out
         if out.is_file():
-            raise Unwritable(f"{out} is a file; masks are written into a folder: give another --out")
+            raise Unwritable(f"{out} is a file; a file for each image is written into a folder: give another --out")
 
     def files_of(self, case: str) -> list[Path]:
-        """Every file of a case, its mask first."""
+        """Every file of a case, the main one first."""
         return [self.out / f"{case}{self.suffix}"]
 
     def made_for(self, case: str) -> list[Path]:

@@ -240,7 +240,7 @@ def test_a_scene_without_a_place_is_segmented_without_a_warning(tmp_path):
     [
         ("out/scene.tif", "out", False, r"out/scene\.tif exists; predictions are never overwritten"),
         ("out/scene.gpkg", "out", True, r"out/scene\.gpkg exists; predictions are never overwritten"),
-        ("mine", "mine", False, r"mine is a file; masks are written into a folder"),
+        ("mine", "mine", False, r"mine is a file; a file for each image is written into a folder"),
     ],
 )
 def test_what_is_there_is_never_overwritten_and_refused_before_work(tmp_path, scene, files, there, out, polygons, says):
