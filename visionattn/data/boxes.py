@@ -62,7 +62,8 @@ class Boxes:
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
-        """All objects of several; with scores or masks only if all parts have them."""
+        """All objects of several; with scores or masks only if all parts with objects have them."""
+        parts = [part for part in parts if len(part)] or list(parts[:1])
         if not parts:
             return cls()
         scores = [part.scores for part in parts if part.scores is not None]
