@@ -69,7 +69,7 @@ def _save(out: Path, written: Sequence[Written], classes: Sequence[str]) -> None
     categories = [{"id": k + 1, "name": name} for k, name in enumerate(classes)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     with new_file(out) as path:
-        path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        path.write_text(json.dumps(content), encoding="utf-8")  # in ASCII, since names of files may be no text
 
 
 def _load(part: Path) -> list[Written]:

@@ -104,7 +104,7 @@ class Layer:
         except CRSError as error:
             raise UserError(f"{path}: its coordinate reference system is not known ({error})") from None
         self._refuse_others()
-        self._in_system: dict[str, np.ndarray] = {}
+        self._trees: dict[str, shapely.STRtree] = {}
 
     def _chosen(self, layers: Sequence[str], layer: str | None) -> str:
         if layer is None and len(layers) > 1 and WRITTEN not in layers:
@@ -138,15 +138,16 @@ class Layer:
                 f"({kind}); give points and lines a width first (QGIS: buffer)"
             )
 
-    def in_system(self, crs: CRS) -> np.ndarray:
-        """Its polygons in another coordinate system; those that it cannot show are not finite."""
-        if crs == self.crs:
-            return self.shapes
-        if crs.to_wkt() not in self._in_system:
-            self._in_system[crs.to_wkt()] = shapely.transform(
-                self.shapes, lambda xy: np.stack(reprojected(self.crs, crs, *xy.T), axis=1)
-            )
-        return self._in_system[crs.to_wkt()]
+    def in_system(self, crs: CRS) -> shapely.STRtree:
+        """Its polygons in another coordinate system, without those that it cannot show."""
+        key = crs.to_wkt()
+        if key not in self._trees:
+            shapes = self.shapes
+            if crs != self.crs:
+                shapes = shapely.transform(shapes, lambda xy: np.stack(reprojected(self.crs, crs, *xy.T), axis=1))
+                shapes[~np.isfinite(shapely.bounds(shapes)).all(-1)] = None
+            self._trees[key] = shapely.STRtree(shapes)
+        return self._trees[key]
 
 
 class OnScene:
@@ -165,9 +166,9 @@ class OnScene:
         with opened(scene.path) as source:
             crs, to_pixels = source.crs, ~source.transform
         assert scene.ground is not None  # of one with a CRS
-        polygons = layer.in_system(crs)
-        places = np.sort(shapely.STRtree(polygons).query(shapely.Polygon(scene.ground[1]), predicate="intersects"))
-        polygons = shapely.transform(polygons[places], lambda xy: np.stack(to_pixels @ xy.T, axis=1))
+        tree = layer.in_system(crs)
+        places = np.sort(tree.query(shapely.Polygon(scene.ground[1]), predicate="intersects"))
+        polygons = shapely.transform(tree.geometries[places], lambda xy: np.stack(to_pixels @ xy.T, axis=1))
         self.xyxy = shapely.bounds(polygons).reshape(-1, 4)
         self.polygons = polygons
         self.ids, self.names = [layer.ids[k] for k in places], [layer.names[k] for k in places]

@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import Field
@@ -36,6 +36,10 @@ class Section(BoxSection):
     )
     images: FilePath | None = Field(None, description="folder that file names start from; unset: found")
     channels: Positive | None = Field(None, description="unset: 1 where all images are grey, else 3")
+
+    def at(self, root: Path) -> Self:
+        other = super().at(root)  # type: ignore[misc]  # of the task's section, which is the next base
+        return other.model_copy(update={"annotations": None, "images": None})
 
 
 def find(section: Section) -> Found:

@@ -26,7 +26,7 @@ from visionattn.data.splits import split_named
 from visionattn.errors import UserError, listed
 from visionattn.recipe.sections import Positive
 
-KIND = Kind("boxes", writer="labels", endings=("",))
+KIND = Kind("boxes", writer="boxes_csv", endings=("",))
 MASKS = {".png", ".tif", ".tiff", ".bmp", ".gif"}
 ONE = "object"  # the class where nothing names one
 

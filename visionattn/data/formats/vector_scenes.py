@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field
 
@@ -43,6 +43,10 @@ class Section(BoxSection):
     layer: str | None = Field(None, description="of the vector files; unset: the only one, or `objects`")
     bands: list[Positive] | None = Field(None, description="bands to read, from 1; unset: all")
     nodata: float | None = Field(None, description="value of missing pixels; unset: as the file says")
+
+    def at(self, root: Path) -> Self:
+        other = super().at(root)  # type: ignore[misc]  # of the task's section, which is the next base
+        return other.model_copy(update={"labels": None, "areas": None})
 
 
 def find(section: Section) -> Found:

@@ -11,6 +11,7 @@ from visionattn.data import formats
 from visionattn.data.boxes import pixels_of
 from visionattn.data.formats import Found, coco, csv_boxes, instances, voc, yolo
 from visionattn.errors import UserError
+from visionattn.recipe.sections import Data
 
 H, W = 40, 60
 BCCD = Path("/work/shared/data/bccd")
@@ -400,3 +401,20 @@ def test_a_mask_without_pixels_is_refused(tmp_path):
     Image.fromarray(np.zeros((H, W), np.uint8)).save(tmp_path / "masks/a/1.png")
     with pytest.raises(UserError, match=r"1.png: a mask without pixels"):
         find_instances(tmp_path).samples[0].target()
+
+
+# All of them
+
+
+@pytest.mark.parametrize("name", ["coco", "voc", "yolo", "csv", "instances", "geotiff"])
+def test_other_data_are_read_without_what_is_said_of_the_training_data(tmp_path, name):
+    keys = {
+        "coco": {"images": tmp_path, "annotations": "*.json"},
+        "csv": {"images": tmp_path, "split_column": "split"},
+        "geotiff": {"labels": tmp_path, "areas": tmp_path},
+    }
+    known = formats.sections("boxes", Data)
+    section = known[name](format=name, root=tmp_path, classes=["x"], fold=1, **keys.get(name, {})).at(tmp_path / "b")
+    assert section.root == tmp_path / "b"
+    assert (section.fold, section.classes) == (None, ["x"])
+    assert {key: getattr(section, key) for key in keys.get(name, {})} == dict.fromkeys(keys.get(name, {}))

@@ -268,6 +268,22 @@ def test_labels_that_miss_every_scene_are_refused(tmp_path):
         find(tmp_path, areas=areas)
 
 
+def test_what_another_coordinate_system_cannot_show_lies_elsewhere(tmp_path):
+    scene(tmp_path / "a.tif")
+    wide = [shapely.box(-180, 89.9, 180, 90), shapely.box(-170, -10, -169, -9)]
+    x, y = reprojected(UTM, "EPSG:4326", [500_001, 500_003], [4_999_999, 4_999_997])
+    raw.write(
+        tmp_path / "a.gpkg",
+        shapely.to_wkb(np.array([*wide, shapely.box(x[0], y[1], x[1], y[0])], object)),
+        [np.array(["x"] * 3, object)],
+        ["class"],
+        crs="EPSG:4326",
+        geometry_type="Polygon",
+    )
+    (box,) = find(tmp_path).samples[0].target().xyxy
+    np.testing.assert_allclose(box, [10, 10, 30, 30], atol=0.01)
+
+
 def test_layers_and_columns_are_chosen(tmp_path):
     scene(tmp_path / "a.tif")
     for layer, polygon in (("old", box(10, 20, 30, 40)), ("new", box(50, 20, 60, 40))):
