@@ -10,10 +10,33 @@ from torch import Tensor, nn
 
 from visionattn.backbones.layers import refuse_script
 
-__all__ = ["EncoderDecoder"]
+__all__ = ["EncoderDecoder", "OverEncoder"]
 
 
-class EncoderDecoder(nn.Module):
+class OverEncoder(nn.Module):
+    """A network whose `encoder`, one of timm's with `features_only`, says how all of it is trained."""
+
+    encoder: Any  # what timm gives it is not declared there
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Of the encoder; what is above it may hold batch norms, whose statistics would count each batch twice."""
+        self.encoder.model.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        return {f"encoder.model.{name}" for name in getattr(self.encoder.model, "no_weight_decay", set)()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The encoder's groups, or one where it has none; all else above them."""
+        if not hasattr(self.encoder.model, "group_matcher"):
+            return {"stem": r"^encoder"}
+        groups: dict[str, Any] = {}
+        for name, spec in self.encoder.model.group_matcher(coarse).items():
+            patterns = [(spec, None)] if isinstance(spec, str) else spec or []
+            groups[name] = [(_behind_encoder(pattern), suffix) for pattern, suffix in patterns]
+        return groups
+
+
+class EncoderDecoder(OverEncoder):
     """Images (B, in_chans, H, W) of any size from 32 x 32 -> logits (B, num_classes, H, W).
 
     Args:
@@ -31,8 +54,7 @@ class EncoderDecoder(nn.Module):
     is refused.
     """
 
-    encoder: Any  # what timm gives it is not declared there
-    decoder: Any
+    decoder: Any  # what it gives is not declared
 
     __prepare_scriptable__ = refuse_script
 
@@ -114,23 +136,6 @@ class EncoderDecoder(nn.Module):
         for name, parameter in self.heads.named_parameters():
             if name.endswith(".bias"):
                 nn.init.zeros_(parameter)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Of the encoder; a decoder holds batch norms, whose statistics would count each batch twice."""
-        self.encoder.model.set_grad_checkpointing(enable)
-
-    def no_weight_decay(self) -> set[str]:
-        return {f"encoder.model.{name}" for name in getattr(self.encoder.model, "no_weight_decay", set)()}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The encoder's groups, or one where it has none; all else above them."""
-        if not hasattr(self.encoder.model, "group_matcher"):
-            return {"stem": r"^encoder"}
-        groups: dict[str, Any] = {}
-        for name, spec in self.encoder.model.group_matcher(coarse).items():
-            patterns = [(spec, None)] if isinstance(spec, str) else spec or []
-            groups[name] = [(_behind_encoder(pattern), suffix) for pattern, suffix in patterns]
-        return groups
 
 
 def _behind_encoder(pattern: str) -> str:

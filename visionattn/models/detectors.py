@@ -1,0 +1,275 @@
+"""Any encoder under any detector: a feature pyramid (FPN), and a head that finds objects in its maps.
+
+Images keep their size: what differs in size is padded at the bottom and on the right with zeros, which are the mean.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_image, nms
+
+from visionattn.backbones.encoder_decoder import OverEncoder
+from visionattn.errors import UserError
+from visionattn.models.dense_heads import FCOS, DenseHead, Objects, RetinaNet
+from visionattn.models.networks import refuse_unknown
+from visionattn.models.pyramids import Pyramid, make_pyramid
+
+__all__ = ["DETECTORS", "Detections", "Detector", "Levels", "Objects", "make_detector", "measured_levels"]
+
+FLOOR = 0.02  # lower scores are no detections
+CANDIDATES = 1000  # before duplicates are removed, and at least five times as many as are kept
+MISSED = 0.02  # share of a class that may be out of reach
+MULTIPLE = 32  # of the sides of padded images
+
+
+class Detections(NamedTuple):
+    """What is found in an image, the surest first.
+
+    Attributes:
+        xyxy: (N, 4) left, top, right, bottom in pixels, inside the image.
+        labels: (N,) class indices.
+        scores: (N,) in 0..1.
+    """
+
+    xyxy: Tensor
+    labels: Tensor
+    scores: Tensor
+
+
+class Features(nn.Module):
+    """An encoder's maps, fine to coarse -> maps of equal channels at these strides and, by convolutions, coarser ones.
+
+    Lin et al. 2017, arXiv 1612.03144; the coarser ones as in RetinaNet.
+    """
+
+    def __init__(self, channels: Sequence[int], width: int, coarser: int) -> None:
+        super().__init__()
+        self.fpn = FeaturePyramidNetwork(list(channels), width)
+        self.coarser = nn.ModuleList(nn.Conv2d(width, width, 3, 2, 1) for _ in range(coarser))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        merged = list(self.fpn({str(i): x for i, x in enumerate(maps)}).values())
+        for i, layer in enumerate(self.coarser):
+            merged.append(layer(F.relu(merged[-1]) if i else merged[-1]))
+        return merged
+
+
+class Detector(OverEncoder):
+    """Images (C, H, W) of any sizes from 32 x 32 -> what is found in each.
+
+    Args:
+        pyramid: encoder and neck.
+        decoder: their maps -> maps of the head.
+        head: of those maps.
+        overlap: IoU above which the less sure of two detections is a duplicate.
+        agnostic: detections of different classes can be duplicates of each other too.
+        limit: most objects that are found in an image.
+        least: smallest height and width that images are padded to.
+    """
+
+    decoder: Any
+
+    def __init__(
+        self,
+        pyramid: Pyramid,
+        decoder: nn.Module,
+        head: DenseHead,
+        overlap: float = 0.6,
+        agnostic: bool = False,
+        limit: int = 100,
+        least: tuple[int, int] = (32, 32),
+    ) -> None:
+        super().__init__()
+        self.encoder, self.neck = pyramid.encoder, pyramid.neck or nn.Identity()
+        self.decoder, self.head = decoder, head
+        self.overlap, self.agnostic, self.limit, self.least = overlap, agnostic, limit, least
+        self.multiple = math.lcm(MULTIPLE, pyramid.multiple)
+        name = "head.classification.cls_logits"
+        self.pretrained_cfg = self.default_cfg = {**self.encoder.pretrained_cfg, "classifier": name}
+
+    def forward(
+        self, images: Tensor | Sequence[Tensor], targets: Sequence[Objects] | None = None
+    ) -> dict[str, Tensor] | list[Detections]:
+        """The losses, scalars by name, where there are targets; else what is found in each image.
+
+        Args:
+            images: (B, C, H, W), or B images (C, H, W), normalised, so that the mean is 0.
+            targets: the objects of each image.
+        """
+        raw, shapes = self.predicted(images)
+        return self.found(images, raw, shapes) if targets is None else self.head.losses(raw, shapes, targets)
+
+    def predicted(self, images: Tensor | Sequence[Tensor]) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
+        """What the head says of every place, see `DenseHead.forward`, and the sizes of its maps."""
+        maps = self.decoder(self.neck(self.encoder(self.padded(images))))
+        return self.head(maps), [(x.shape[2], x.shape[3]) for x in maps]
+
+    def measured(
+        self, images: Tensor | Sequence[Tensor], targets: Sequence[Objects]
+    ) -> tuple[dict[str, Tensor], list[Detections]]:
+        """The losses, and what is found, at once."""
+        raw, shapes = self.predicted(images)
+        return self.head.losses(raw, shapes, targets), self.found(images, raw, shapes)
+
+    def padded(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+        """One batch (B, C, h, w), sides a multiple of what the encoder takes."""
+        height, width = (
+            self._side(max(image.shape[axis] for image in images), least)
+            for axis, least in zip((-2, -1), self.least, strict=True)
+        )
+        padded = [F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images]
+        return torch.stack(padded)
+
+    def _side(self, side: int, least: int) -> int:
+        return least if side <= least else math.ceil(side / self.multiple) * self.multiple
+
+    def found(
+        self, images: Tensor | Sequence[Tensor], raw: dict[str, Tensor], shapes: list[tuple[int, int]]
+    ) -> list[Detections]:
+        anchors = self.head.anchors(shapes, raw["logits"].device)
+        pairs = zip(images, self.head.scores(raw), raw["boxes"], strict=True)
+        return [self._found(scores, boxes, anchors, image.shape[-2:]) for image, scores, boxes in pairs]
+
+    def _found(self, scores: Tensor, boxes: Tensor, anchors: Tensor, size: Sequence[int]) -> Detections:
+        flat = scores.flatten()
+        order = flat.argsort(descending=True, stable=True)[: max(CANDIDATES, 5 * self.limit)]
+        order = order[flat[order] > FLOOR]
+        place, labels, sure = order // scores.shape[1], order % scores.shape[1], flat[order]
+        xyxy = clip_boxes_to_image(self.head.decode(boxes[place], anchors[place]), (size[0], size[1]))
+        there = (xyxy[:, 2:] > xyxy[:, :2]).all(1)
+        xyxy, labels, sure = xyxy[there], labels[there], sure[there]
+        if self.agnostic:
+            kept = nms(xyxy, sure, self.overlap)
+        else:
+            kept = batched_nms(xyxy, sure, labels, self.overlap)
+        kept = kept[: self.limit]
+        return Detections(xyxy[kept], labels[kept], sure[kept])
+
+    def get_classifier(self) -> nn.Module:
+        return self.head.classification.cls_logits
+
+
+class Kind(NamedTuple):
+    """A detector that is asked for by name.
+
+    Attributes:
+        description: one line.
+        head: its class.
+        factors: what `sizes` may be in strides, the first one where it does.
+        arguments: of the head's own constructor, besides those that all have.
+    """
+
+    description: str
+    head: type[DenseHead]
+    factors: tuple[float, ...]
+    arguments: tuple[str, ...] = ()
+
+
+DETECTORS = {
+    "fcos": Kind("FCOS (2019): no anchors; every place tells how far the sides of its object are", FCOS, (8,)),
+    "retinanet": Kind(
+        "RetinaNet (2017): anchors of three sizes and some ratios at every place", RetinaNet, (4, 3, 2), ("ratios",)
+    ),
+}
+
+
+class Levels(NamedTuple):
+    """The maps that a detector looks at.
+
+    Attributes:
+        finest, coarsest: strides.
+        sizes: side of the objects that each map is for, in pixels as the network sees them.
+    """
+
+    finest: int
+    coarsest: int
+    sizes: list[float]
+
+    @property
+    def strides(self) -> list[int]:
+        return [self.finest * 2**i for i in range(round(math.log2(self.coarsest / self.finest)) + 1)]
+
+
+def measured_levels(
+    detector: str,
+    objects: Objects,
+    finest: int | None = None,
+    coarsest: int | None = None,
+    sizes: Sequence[float] | None = None,
+    ratios: Sequence[float] = (0.5, 1.0, 2.0),
+) -> tuple[Levels, dict[int, float]]:
+    """Maps for these objects: the cheapest that miss less than 2 % of each class, else those that miss least.
+
+    Args:
+        objects: of the training images, as the network sees them.
+        finest, coarsest, sizes: where they are given.
+
+    Returns:
+        the maps, and of each class the share of objects that they do not reach.
+    """
+    kind = DETECTORS[detector]
+    longest = (objects.xyxy[:, 2:] - objects.xyxy[:, :2]).amax(1) if len(objects.xyxy) else objects.xyxy.new_ones(1)
+    large = longest.quantile(0.95).item() if len(longest) < 10**7 else longest.max().item()
+    tried = []
+    for fine in [finest] if finest else [8, 4]:
+        for factor in kind.factors:
+            end = coarsest or next((s for s in (32, 64) if s >= fine and 2 * factor * s >= large), 128)
+            levels = Levels(fine, max(end, fine), [])
+            levels = levels._replace(sizes=list(sizes or [factor * float(stride) for stride in levels.strides]))
+            if len(levels.sizes) != len(levels.strides):
+                continue
+            reached = kind.head.reached(objects.xyxy, levels.strides, levels.sizes, ratios)
+            missed = {
+                k: 1 - reached[objects.labels == k].float().mean().item() for k in objects.labels.unique().tolist()
+            }
+            if max(missed.values(), default=0.0) < MISSED:
+                return levels, missed
+            tried.append((levels, missed))
+    if not tried:
+        raise UserError(f"model.detector_args.sizes has {len(sizes or ())} sizes: expected one for each stride")
+    return min(tried, key=lambda pair: max(pair[1].values(), default=0.0))
+
+
+def make_detector(
+    name: str,
+    detector: str,
+    classes: int,
+    channels: int = 3,
+    pretrained: bool = False,
+    args: dict[str, Any] | None = None,
+    detector_args: dict[str, Any] | None = None,
+) -> Detector:
+    """An encoder under a detector; the classes are numbered from 0.
+
+    Args:
+        name: of a model of timm's registry, ours included.
+        detector: a key of `DETECTORS`.
+        pretrained: start from the encoder's published weights.
+        args: keyword arguments for `timm.create_model`.
+        detector_args: `finest` and `coarsest` stride (8, 32), `sizes` of objects for each, fine to coarse (some
+            strides), `fpn_channels` (128), `convs` of the head (4), `gamma` of the focal loss (2), `ratios` of
+            RetinaNet's anchors (height / width), and `overlap`, `agnostic` and `limit` of `Detector`.
+
+    Raises:
+        UserError: an unknown encoder or detector, or an encoder that does not fit.
+    """
+    args, given = args or {}, dict(detector_args or {})
+    refuse_unknown("model.detector", detector, DETECTORS, f"visionattn list --detectors: {', '.join(DETECTORS)}")
+    kind = DETECTORS[detector]
+    strides = Levels(given.pop("finest", 8), given.pop("coarsest", 32), []).strides
+    sizes = given.pop("sizes", [kind.factors[0] * stride for stride in strides])
+    width = given.pop("fpn_channels", 128)
+    if len(sizes) != len(strides):
+        raise UserError(f"model.detector_args.sizes has {len(sizes)} sizes, expected one for each stride of {strides}")
+    pyramid = make_pyramid(name, [stride for stride in strides if stride <= 32], channels, pretrained, args)
+    ours = {key: given.pop(key) for key in ("convs", "gamma", *kind.arguments) if key in given}
+    head = kind.head(width, classes, strides, sizes, **ours)
+    given = {key: value for key, value in given.items() if key in ("overlap", "agnostic", "limit")}
+    size = args.get("img_size")
+    least = (32, 32) if size is None else (size, size) if isinstance(size, int) else (size[0], size[1])
+    decoder = Features(pyramid.channels, width, len(strides) - len(pyramid.channels))
+    return Detector(pyramid, decoder, head, least=least, **given)
