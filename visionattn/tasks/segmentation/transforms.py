@@ -25,6 +25,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from visionattn.data.loaders import seeded
 from visionattn.data.sample import IGNORE, Reading, Sample, Window, blocks, unit_range
+from visionattn.tasks.augmentation import BandDropout, GainAndOffset, QuarterTurns
 from visionattn.tasks.segmentation.recipe import Augment, Data
 
 __all__ = ["TrainingCrops", "WholeImages", "augmentation", "collate", "factors", "network_input"]
@@ -207,50 +208,3 @@ def augmentation(augment: Augment) -> v2.Transform:
         BandDropout(augment.band_dropout) if augment.band_dropout else None,
     ]
     return v2.Compose([step for step in steps if step is not None] or [v2.Identity()])
-
-
-class QuarterTurns(v2.Transform):
-    """One, two or three quarter turns; an even number where height and width differ."""
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = v2.functional.get_size(flat_inputs[0])
-        return {"turns": int(torch.randint(1, 4, (1,)).item()) if height == width else 2}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return tv_tensors.wrap(torch.rot90(inpt, params["turns"], (-2, -1)), like=inpt)
-
-
-class GainAndOffset(v2.Transform):
-    """Changes of contrast and brightness for any number of bands: x (1 + a) + b, |a| and |b| up to the strength."""
-
-    _transformed_types = (tv_tensors.Image,)
-
-    def __init__(self, strength: float) -> None:
-        super().__init__()
-        self.strength = strength
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        gain, offset = torch.empty(2).uniform_(-self.strength, self.strength).tolist()
-        return {"gain": 1 + gain, "offset": offset}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return tv_tensors.wrap(inpt * params["gain"] + params["offset"], like=inpt)
-
-
-class BandDropout(v2.Transform):
-    """Each band is set to its mean with this probability; one band always stays."""
-
-    _transformed_types = (tv_tensors.Image,)
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        bands = flat_inputs[0].shape[-3]
-        kept = torch.rand(bands) >= self.probability
-        kept[torch.randint(bands, (1,))] = True
-        return {"kept": kept}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return tv_tensors.wrap(inpt * params["kept"][:, None, None], like=inpt)
