@@ -1,7 +1,7 @@
 """Views of test-time augmentation: mirrored and turned images, and the way back for maps."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,10 +11,36 @@ __all__ = ["View", "views"]
 
 
 class View(NamedTuple):
-    """A change of images (B, C, H, W), and what undoes it on maps (B, K, H, W)."""
+    """Images turned by quarters and then mirrored, and what undoes it.
 
-    forth: Callable[[Tensor], Tensor]
-    back: Callable[[Tensor], Tensor]
+    Attributes:
+        turns: anticlockwise.
+        dims: axes that are mirrored, -1 from left to right and -2 from top to bottom.
+    """
+
+    turns: int
+    dims: tuple[int, ...]
+
+    def forth(self, images: Tensor) -> Tensor:
+        """Of images (..., H, W)."""
+        return torch.rot90(images, self.turns, (-2, -1)).flip(self.dims)
+
+    def back(self, maps: Tensor) -> Tensor:
+        """Of maps (..., H, W) of the view, as of the image."""
+        return torch.rot90(maps.flip(self.dims), -self.turns, (-2, -1))
+
+    def boxes_back(self, xyxy: Tensor, size: tuple[int, int]) -> Tensor:
+        """Of boxes (N, 4) in the view of an image of (H, W) pixels, as in the image."""
+        height, width = size if self.turns % 2 == 0 else size[::-1]
+        left, top, right, bottom = xyxy.unbind(1)
+        if -1 in self.dims:
+            left, right = width - right, width - left
+        if -2 in self.dims:
+            top, bottom = height - bottom, height - top
+        for _ in range(self.turns):  # clockwise: what is at the top was at the right
+            left, top, right, bottom = height - bottom, left, height - top, right
+            height, width = width, height
+        return torch.stack([left, top, right, bottom], 1)
 
 
 def views(names: Sequence[str], square: bool = True) -> list[View]:
@@ -25,15 +51,8 @@ def views(names: Sequence[str], square: bool = True) -> list[View]:
         square: quarter turns keep the shape; else half turns only.
     """
     turns = (0,) if "rot90" not in names else range(4) if square else (0, 2)
-    flips = [dim for name, dim in (("hflip", 3), ("vflip", 2)) if name in names]
+    flips = [dim for name, dim in (("hflip", -1), ("vflip", -2)) if name in names]
     if "rot90" in names:
         flips = flips[:1]  # the other mirror image is this one, turned
     mirrors = [dims for n in range(len(flips) + 1) for dims in itertools.combinations(flips, n)]
-    return [_view(k, dims) for k in turns for dims in mirrors]
-
-
-def _view(turns: int, dims: tuple[int, ...]) -> View:
-    return View(
-        lambda x: torch.rot90(x, turns, (2, 3)).flip(dims),
-        lambda x: torch.rot90(x.flip(dims), -turns, (2, 3)),
-    )
+    return [View(k, dims) for k in turns for dims in mirrors]
