@@ -26,7 +26,7 @@ class BoxSection(GroupSection):
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen, which Lightning refuses among predictions
 class Boxes:
     """N objects of an image, or of a window of it.
 

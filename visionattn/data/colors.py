@@ -8,7 +8,7 @@ from PIL import Image
 from visionattn.data.labels import MaskSection
 from visionattn.data.sample import IGNORE
 
-__all__ = ["UNLABELLED", "Colors", "class_colors", "overlay"]
+__all__ = ["PALETTE", "UNLABELLED", "Colors", "class_colors", "displayed", "overlay"]
 
 PALETTE = [
     *("0072b2", "d55e00", "00805c", "e69f00", "a8538a", "56b4e9"),
@@ -29,7 +29,7 @@ def class_colors(section: MaskSection, shown: Sequence[int]) -> list[tuple[int, 
 
 def overlay(image: np.ndarray, mask: np.ndarray | None, colors: Colors) -> Image.Image:
     """An image (C, h, w) with the classes of a mask (h, w) as tints with solid borders; None shows the image alone."""
-    pixels = _displayed(image)
+    pixels = displayed(image)
     if mask is None:
         return Image.fromarray(pixels)
     border = np.zeros(mask.shape, bool)
@@ -45,7 +45,7 @@ def overlay(image: np.ndarray, mask: np.ndarray | None, colors: Colors) -> Image
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
-def _displayed(image: np.ndarray) -> np.ndarray:
+def displayed(image: np.ndarray) -> np.ndarray:
     """(C, h, w) -> (h, w, 3) uint8: the first three channels, or the first as grey, each stretched if not in 0..1."""
     shown = image[:3] if len(image) >= 3 else image[:1]
     finite = shown[np.isfinite(shown)]

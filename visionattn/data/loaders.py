@@ -132,7 +132,8 @@ class SplitDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         sampler = EpochSampler(len(self.training_set), self.seed, shuffle=True, weights=self.training_set.weights)
-        loader = make_loader(self.training_set, self.data.batch_size, self._workers("train"), sampler)
+        collate = getattr(self.training_set, "collate", None)
+        loader = make_loader(self.training_set, self.data.batch_size, self._workers("train"), sampler, collate)
         if len(loader) == 0:
             raise UserError(
                 f"data.batch_size is {self.data.batch_size}, but each of {sampler.num_replicas} processes has only "

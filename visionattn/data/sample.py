@@ -7,11 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from visionattn.errors import UserError
+
+if TYPE_CHECKING:
+    from visionattn.data.boxes import Boxes
 
 __all__ = ["IGNORE", "SPLITS", "Dataset", "Reading", "Sample", "Window", "blocks", "cases", "unit_range"]
 
@@ -62,8 +65,8 @@ class Sample:
     def target(self, window: Window | None = None) -> Any:
         """What the image is labelled with, None without a label.
 
-        An int64 class index, a (K,) float32 vector of 0 and 1 where an image has several labels, or a mask (h, w)
-        int64 of class numbers, IGNORE where unlabelled.
+        An int64 class index, a (K,) float32 vector of 0 and 1 where an image has several labels, a mask (h, w) int64
+        of class numbers, IGNORE where unlabelled, or the `Boxes` that the window shows, counted from its corner.
         """
         return self.label
 
@@ -104,8 +107,9 @@ class Reading:
         mean, square: (C,) mean of the values and of their squares, missing ones left out.
         missing: share of the pixels without any value.
         image, pair: digests of the image, and of it with its target.
-        counts: of a mask (classes + 1,) pixels of each class, and last those without label.
-        places: of a mask (row, column) of some pixels of each class.
+        counts: (classes + 1,) pixels of each class in a mask, or objects of each; last what has no label or is ignored.
+        places: (row, column) of some pixels of each class in a mask, or of the centres of some objects of each.
+        boxes: the objects, without their masks.
     """
 
     error: str | None = None
@@ -119,6 +123,7 @@ class Reading:
     pair: bytes = b""
     counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     places: dict[int, np.ndarray] = field(default_factory=dict)
+    boxes: "Boxes | None" = None
 
 
 @dataclass(frozen=True)

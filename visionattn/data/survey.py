@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from visionattn.data.boxes import Boxes
 from visionattn.data.ground import same_ground
 from visionattn.data.images import match_channels
 from visionattn.data.sample import IGNORE, Dataset, Reading, Sample, Window, blocks, unit_range
@@ -69,6 +70,7 @@ def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Sequence[
 def _read(sample: Sample, classes: int) -> Reading:
     image_digest, pair_digest = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     counts, sums = np.zeros(classes + 1, np.int64), np.zeros((3, 1))
+    target: Any = None
     positions: dict[int, np.ndarray] = {}
     size, channels, missing = (0, 0), 0, 0
     for window, image, target in _pieces(sample):
@@ -85,11 +87,21 @@ def _read(sample: Sample, classes: int) -> Reading:
         values = np.where(valid, values, 0).astype(np.float64)
         sums = sums + np.stack([valid.sum((1, 2)), values.sum((1, 2)), np.square(values).sum((1, 2))])
         missing += int((~valid.any(0)).sum())
+        if isinstance(target, Boxes):
+            continue
         pair_digest.update(np.ascontiguousarray(target).data)
         if sample.label is None:
             counts[:-1] += np.bincount(target[target != IGNORE], minlength=classes)
             counts[-1] += (target == IGNORE).sum()
             _collect_places(positions, target, window)
+    boxes = None
+    if isinstance(target, Boxes):
+        boxes = replace(sample.target(), masks=None)
+        counts[:-1] = np.bincount(boxes.labels[~boxes.ignore], minlength=classes)
+        counts[-1] = boxes.ignore.sum()
+        positions = _centres(boxes)
+        for array in (boxes.xyxy, boxes.labels, boxes.ignore):
+            pair_digest.update(np.ascontiguousarray(array).data)
     seen = np.maximum(sums[0], 1)
     return Reading(
         size=size,
@@ -102,6 +114,7 @@ def _read(sample: Sample, classes: int) -> Reading:
         pair=pair_digest.digest(),
         counts=counts,
         places=positions,
+        boxes=boxes,
     )
 
 
@@ -117,7 +130,7 @@ def _pieces(sample: Sample) -> Iterator[tuple[Window, np.ndarray, Any]]:
 
 def _labelled(sample: Sample, target: Any) -> Any:
     if target is None:
-        raise UserError(f"{sample.name}: no mask")
+        raise UserError(f"{sample.name}: no label")
     return target
 
 
@@ -127,6 +140,13 @@ def _collect_places(positions: dict[int, np.ndarray], mask: np.ndarray, window: 
         here = np.argwhere(mask == k) + [side.start for side in window]
         merged = np.concatenate([positions[k], _spread(here)]) if k in positions else here
         positions[k] = _spread(merged).astype(np.int32)
+
+
+def _centres(boxes: Boxes) -> dict[int, np.ndarray]:
+    """Of some objects of each class, as (row, column)."""
+    centres = ((boxes.xyxy[:, :2] + boxes.xyxy[:, 2:]) / 2)[:, ::-1].astype(np.int32)
+    known = np.unique(boxes.labels[~boxes.ignore]).tolist()
+    return {k: _spread(centres[(boxes.labels == k) & ~boxes.ignore]) for k in known}
 
 
 def _spread(positions: np.ndarray) -> np.ndarray:
