@@ -16,6 +16,7 @@ from torch import nn
 
 from visionattn import recipe as recipes
 from visionattn.data import formats
+from visionattn.data.boxes import Boxes
 from visionattn.data.images import pixels_of
 from visionattn.data.prediction import Prediction
 from visionattn.data.sample import Sample, cases
@@ -116,6 +117,7 @@ class Predicted:
         name: path of the file, or `image[0]` for what was given as pixels.
         label: the predicted class, or labels joined by ;. None for masks.
         probabilities: by class name. None for masks.
+        boxes: the objects, see `visionattn.data.boxes`. None for anything else.
         mask: (H, W) uint8 class numbers; of volumes (slices, rows, columns). 255 where there are no data.
         classes: names of the class numbers.
         error: why it cannot be read; then there is nothing else.
@@ -126,6 +128,7 @@ class Predicted:
     label: str | None = None
     probabilities: dict[str, float] | None = None
     mask: np.ndarray | None = None
+    boxes: Boxes | None = None
     error: str | None = None
 
 
@@ -133,7 +136,7 @@ class PredictedTable(list[Predicted]):
     """Predictions in the order of what was given."""
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A row for each: probabilities by class, of masks the share of pixels of each class."""
+        """A row for each: probabilities by class, of masks the share of pixels, of objects the number of each class."""
         return Table(self._rows()).to_pandas()
 
     def _rows(self) -> Iterator[dict[str, Any]]:
@@ -144,6 +147,9 @@ class PredictedTable(list[Predicted]):
             if one.mask is not None:
                 row.pop("label")
                 row |= {name: float((one.mask == k).mean()) for k, name in enumerate(one.classes)}
+            if one.boxes is not None:
+                row.pop("label")
+                row |= {name: int((one.boxes.labels == k).sum()) for k, name in enumerate(one.classes)}
             yield row | ({"error": one.error} if one.error else {})
 
     def _repr_html_(self) -> str:

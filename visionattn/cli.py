@@ -210,14 +210,14 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     command = _command(
         commands,
         "predict",
-        "write the probabilities of images to a table, or their masks into a folder",
+        "write the probabilities of images to a table, or their masks or objects into a folder",
         "runs/scenes-20261121-120000 new_scenes more/*.png -o predictions.csv",
         "runs/landcover-20261121-120000 scenes --polygons -o masks",
     )
     command.add_argument("model", type=Path, metavar="RUN|CHECKPOINT")
     command.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER")
     command.add_argument(
-        "-o", "--out", type=Path, required=True, help="table to write (.csv); for masks the folder to make"
+        "-o", "--out", type=Path, required=True, help="table to write (.csv); for masks and objects the folder to make"
     )
     command.add_argument("--polygons", action="store_true", help="of scenes: write a GeoPackage too")
     command.add_argument(
@@ -225,6 +225,10 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="masks hold 0, 1, 2, ... (default: what the recipe's own masks say, such as data.values)",
     )
+    command.add_argument(
+        "--format", help="of objects: csv, coco, voc, yolo, labels, geojson or gpkg (default: a table and pictures)"
+    )
+    command.add_argument("--score", type=float, help="of objects: the least score (default: as chosen on validation)")
     command.add_argument(
         "--continue", dest="resume", action="store_true", help="go on with masks: what is there is whole, and is kept"
     )
@@ -290,6 +294,7 @@ def _add_list(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--pretrained", action="store_true", help="models with published weights")
     command.add_argument("--details", action="store_true", help="all that is known about each, and where it is from")
     command.add_argument("--decoders", action="store_true", help="the decoders that a segmenter can have instead")
+    command.add_argument("--detectors", action="store_true", help="the detectors that a network can have instead")
     command.set_defaults(function=_list)
 
 
@@ -297,13 +302,13 @@ def _list(arguments: argparse.Namespace) -> None:
     from visionattn import listing
 
     filters = {key: getattr(arguments, key) for key in ("min_params", "max_params", "licence", "pretrained")}
-    if not arguments.decoders:
+    if not (arguments.decoders or arguments.detectors):
         models = listing.list_models(arguments.pattern, **filters)
         print(listing.format_details(models) if arguments.details else listing.format_table(models))
     elif arguments.details or any(filters.values()):
-        raise UserError("--decoders goes with a pattern only: filters and --details are for models")
+        raise UserError("--decoders and --detectors go with a pattern only: filters and --details are for models")
     else:
-        print(listing.decoder_table(arguments.pattern))
+        print((listing.detector_table if arguments.detectors else listing.decoder_table)(arguments.pattern))
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:

@@ -1,4 +1,4 @@
-"""`visionattn list`: every model of ours with its size, cost, weights, licence and paper; and every decoder.
+"""`visionattn list`: every model of ours with its size, cost, weights, licence and paper; every decoder and detector.
 
 What is listed stands in `models.json`, so that listing imports neither torch nor timm. After a change of a model:
 `python -m visionattn.listing > visionattn/models.json`, in a clone.
@@ -22,6 +22,7 @@ __all__ = [
     "ModelInfo",
     "decoder_table",
     "describe",
+    "detector_table",
     "format_details",
     "format_table",
     "gmacs",
@@ -185,6 +186,16 @@ def decoder_table(pattern: str = "*") -> str:
     if not rows:
         raise _no_match("decoder", pattern, list(DECODERS), f"decoders: {', '.join(DECODERS)}")
     return _aligned([("decoder", ""), *rows])
+
+
+def detector_table(pattern: str = "*") -> str:
+    """As `decoder_table`, of the detectors."""
+    from visionattn.models.detectors import DETECTORS  # which imports torchvision
+
+    rows = [(name, detector.description) for name, detector in DETECTORS.items() if fnmatchcase(name, pattern)]
+    if not rows:
+        raise _no_match("detector", pattern, list(DETECTORS), f"detectors: {', '.join(DETECTORS)}")
+    return _aligned([("detector", ""), *rows])
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> str:

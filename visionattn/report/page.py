@@ -131,8 +131,8 @@ def _sentence(run: Run) -> str:
     start = " (from pretrained weights)" if model.get("pretrained") or model.get("checkpoint") else ""
     source = escape(data.get("name") or Path(data.get("root", "its data")).name)
     trained = f"trained on {source} for {plural(len(run.epochs), 'epoch')}"
-    title = " with ".join(escape(model[key]) for key in ("name", "decoder") if model.get(key)) or "The network"
-    name = f"<strong>{title}</strong>{start}"
+    parts = [escape(model[key]) for key in ("name", "decoder", "detector") if model.get(key)]
+    name = f"<strong>{' with '.join(parts) or 'The network'}</strong>{start}"
     if not run.evaluations:
         return f"{name} is being {trained} so far; it has not been evaluated yet."
     first = run.evaluations[0]

@@ -70,13 +70,23 @@ def framed(css: str, head: str, body: str) -> str:
     return f'<div class="scroll{tall}" role="region" aria-label="{css}" tabindex="0">{table}</div>'
 
 
-def matrix(classes: list[str], counts: np.ndarray, percent: bool = False) -> str:
-    """A confusion matrix with a row per true class, as counts of images or as per cent of the row's pixels."""
+def matrix(
+    classes: list[str],
+    counts: np.ndarray,
+    percent: bool = False,
+    columns: list[str] | None = None,
+    unit: str = "images",
+) -> str:
+    """A confusion matrix with a row per true class, as counts or as per cent of the row's pixels.
+
+    Args:
+        columns: what is predicted; unset: the classes.
+    """
     numbered, few = len(classes) > 24, len(classes) < 5
     turned = not numbered and max(map(len, classes)) > (14 if few else 4)
     names = [escape(name) for name in classes]
     head = '<th class="axis">predicted →<br>truth ↓</th>'
-    for k, name in enumerate(names, 1):
+    for k, name in enumerate(map(escape, columns or classes), 1):
         text = f'<span aria-label="{name}">{k}</span>' if numbered else f"<span>{name}</span>"
         head += f'<th scope="col" title="{name}"{" class=turned" if turned else ""}>{text}</th>'
     body = ""
@@ -88,7 +98,7 @@ def matrix(classes: list[str], counts: np.ndarray, percent: bool = False) -> str
             text = f"{100 * share:.0f}" if percent else count
             body += f"<td{css}>{text if count else ''}</td>"
         body += "</tr>"
-    unit = "per cent of the row's pixels" if percent else "images"
+    unit = "per cent of the row's pixels" if percent else unit
     note = f"Numbers are {unit}; the colour is their share of the row, blue where right and orange where wrong."
     size = "dense" if numbered else "roomy" if few else ""
     return f'<p class="note">{note}</p>{framed(f"matrix {size}".strip(), head, body)}'

@@ -110,8 +110,8 @@ def epoch_of(path: Path) -> int:
     return load_checkpoint(path)["epoch"] + 1
 
 
-def load_weights(task: pl.LightningModule, path: Path) -> int:
-    """Give a task the weights of a checkpoint; returns its epoch."""
+def load_weights(task: pl.LightningModule, path: Path) -> tuple[int, Recipe]:
+    """Give a task the weights of a checkpoint; returns its epoch, and the recipe with what training has settled."""
     checkpoint = load_checkpoint(path)
     task.load_state_dict(checkpoint["state_dict"])
-    return checkpoint["epoch"] + 1
+    return checkpoint["epoch"] + 1, recipe.loads(_migrated(checkpoint["visionattn"], path)["recipe"], name=str(path))

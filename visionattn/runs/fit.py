@@ -160,18 +160,18 @@ def _train(directory: RunDirectory, spec: Recipe, dataset: Dataset) -> Path:
     with directory.locked() if is_first() else nullcontext():
         trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
         forget_handover()
-        _evaluate(spec, task, data, trainer, directory)
+        _evaluate(task, data, trainer, directory)
         if trainer.is_global_zero:
             directory.finish(time.monotonic() - began)
             write_report(directory.path)
     return directory.path
 
 
-def _evaluate(spec: Recipe, task: Task, data: SplitDataModule, trainer: pl.Trainer, directory: RunDirectory) -> None:
+def _evaluate(task: Task, data: SplitDataModule, trainer: pl.Trainer, directory: RunDirectory) -> None:
     """Evaluate the best weights on val and test, and the last ones where the task does."""
     done: set[int] = set()
     for checkpoint in (directory.best, directory.last) if task.evaluates_last else (directory.best,):
-        epoch = load_weights(task, checkpoint)
+        epoch, spec = load_weights(task, checkpoint)
         if epoch in done:
             continue
         done.add(epoch)

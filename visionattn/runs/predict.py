@@ -5,6 +5,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric import Fabric
 
@@ -32,6 +33,8 @@ def predict(
     polygons: bool = False,
     resume: bool = False,
     class_numbers: bool = False,
+    format: str | None = None,
+    score: float | None = None,
 ) -> tuple[int, int]:
     """Write the probabilities of images to a table, or their masks into a folder.
 
@@ -40,9 +43,11 @@ def predict(
     Args:
         model: run directory or checkpoint.
         paths: files and folders (searched for files of the format that the model was trained on).
-        out: the .csv to write; of masks the folder to make.
+        out: the .csv to write; of masks and objects the folder to make, or the file of a `format` that has one.
         polygons: of scenes, write a GeoPackage beside each.
         class_numbers: masks hold 0, 1, 2, ... and not what the recipe's masks say for the classes.
+        format: of objects, how they are written: see `visionattn.writers.of_objects`.
+        score: of objects, the least that is written, of all classes; unset: those chosen on validation.
         resume: keep the masks that an earlier command has written, and write the others.
 
     Returns:
@@ -60,7 +65,13 @@ def predict(
     data, kind, (process, processes) = trained.recipe.data, part_of(trained.recipe.task, "task"), shard()
     if class_numbers and formats.module_of(data).KIND.target != "mask":
         raise UserError("--class-numbers is for masks, which this model does not predict")
-    options = {"polygons": polygons} | ({"class_numbers": True} if class_numbers else {})
+    if (format or score is not None) and formats.module_of(data).KIND.target != "boxes":
+        raise UserError("--format and --score are for objects, which this model does not predict")
+    if score is not None:
+        evaluate = trained.recipe.evaluate.model_copy(update={"score": score})
+        trained = trained._replace(recipe=trained.recipe.model_copy(update={"evaluate": evaluate}))
+    options: dict[str, Any] = {"polygons": polygons} | ({"class_numbers": True} if class_numbers else {})
+    options |= {"format": format} if format else {}
     writer: Writer = kind.open_writer(trained.recipe, out, **options)
     samples, problems = formats.unlabelled(paths, data, len(data.mean or ()))
     if process > 0:

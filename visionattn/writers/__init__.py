@@ -1,15 +1,18 @@
 """Predictions as files: a file for each output format.
 
-A writer module has `open(out, ...) -> Writer`, which a task's `open_writer` calls.
+A writer module has `open(out, ...) -> Writer`, which a task's `open_writer` calls; one of objects, of which there are
+several to choose from, has `TARGET = "boxes"` and `open(out, classes)`.
 """
 
+import importlib
+import pkgutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, zip_longest
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Self, TypeVar
 
 from visionattn.data.prediction import Prediction
@@ -17,10 +20,17 @@ from visionattn.data.sample import Sample, cases
 from visionattn.errors import UserError
 from visionattn.files import Unwritable, refuse_existing
 
-__all__ = ["FilePerCase", "OneFile", "Writer", "in_turn", "readable"]
+__all__ = ["FilePerCase", "OneFile", "Writer", "in_turn", "of_objects", "readable"]
 
 SECONDS_BETWEEN_LOOKS = 0.2
 T = TypeVar("T")
+
+
+def of_objects() -> dict[str, ModuleType]:
+    """The formats that objects can be written in, by name."""
+    names = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
+    modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
+    return {n.removeprefix("boxes_"): m for n, m in modules.items() if getattr(m, "TARGET", None) == "boxes"}
 
 
 class Writer(ABC):

@@ -12,7 +12,9 @@ from visionattn.files import write_table
 from visionattn.writers._objects import file_name, objects
 from visionattn.writers.table import Table
 
-__all__ = ["open"]
+__all__ = ["TARGET", "open"]
+
+TARGET = "boxes"
 
 
 class Objects(Table):

@@ -17,7 +17,9 @@ from visionattn.files import new_file
 from visionattn.writers import OneFile, in_turn
 from visionattn.writers._objects import file_name, number, objects
 
-__all__ = ["open"]
+__all__ = ["TARGET", "open"]
+
+TARGET = "boxes"
 
 Written = tuple[dict[str, Any], list[dict[str, Any]]]  # an image and its annotations, without numbers
 

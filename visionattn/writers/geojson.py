@@ -18,7 +18,9 @@ from visionattn.files import new_file
 from visionattn.writers import FilePerCase
 from visionattn.writers._objects import grid, number, objects, polygons, properties
 
-__all__ = ["open"]
+__all__ = ["TARGET", "open"]
+
+TARGET = "boxes"
 
 
 class Features(FilePerCase):

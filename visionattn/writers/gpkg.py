@@ -17,7 +17,9 @@ from visionattn.files import new_file
 from visionattn.writers import FilePerCase
 from visionattn.writers._objects import grid, objects, polygons, properties, refuse_placeless
 
-__all__ = ["open"]
+__all__ = ["TARGET", "open"]
+
+TARGET = "boxes"
 
 
 class Layers(FilePerCase):

@@ -18,7 +18,9 @@ from visionattn.files import new_file, write_table
 from visionattn.writers import FilePerCase
 from visionattn.writers._objects import grid, number, objects
 
-__all__ = ["open"]
+__all__ = ["TARGET", "open"]
+
+TARGET = "boxes"
 
 STRIP = 512  # rows
 COLUMNS = ["number", "class", "score", "xmin", "ymin", "xmax", "ymax"]

@@ -13,7 +13,9 @@ from visionattn.files import new_file
 from visionattn.writers import FilePerCase
 from visionattn.writers._objects import file_name, number, objects
 
-__all__ = ["open"]
+__all__ = ["TARGET", "open"]
+
+TARGET = "boxes"
 
 
 class Annotations(FilePerCase):

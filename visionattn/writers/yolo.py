@@ -19,7 +19,9 @@ from visionattn.files import Unwritable, new_file, write_text
 from visionattn.writers import FilePerCase
 from visionattn.writers._objects import objects, polygons
 
-__all__ = ["open"]
+__all__ = ["TARGET", "open"]
+
+TARGET = "boxes"
 
 
 class Labels(FilePerCase):
