@@ -17,7 +17,7 @@ from visionattn.data.formats import Found, Kind, builtin_scenes, image_mask
 from visionattn.data.formats.builtin_scenes import CELL, STROKE, DigitScene
 from visionattn.data.sample import Sample, Window
 
-KIND = Kind("boxes")
+KIND = Kind("boxes", writer="boxes_csv")
 NOISE = 48  # brightest of it
 SHARES = (0.06, 0.1, 0.16, 0.24, 0.44)  # of the scenes with 0, 1, 2, 3 and 4 digits
 

@@ -1,0 +1,407 @@
+"""The detection task: one step for training and validation, views fused, scores chosen on validation."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from visionattn import recipe as recipes
+from visionattn.data import formats
+from visionattn.data.boxes import Boxes
+from visionattn.data.loaders import default_workers
+from visionattn.data.prediction import Prediction
+from visionattn.data.sample import Dataset, Reading, Sample
+from visionattn.data.survey import mean_std
+from visionattn.errors import UserError, listed, nearest
+from visionattn.inference.fusion import fuse
+from visionattn.inference.views import View, views
+from visionattn.models.detectors import DETECTORS, Detector, Objects, make_detector, measured_levels
+from visionattn.models.networks import arguments_of, refuse_unknown, statistics_of
+from visionattn.models.weights import start_from
+from visionattn.tasks import base
+from visionattn.tasks.base import Task, predict_in_batches
+from visionattn.tasks.detection.losses import DetectionLoss
+from visionattn.tasks.detection.metrics import best_scores, coco, match, overall
+from visionattn.tasks.detection.recipe import Data, Recipe
+from visionattn.tasks.detection.transforms import TrainingCrops, WholeImages, collate, factor_of
+from visionattn.writers import Writer, of_objects
+
+__all__ = [
+    "DetectorTask",
+    "class_names",
+    "collate",
+    "evaluation_set",
+    "make",
+    "open_writer",
+    "predictions",
+    "refuse_names",
+    "refuse_other",
+    "resolve",
+    "training_objects",
+    "training_set",
+]
+
+log = logging.getLogger(__name__)
+LEAST_LIMIT = 100  # COCO's number of detections in an image
+PROVED = 100  # images whose truth goes through the network's codes and the metric before training
+FUSED = 0.55  # IoU from which detections of several views are of one object
+
+
+class DetectorTask(Task):
+    """A network that finds objects.
+
+    Args:
+        network: as `visionattn.models.detectors.Detector`.
+        loss: of the network's losses by name.
+        classes: names.
+        rule: what makes a detection right, see `visionattn.tasks.detection.metrics`.
+        score: least score of what is reported, of each class; None: chosen on validation.
+        limit: most objects that are found in an image.
+        tta: names of views whose detections are fused.
+
+    Attributes:
+        chosen: the scores with the best F1 of each class in the last validation.
+    """
+
+    evaluates_last = True
+
+    def __init__(
+        self,
+        network: Detector,
+        loss: nn.Module,
+        classes: list[str],
+        rule: float | Literal["centre"],
+        score: list[float] | None,
+        limit: int,
+        tta: Sequence[str],
+        **task: Any,
+    ) -> None:
+        super().__init__(network, **task)
+        self.loss, self.classes, self.rule, self.score, self.limit = loss, classes, rule, score, limit
+        self.views, self.chosen = views(tta), score
+        self._seen: list[tuple[int, Boxes, Boxes]] = []  # index, found, truth
+
+    def forward(self, image: Tensor | Sequence[Tensor], **options: Any) -> Any:
+        return self.network(image, **options)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        return self.log_loss(self.loss(self(batch["image"], targets=batch["objects"])), batch, batch_idx)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        network: Any = self.network
+        losses, found = network.measured(batch["image"], batch["objects"])
+        found = self._in_native(batch, self._fused(batch["image"]) if len(self.views) > 1 else found)
+        truths = (_boxes(*truth[:2], ignore=truth.ignore) for truth in batch["truth"])
+        self._seen += zip(batch["index"].tolist(), found, truths, strict=True)
+        self.log_validation_loss(self.loss(losses), len(found))
+
+    def on_validation_epoch_end(self) -> None:
+        """Every process measures what all of them have seen."""
+        shares = [self._seen]
+        if dist.is_initialized():
+            shares = [[]] * dist.get_world_size()
+            dist.all_gather_object(shares, self._seen)
+        seen = sorted((item for share in shares for item in share), key=lambda item: item[0])
+        self._seen = []
+        found, truths = [item[1] for item in seen], [item[2] for item in seen]
+        values, _ = coco(found, truths, len(self.classes), self.limit)
+        matchings = [match(*pair, len(self.classes), self.rule) for pair in zip(found, truths, strict=True)]
+        self.chosen = self.score or best_scores(matchings, len(self.classes))
+        values |= overall(matchings, self.chosen)
+        known = {f"val/{name}": value for name, value in values.items() if value is not None}
+        self.log_dict(known, sync_dist=True)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int = 0) -> list[Prediction]:
+        """Everything that is found, however unsure."""
+        found = self._in_native(batch, self._fused(batch["image"]))
+        return [Prediction(int(index), boxes) for index, boxes in zip(batch["index"], found, strict=True)]
+
+    def _fused(self, images: list[Tensor]) -> list[Any]:
+        """Boxes, labels and scores of each image, of all views of it."""
+        seen = [self._viewed(images, view) for view in self.views]
+        if len(seen) == 1:
+            return seen[0]
+        fused = (fuse(of_image, FUSED) for of_image in zip(*seen, strict=True))
+        return [tuple(values[: self.limit] for values in found) for found in fused]
+
+    def _viewed(self, images: list[Tensor], view: View) -> list[tuple[Tensor, Tensor, Tensor]]:
+        found = self([view.forth(image) for image in images])
+        sizes = ((image.shape[-2], image.shape[-1]) for image in images)
+        return [
+            (view.boxes_back(one.xyxy, size), one.labels, one.scores) for one, size in zip(found, sizes, strict=True)
+        ]
+
+    def _in_native(self, batch: dict[str, Any], found: Sequence[Any]) -> list[Boxes]:
+        """In the pixels of the images as they are stored."""
+        results = []
+        for image, size, (xyxy, labels, scores) in zip(batch["image"], batch["size"], found, strict=True):
+            across, along = size[1] / image.shape[-1], size[0] / image.shape[-2]
+            scale = torch.tensor([across, along, across, along], device=xyxy.device)
+            results.append(_boxes(xyxy.float() * scale, labels, scores=scores.float()))
+        return results
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The recipe inside says which scores validation has chosen."""
+        super().on_save_checkpoint(checkpoint)
+        if self.chosen and "recipe" in self.provenance:
+            scores = {"evaluate.score": [float(f"{score:.6g}") for score in self.chosen]}
+            text = recipes.dump(recipes.loads(self.provenance["recipe"], "recipe", scores))
+            checkpoint["visionattn"] = self.provenance | {"recipe": text}
+
+
+def _boxes(xyxy: Tensor, labels: Tensor, scores: Tensor | None = None, ignore: Tensor | None = None) -> Boxes:
+    """On the CPU, as numpy has it."""
+    arrays = (None if x is None else x.cpu().numpy() for x in (xyxy, labels, ignore, scores))
+    box, label, region, score = arrays
+    return Boxes(box, label, np.zeros(len(box), bool) if region is None else region, score)
+
+
+def refuse_names(spec: Recipe) -> None:
+    """Raises UserError for a model, an optimizer or a detector that there is not."""
+    base.refuse_names(spec)
+    where = f"visionattn list --detectors: {', '.join(DETECTORS)}"
+    refuse_unknown("model.detector", spec.model.detector, DETECTORS, where)
+
+
+def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
+    """What the recipe leaves open, from the samples; provisional where these have not been read yet.
+
+    Returns:
+        the recipe with `data.classes`, `mean` and `std`, with the maps of the detector and the number of objects that
+        it may find, and the data set with what makes results doubtful.
+
+    Raises:
+        UserError: the data set cannot be trained on.
+    """
+    data, channels = spec.data, dataset.channels
+    resolved: dict[str, Any] = {"mean": [0.0] * channels, "std": [1.0] * channels}
+    if dataset.readings:
+        mean, std = mean_std(dataset.readings["train"])
+        resolved = {key: [float(f"{v:.7g}") for v in values] for key, values in (("mean", mean), ("std", std))}
+    if data.mean is None and formats.module_of(data).KIND.unit_range:
+        resolved |= statistics_of(spec.model, channels)
+    resolved |= {key: given for key in ("mean", "std") if (given := getattr(data, key)) is not None}
+    for key, values in resolved.items():
+        if len(values) != channels:
+            raise UserError(f"data.{key} has {len(values)} values, but the images have {channels} channels")
+    data = data.model_copy(update=resolved | {"classes": dataset.classes})
+    spec = spec.model_copy(update={"data": data})
+    _refuse_scores(spec)
+    if dataset.readings:
+        _refuse_absent(dataset)
+        dataset = replace(dataset, warnings=[*dataset.warnings, *_unreached(spec, dataset)])
+    return _with_levels(_with_limit(spec, dataset), dataset), dataset
+
+
+def _refuse_scores(spec: Recipe) -> None:
+    scores = spec.evaluate.score
+    if isinstance(scores, list) and len(scores) != len(spec.data.classes):
+        raise UserError(f"evaluate.score has {len(scores)} scores, but there are {len(spec.data.classes)} classes")
+
+
+def _refuse_absent(dataset: Dataset) -> None:
+    """Classes without a training object, splits without any object."""
+    counts = {name: sum(r.counts[:-1] for r in readings) for name, readings in dataset.readings.items()}
+    for name, count in counts.items():
+        if not np.any(count):
+            raise UserError(f"data: no {name} image has an object")
+    absent = [dataset.classes[k] for k in np.flatnonzero(counts["train"] == 0)]
+    if absent:
+        raise UserError(
+            f"data: no training image has an object of {listed(absent)}; leave such classes out by data.classes, or "
+            "draw another split by data.split_seed"
+        )
+
+
+def training_objects(readings: Sequence[Reading], data: Data) -> Objects:
+    """The objects of all images together, as the network sees them without augmentation."""
+    parts = [(reading.boxes, factor_of(reading.size, data)) for reading in readings if reading.boxes is not None]
+    known = [(boxes[~boxes.ignore], factor) for boxes, factor in parts]
+    xyxy = np.concatenate(
+        [boxes.xyxy * np.float32(factor) for boxes, factor in known] or [np.zeros((0, 4), np.float32)]
+    )
+    labels = np.concatenate([boxes.labels for boxes, _ in known] or [np.zeros(0, np.int64)])
+    return Objects(torch.from_numpy(xyxy), torch.from_numpy(labels), torch.zeros(len(labels), dtype=torch.bool))
+
+
+def _levels(spec: Recipe, dataset: Dataset) -> tuple[Any, dict[int, float]]:
+    args = spec.model.detector_args
+    objects = training_objects(dataset.readings.get("train", ()), spec.data)
+    return measured_levels(spec.model.detector, objects, args.finest, args.coarsest, args.sizes, args.ratios)
+
+
+def _with_levels(spec: Recipe, dataset: Dataset) -> Recipe:
+    levels, _ = _levels(spec, dataset)
+    args = spec.model.detector_args.model_copy(update=levels._asdict())
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"detector_args": args})})
+
+
+def _unreached(spec: Recipe, dataset: Dataset) -> list[str]:
+    """Says which maps the detector has, and gives a line where they do not reach some objects."""
+    levels, missed = _levels(spec, dataset)
+    sizes = ", ".join(f"{size:g}" for size in levels.sizes)
+    strides = ", ".join(map(str, levels.strides))
+    log.info("%s: maps at strides %s for objects of %s pixels", spec.model.detector, strides, sizes)
+    shares = [f"{share:.0%} of {dataset.classes[k]}" for k, share in missed.items() if share >= 0.02]
+    if not shares:
+        return []
+    return [
+        f"training objects are too small or of too odd a shape to be learned well: {listed(shares)}; enlarge "
+        "data.image_size, or see model.detector_args"
+    ]
+
+
+def _with_limit(spec: Recipe, dataset: Dataset) -> Recipe:
+    limit = spec.evaluate.max_objects
+    densest = max((int(r.counts.sum()) for part in dataset.readings.values() for r in part), default=0)
+    if limit == "auto":
+        limit = max(LEAST_LIMIT, 2 * densest)
+    elif limit < densest:
+        raise UserError(f"evaluate.max_objects is {limit}, but an image has {densest} objects")
+    return spec.model_copy(update={"evaluate": spec.evaluate.model_copy(update={"max_objects": limit})})
+
+
+def make(spec: Recipe, dataset: Dataset | None = None) -> DetectorTask:
+    """The task of a resolved recipe: with its data to train it, without to use a checkpoint's weights.
+
+    Raises:
+        UserError: anything that cannot be trained.
+    """
+    data, evaluate, limit = spec.data, spec.evaluate, spec.evaluate.max_objects
+    assert isinstance(limit, int)  # once the recipe is resolved
+    network = _network(spec, limit)
+    if dataset:
+        _refuse_untrainable(spec, dataset)
+        _prove(network, spec, dataset)
+    score = evaluate.score
+    return DetectorTask(
+        network,
+        DetectionLoss(spec.loss.class_weight, spec.loss.box_weight),
+        data.classes,
+        rule=evaluate.match,
+        score=None if score == "auto" else score if isinstance(score, list) else [score] * len(data.classes),
+        limit=limit,
+        tta=evaluate.tta,
+        optim=spec.optim,
+        train=spec.train,
+        frozen=spec.model.freeze if dataset else None,
+        monitored=f"val/{spec.train.monitor or 'map'}",
+        names=[sample.name for sample in dataset.splits["train"]].__getitem__ if dataset else str,
+    )
+
+
+def _network(spec: Recipe, limit: int) -> Detector:
+    model, data = spec.model, spec.data
+    detector_args = model.detector_args.model_dump() | {"gamma": spec.loss.gamma, "limit": limit}
+    detector_args["overlap"] = detector_args.pop("nms")
+    arguments = arguments_of(model, data.side)
+    network = make_detector(
+        model.name, model.detector, len(data.classes), len(data.mean), model.pretrained, arguments, detector_args
+    )
+    if model.checkpoint is not None:
+        start_from(network, model.checkpoint, model.name)
+    return network
+
+
+def _refuse_untrainable(spec: Recipe, dataset: Dataset) -> None:
+    data, images = spec.data, len(dataset.splits["train"])
+    crops, enough = images * data.crops_per_image, -(-data.batch_size // images)
+    if crops < data.batch_size:
+        raise UserError(
+            f"data.batch_size is {data.batch_size}, but an epoch has only {crops} training crops ({images} images, "
+            f"data.crops_per_image {data.crops_per_image}): set data.batch_size to at most {crops}, or "
+            f"data.crops_per_image to at least {enough}"
+        )
+
+
+def _prove(network: Detector, spec: Recipe, dataset: Dataset) -> None:
+    """The truth comes back from the codes that the network learns, and has an AP of 1.
+
+    Raises:
+        UserError: it does not, so that no training could succeed.
+    """
+    limit = network.limit
+    for name in ("train", "val"):
+        readings = [r for r in dataset.readings.get(name, ()) if r.boxes is not None and r.counts[:-1].any()][:PROVED]
+        truths = [r.boxes for r in readings if r.boxes is not None]
+        for reading in readings:
+            objects = training_objects([reading], spec.data)
+            error = network.head.round_trip(
+                objects, [round(s * factor_of(reading.size, spec.data)) for s in reading.size]
+            )
+            if not error < 0.01:
+                raise UserError(f"data: boxes of a {name} image cannot be coded, {error:.3g} pixels are lost")
+        found = [replace(t[~t.ignore], scores=np.ones(int((~t.ignore).sum()), np.float32)) for t in truths]
+        values, _ = coco(found, truths, len(spec.data.classes), limit)
+        if truths and (values["map"] is None or values["map"] < 1 - 1e-6):
+            raise UserError(f"data: the labels of {name} measured as predictions have an AP of {values['map']}, not 1")
+
+
+def training_set(dataset: Dataset, spec: Recipe) -> TrainingCrops:
+    """Random crops with their objects."""
+    return TrainingCrops(dataset.splits["train"], dataset.readings.get("train", ()), spec.data, spec.train.seed)
+
+
+def evaluation_set(samples: Sequence[Sample], data: Data) -> WholeImages:
+    """Images in order, without anything random."""
+    return WholeImages(samples, data)
+
+
+def reported(boxes: Boxes, spec: Recipe) -> Boxes:
+    """Those that reach the score of their class."""
+    assert boxes.scores is not None
+    score = spec.evaluate.score
+    least = np.full(len(spec.data.classes), 0.5 if score == "auto" else score)
+    return boxes[boxes.scores >= least[boxes.labels]]
+
+
+def predictions(task: DetectorTask, samples: Sequence[Sample], spec: Recipe, fabric: Fabric) -> Iterator[Prediction]:
+    """The objects of unlabelled samples, in order: those that reach the scores chosen on validation."""
+    data = spec.data
+    workers = default_workers(samples) if data.workers is None else data.workers
+    for found in predict_in_batches(task, WholeImages(samples, data), collate, data.batch_size, workers, fabric):
+        yield found._replace(value=reported(found.value, spec)) if isinstance(found.value, Boxes) else found
+
+
+def open_writer(spec: Recipe, out: Path, polygons: bool = False, format: str | None = None) -> Writer:
+    """What writes objects, in a format of `visionattn.writers.of_objects`.
+
+    Without one a GeoPackage where polygons are asked for, else a table, with pictures where `out` is no file's name.
+
+    Raises:
+        UserError: there is no such format, or it cannot write there.
+    """
+    writer = format or ("gpkg" if polygons else formats.module_of(spec.data).KIND.writer.removeprefix("boxes_"))
+    known = of_objects()
+    if writer not in known:
+        raise UserError(f"--format {writer}: unknown format{nearest(writer, known)}; there are {', '.join(known)}")
+    if format is None and writer == "csv" and not out.suffix:
+        writer = "overlays"
+    return known[writer].open(out, spec.data.classes)
+
+
+def refuse_other(spec: Recipe, dataset: Dataset) -> None:
+    """Raises UserError where labelled images are not of the kind that the model was trained on."""
+    if dataset.channels != len(spec.data.mean):
+        raise UserError(f"images of {dataset.channels} channels, the model takes {len(spec.data.mean)}")
+    if dataset.classes != spec.data.classes:
+        names = (listed(classes, most=8) for classes in (dataset.classes, spec.data.classes))
+        raise UserError("images of the classes {}, the model knows {}".format(*names))
+
+
+def class_names(spec: Recipe) -> list[str]:
+    """In their order."""
+    return spec.data.classes
+
+
+def described(case: Sequence[Sample], parts: Sequence[Prediction], spec: Recipe) -> dict[str, Any]:
+    """The objects of an image."""
+    (part,) = parts
+    return {"boxes": part.value}

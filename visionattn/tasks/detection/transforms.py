@@ -1,0 +1,196 @@
+"""From images with objects to what the network sees: random crops for training, whole images for everything else.
+
+An image is scaled by one factor (`data.resize`) and keeps its shape:
+
+- fit: it fits into `data.image_size`, whichever way round.
+- none: native pixels.
+
+A training crop is a random window of what `image_size` frames, zoomed by `augment.scale`. Bands are normalised before
+they are resized, so that missing values (NaN) are the mean.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
+
+from visionattn.data.boxes import Boxes
+from visionattn.data.loaders import seeded
+from visionattn.data.sample import Reading, Sample, unit_range
+from visionattn.models.detectors import Objects
+from visionattn.tasks.augmentation import BandDropout, GainAndOffset, QuarterTurns
+from visionattn.tasks.detection.recipe import Augment, Data
+
+__all__ = ["TrainingCrops", "WholeImages", "augmentation", "clipped", "collate", "factor_of", "frame", "network_input"]
+
+LEAST = 1e-3  # pixels of a side: what a border leaves less of is ignored
+
+
+def factor_of(size: tuple[int, int], data: Data) -> float:
+    """By what an image of (H, W) pixels is scaled before the network sees it."""
+    if data.resize == "none":
+        return 1.0
+    return min(max(data.side) / max(size), min(data.side) / min(size))
+
+
+def frame(size: tuple[int, int], data: Data) -> tuple[int, int]:
+    """Height and width of what the network sees at most of an image of (H, W) pixels."""
+    factor = factor_of(size, data)
+    sides = data.side
+    if data.resize == "fit" and (size[0] > size[1]) != (sides[0] > sides[1]):
+        sides = sides[::-1]
+    height, width = (max(1, min(round(own * factor), side)) for own, side in zip(size, sides, strict=True))
+    return height, width
+
+
+def network_input(image: np.ndarray, data: Data, size: Sequence[int]) -> Tensor:
+    """(C, h, w) as a sample gives it -> normalised, (C, *size), NaN at the mean."""
+    mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (data.mean, data.std))
+    pixels = ((torch.from_numpy(np.ascontiguousarray(unit_range(image))) - mean) / std).nan_to_num_(0.0)
+    if tuple(pixels.shape[1:]) == tuple(size):
+        return pixels
+    return v2.functional.resize(pixels, list(size), InterpolationMode.BILINEAR, antialias=True)
+
+
+def clipped(boxes: Boxes, size: Sequence[int]) -> Boxes:
+    """Inside an image of (h, w) pixels; what the border leaves nearly nothing of is ignored."""
+    xyxy = boxes.xyxy.clip(0, [size[1], size[0]] * 2).astype(np.float32)
+    return replace(boxes, xyxy=xyxy, ignore=boxes.ignore | (xyxy[:, 2:] - xyxy[:, :2] < LEAST).any(1))
+
+
+def objects_of(boxes: Boxes, old: Sequence[int], new: Sequence[int]) -> Objects:
+    """Objects of an image of `old` (h, w) as they are when it is resized to `new`, clipped to it."""
+    inside = clipped(boxes, old)
+    scale = np.array([new[1] / old[1], new[0] / old[0]] * 2, np.float32)
+    return Objects(*map(torch.from_numpy, (inside.xyxy * scale, inside.labels, inside.ignore)))
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch: lists, since images differ in size; `index` a tensor, as in every batch."""
+    batch = {key: [item[key] for item in items] for key in items[0]}
+    return batch | {"index": torch.tensor(batch["index"])}
+
+
+class TrainingCrops(Dataset):
+    """Random crops with their objects; item (epoch, i) is {"image": (C, h, w), "objects": `Objects`, "index": image}.
+
+    Args:
+        samples: to cut from.
+        readings: of the samples, with the places of their objects.
+        data: the section as `visionattn.tasks.detection.task.resolve` leaves it.
+        seed: crop i of epoch e depends on (seed, e, i) only.
+    """
+
+    weights = None  # every crop is drawn once an epoch
+    collate = staticmethod(collate)
+
+    def __init__(self, samples: Sequence[Sample], readings: Sequence[Reading], data: Data, seed: int) -> None:
+        self.samples, self.data, self.seed = samples, data, seed
+        self.places = [reading.places for reading in readings]
+        self.augmentation = augmentation(data.augment)
+
+    def __len__(self) -> int:
+        return len(self.samples) * self.data.crops_per_image
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        epoch, crop = item
+        index = crop % len(self.samples)
+        with seeded(self.seed, epoch, crop):
+            image, objects = self._crop(index)
+            seen = {
+                "image": tv_tensors.Image(image),
+                "boxes": tv_tensors.BoundingBoxes(objects.xyxy, format="XYXY", canvas_size=tuple(image.shape[1:])),
+            }
+            seen = self.augmentation(seen)
+        xyxy = seen["boxes"].as_subclass(Tensor)
+        flat = ~(xyxy[:, 2:] > xyxy[:, :2]).all(1)  # turned out of the picture
+        objects = Objects(xyxy[~flat], objects.labels[~flat], objects.ignore[~flat])
+        return {"image": seen["image"].as_subclass(Tensor), "objects": objects, "index": index}
+
+    def _crop(self, index: int) -> tuple[Tensor, Objects]:
+        sample = self.samples[index]
+        low, high = self.data.augment.scale
+        scale = factor_of(sample.size, self.data)
+        scale *= math.exp(torch.empty(1).uniform_(math.log(low), math.log(high)).item())
+        extents = [
+            max(1, min(round(side / scale), own))
+            for side, own in zip(frame(sample.size, self.data), sample.size, strict=True)
+        ]
+        centre = self._object(index)
+        starts = [_start(*sides) for sides in zip(sample.size, extents, centre or (None, None), strict=True)]
+        rows, columns = (slice(start, start + extent) for start, extent in zip(starts, extents, strict=True))
+        new = [max(1, round(extent * scale)) for extent in extents]
+        return (
+            network_input(sample.image((rows, columns)), self.data, new),
+            objects_of(sample.target((rows, columns)), extents, new),
+        )
+
+    def _object(self, index: int) -> tuple[int, int] | None:
+        """With the chance of `object_crops` the centre of one of the image's objects, each class as likely."""
+        if not self.places or torch.rand(1).item() >= self.data.object_crops or not self.places[index]:
+            return None
+        of_sample = self.places[index]
+        of_class = of_sample[sorted(of_sample)[int(torch.randint(len(of_sample), (1,)))]]
+        row, column = of_class[int(torch.randint(len(of_class), (1,)))]
+        return int(row), int(column)
+
+
+def _start(side: int, extent: int, centre: int | None) -> int:
+    """Where a window of this extent begins: anywhere inside, or so that it shows a place."""
+    low, high = 0, side - extent
+    if centre is not None:
+        margin = extent // 4
+        low, high = (min(max(edge, 0), high) for edge in (centre - extent + margin, centre - margin))
+    return int(torch.randint(low, high + 1, (1,)).item())
+
+
+class WholeImages(Dataset):
+    """Images as they are evaluated; item (epoch, i), or i, is a dict of
+
+    - image: (C, h, w) normalised and scaled;
+    - objects: `Objects` in its pixels, absent where there is no label;
+    - truth: the same in native pixels;
+    - index: of the image; size: native (H, W).
+    """
+
+    def __init__(self, samples: Sequence[Sample], data: Data) -> None:
+        self.samples, self.data = samples, data
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def sample_of(self, number: int) -> int:
+        """The sample that an item is of."""
+        return number
+
+    def __getitem__(self, number: tuple[int, int] | int) -> dict[str, Any]:
+        index = number[1] if isinstance(number, tuple) else number
+        sample = self.samples[index]
+        pixels, truth = sample.image(), sample.target()
+        size = pixels.shape[1], pixels.shape[2]
+        new = [max(1, round(side * factor_of(size, self.data))) for side in size]
+        item = {"image": network_input(pixels, self.data, new), "index": index, "size": size}
+        if truth is None:
+            return item
+        return item | {"objects": objects_of(truth, size, new), "truth": objects_of(truth, size, size)}
+
+
+def augmentation(augment: Augment) -> v2.Transform:
+    """{"image": normalised float, "boxes": tv_tensors} -> the same, changed at random and together."""
+    steps = [
+        v2.RandomHorizontalFlip(augment.hflip) if augment.hflip else None,
+        v2.RandomVerticalFlip(augment.vflip) if augment.vflip else None,
+        v2.RandomApply([QuarterTurns()], augment.rot90) if augment.rot90 else None,
+        v2.RandomRotation(augment.rotate, InterpolationMode.BILINEAR, fill=0.0) if augment.rotate else None,
+        v2.ClampBoundingBoxes(),
+        GainAndOffset(augment.jitter) if augment.jitter else None,
+        BandDropout(augment.band_dropout) if augment.band_dropout else None,
+    ]
+    return v2.Compose([step for step in steps if step is not None])
