@@ -1,6 +1,9 @@
 """What tests share: the threads, tiny made pictures, a small recipe for them, a run trained by it, refused commands."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,9 @@ from visionattn.cli import main
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # workers share the cores
 torch.set_num_threads(THREADS)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of processes that tests start, whose weights must be the same
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers and commands that tests start have the same one
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 

@@ -110,6 +110,7 @@ class Reading:
         counts: (classes + 1,) pixels of each class in a mask, or objects of each; last what has no label or is ignored.
         places: (row, column) of some pixels of each class in a mask, or of the centres of some objects of each.
         boxes: the objects, without their masks.
+        unread: the sample has not been looked at; only its `size` is what its header says.
     """
 
     error: str | None = None
@@ -124,6 +125,12 @@ class Reading:
     counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     places: dict[int, np.ndarray] = field(default_factory=dict)
     boxes: "Boxes | None" = None
+    unread: bool = False
+
+    @property
+    def sound(self) -> bool:
+        """The sample has been read, and can be used."""
+        return not self.error and not self.unread
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy as np
 from visionattn.data.boxes import Boxes
 from visionattn.data.ground import same_ground
 from visionattn.data.images import match_channels
+from visionattn.data.kept import keep, keys_of, recall
 from visionattn.data.sample import IGNORE, Dataset, Reading, Sample, Window, blocks, unit_range
 from visionattn.errors import UserError, listed, plural
 from visionattn.progress import progress
@@ -29,6 +30,7 @@ __all__ = [
     "equal_images",
     "fingerprint",
     "mean_std",
+    "not_looked_at",
     "read_through",
     "usable",
 ]
@@ -39,21 +41,57 @@ R = TypeVar("R")
 BLOCK = 2048  # pixels of a side: larger scenes are read in blocks
 PLACES = 64  # positions kept of each class and image, for crops around rare classes
 AHEAD = 256  # samples that wait to be read
+TOGETHER = 2000  # readings that are kept at once
+SOME = 2000  # samples that are read of a set that is too large to be read whole
 
 
-def read_through(dataset: Dataset) -> Dataset:
-    """The same with its `readings`."""
-    samples = dataset.samples
+def read_through(dataset: Dataset, survey: str = "cached", seed: int = 0) -> Dataset:
+    """The same with its `readings`.
 
+    Args:
+        survey: as in `data.survey`.
+        seed: of the samples that are chosen.
+    """
+    samples, classes = dataset.samples, len(dataset.classes)
+    chosen = _chosen(len(samples), seed) if survey == "sample" else range(len(samples))
+    keys = keys_of([samples[i] for i in chosen], classes)
+    known = recall(keys) if survey != "anew" else {}
+    readings = [Reading(size=sample.size, counts=np.zeros(classes + 1, np.int64), unread=True) for sample in samples]
+    missing = []
+    for i, key in zip(chosen, keys, strict=True):
+        if key is not None and key in known:
+            readings[i] = known[key]
+        else:
+            missing.append((i, key))
+    fresh: dict[bytes, Reading] = {}
+    for (i, key), reading in zip(missing, _read_all([samples[i] for i, _ in missing], classes), strict=True):
+        readings[i] = reading
+        if key is not None and not reading.error:
+            fresh[key] = reading
+        if len(fresh) == TOGETHER:
+            keep(fresh)
+            fresh = {}
+    if fresh:
+        keep(fresh)
+    rest = iter(readings)
+    return replace(dataset, readings={name: list(islice(rest, len(part))) for name, part in dataset.splits.items()})
+
+
+def _chosen(count: int, seed: int) -> list[int]:
+    """Positions of the samples that are read where not all are."""
+    return sorted(np.random.default_rng(seed).permutation(count)[:SOME].tolist())
+
+
+def _read_all(samples: Sequence[Sample], classes: int) -> Iterator[Reading]:
     def read(sample: Sample) -> Reading:
         try:
-            return _read(sample, len(dataset.classes))
+            return _read(sample, classes)
         except UserError as error:
-            return Reading(str(error), counts=np.zeros(len(dataset.classes) + 1, np.int64))
+            return Reading(str(error), counts=np.zeros(classes + 1, np.int64))
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
-        done = progress(_in_order(pool, read, samples), "reading images", len(samples))
-        return replace(dataset, readings={name: list(islice(done, len(s))) for name, s in dataset.splits.items()})
+    if samples:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
+            yield from progress(_in_order(pool, read, samples), "reading images", len(samples))
 
 
 def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
@@ -82,11 +120,8 @@ def _read(sample: Sample, classes: int) -> Reading:
         if sample.channels is None:
             channels = {2: 1, 4: 3}.get(channels, channels)
             image = match_channels(image, channels, sample.name)
-        values = unit_range(image)
-        valid = np.isfinite(values)
-        values = np.where(valid, values, 0).astype(np.float64)
-        sums = sums + np.stack([valid.sum((1, 2)), values.sum((1, 2)), np.square(values).sum((1, 2))])
-        missing += int((~valid.any(0)).sum())
+        here, without = _sums(image)
+        sums, missing = sums + here, missing + without
         if isinstance(target, Boxes):
             continue
         pair_digest.update(np.ascontiguousarray(target).data)
@@ -116,6 +151,19 @@ def _read(sample: Sample, classes: int) -> Reading:
         places=positions,
         boxes=boxes,
     )
+
+
+def _sums(image: np.ndarray) -> tuple[np.ndarray, int]:
+    """(3, C) number, sum and sum of squares of each channel's values, and how many pixels have none."""
+    if image.dtype == np.uint8:
+        histograms = np.stack([np.bincount(channel.reshape(-1), minlength=256) for channel in image])
+        levels = unit_range(np.arange(256, dtype=np.uint8)).astype(np.float64)
+        return np.stack([histograms @ power for power in (np.ones(256), levels, levels**2)]), 0
+    values = unit_range(image)
+    valid = np.isfinite(values)
+    values = np.where(valid, values, 0).astype(np.float64)
+    sums = np.stack([valid.sum((1, 2)), values.sum((1, 2)), np.square(values).sum((1, 2))])
+    return sums, int((~valid.any(0)).sum())
 
 
 def _pieces(sample: Sample) -> Iterator[tuple[Window, np.ndarray, Any]]:
@@ -159,7 +207,7 @@ def mean_std(readings: Sequence[Reading]) -> tuple[np.ndarray, np.ndarray]:
     A channel without variation has the standard deviation 1, so that it can be divided by. Raises UserError where no
     image has a value.
     """
-    seen = [reading for reading in readings if not reading.error and reading.missing < 1]
+    seen = [reading for reading in readings if reading.sound and reading.missing < 1]
     if not seen:
         raise UserError("data: the training images have no values at all")
     width = max(len(reading.mean) for reading in seen)
@@ -209,7 +257,7 @@ def equal_images(dataset: Dataset) -> list[list[tuple[str, int]]]:
     places: dict[bytes, list[tuple[str, int]]] = {}
     for name, readings in dataset.readings.items():
         for i, reading in enumerate(readings):
-            if not reading.error:
+            if reading.sound:
                 places.setdefault(reading.image, []).append((name, i))
     return [group for group in places.values() if len(group) > 1]
 
@@ -222,7 +270,15 @@ def doubts(dataset: Dataset) -> list[str]:
         "images have contradicting labels": sum(contradicting(dataset, group) for group in equal),
     }
     texts = [f"{count} {text} (visionattn check names them)" for text, count in counts.items() if count]
-    return texts + same_ground(dataset)
+    return texts + not_looked_at(dataset) + same_ground(dataset)
+
+
+def not_looked_at(dataset: Dataset) -> list[str]:
+    """A line where only some samples have been read."""
+    unread = sum(reading.unread for part in dataset.readings.values() for reading in part)
+    count = f"{unread:,} of {len(dataset.samples):,} images"
+    text = f"{count} were not looked at (data.survey: sample): whether they can be read, and are there only once"
+    return [text] if unread else []
 
 
 def across_splits(group: list[tuple[str, int]]) -> bool:

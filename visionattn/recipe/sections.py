@@ -85,6 +85,11 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0, le=256)] | None = Field(
         None, description="loading processes; unset: chosen from the cores"
     )
+    survey: Literal["cached", "anew", "sample"] = Field(
+        "cached",
+        description="look at all images before training, cached: at those again whose size or time of change differs; "
+        "sample: at 2000 only",
+    )
     skip_bad: bool = Field(False, description="leave out (and report) images that cannot be read, instead of refusing")
     lists: Lists = Lists()
     val_fraction: Rate = Field(0.2, description="share drawn for validation where no such split is given")

@@ -12,7 +12,7 @@ from visionattn.data.ground import same_ground
 from visionattn.data.images import unused
 from visionattn.data.sample import Dataset, Sample
 from visionattn.data.splits import split
-from visionattn.data.survey import across_splits, contradicting, equal_images, mean_std, read_through
+from visionattn.data.survey import across_splits, contradicting, equal_images, mean_std, not_looked_at, read_through
 from visionattn.environment import silence
 from visionattn.errors import UserError, listed
 from visionattn.recipe import Recipe, part_of
@@ -71,7 +71,7 @@ def check(spec: Recipe) -> Findings:
     dataset, more = split(samples, classes, spec.data)
     problems = [*problems, *more]
     problems += [f"data: no images in {name}" for name, part in dataset.splits.items() if not part]
-    dataset = read_through(dataset)
+    dataset = read_through(dataset, spec.data.survey, spec.data.split_seed)
     readings = [reading for part in dataset.readings.values() for reading in part]
     unreadable = [reading.error for reading in readings if reading.error]
     problems += [f"{len(unreadable)} cannot be read:\n{listed(unreadable, chr(10))}"] if unreadable else []
@@ -80,7 +80,8 @@ def check(spec: Recipe) -> Findings:
     problems += of_task
     problems += _message(across, "images in more than one split: results on held-out images would be too good")
     problems += _message(conflicts, "images with contradicting labels") + same_ground(dataset)
-    notes = _message(within, "images more than once in a split") + notes + _left_out(spec.data, samples)
+    notes = not_looked_at(dataset) + _message(within, "images more than once in a split") + notes
+    notes += _left_out(spec.data, samples)
     if noted := getattr(formats.module_of(spec.data), "notes", None):
         notes += noted(dataset.samples)
     if not problems:
@@ -117,12 +118,12 @@ def _statistics(dataset: Dataset) -> tuple[list[float], list[float]]:
 
 def _rows(dataset: Dataset) -> list[list[str]]:
     """How many samples and groups there are, their sizes, and how they are stored."""
-    readable = {name: [r for r in part if not r.error] for name, part in dataset.readings.items()}
+    readable = {name: [r for r in part if r.sound] for name, part in dataset.readings.items()}
     grouped = any(sample.group != sample.name for sample in dataset.samples)
-    rows = [["images", *(str(len(part)) for part in readable.values())]]
+    rows = [["images", *(str(sum(not r.error for r in part)) for part in dataset.readings.values())]]
     if grouped:
         rows.append(["groups", *(str(len({sample.group for sample in part})) for part in dataset.splits.values())])
-    rows.append(["unreadable", *(str(len(dataset.readings[name]) - len(part)) for name, part in readable.items())])
+    rows.append(["unreadable", *(str(sum(r.error is not None for r in p)) for p in dataset.readings.values())])
     sizes = [np.array([r.size for r in part]) if part else np.zeros((1, 2)) for part in readable.values()]
     for what, function in (("smallest", np.min), ("median", np.median), ("largest", np.max)):
         rows.append([f"{what} height x width", *("{:.0f} x {:.0f}".format(*function(size, axis=0)) for size in sizes)])

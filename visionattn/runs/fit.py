@@ -98,7 +98,7 @@ def prepare(spec: Recipe) -> tuple[Recipe, Dataset, Task]:
     dataset, more = split(samples, classes, spec.data)
     _refuse([*problems, *more], dataset)
     rehearse(spec, dataset)
-    dataset = usable(read_through(dataset), spec.data.skip_bad)
+    dataset = usable(read_through(dataset, spec.data.survey, spec.data.split_seed), spec.data.skip_bad)
     dataset = replace(dataset, warnings=doubts(dataset))
     spec, dataset = kind.resolve(spec, dataset)
     return spec, dataset, make_task(spec, dataset)

@@ -52,7 +52,7 @@ def too_small(dataset: Dataset, spec: Recipe) -> list[str]:
         f"{sample.name} ({reading.size[0]}x{reading.size[1]})"
         for name, samples in dataset.splits.items()
         for sample, reading in zip(samples, dataset.readings[name], strict=True)
-        if not reading.error and (reading.size[0] < height or reading.size[1] < width)
+        if reading.sound and (reading.size[0] < height or reading.size[1] < width)
     ]
 
 
@@ -67,7 +67,7 @@ def _imbalance(classes: list[str], train: np.ndarray) -> list[str]:
 
 
 def _mixtures(dataset: Dataset) -> list[str]:
-    readings = [reading for part in dataset.readings.values() for reading in part if not reading.error]
+    readings = [reading for part in dataset.readings.values() for reading in part if reading.sound]
     channels = np.array([reading.channels for reading in readings])
     kinds = {reading.kind for reading in readings}
     deep = {kind for kind in kinds if kind.startswith(("I", "F"))}

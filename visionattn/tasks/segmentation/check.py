@@ -41,9 +41,9 @@ def _masks_worth_a_note(
     unlabelled, single, missing = [], [], []
     for sample, reading in zip(samples, readings, strict=True):
         present = np.flatnonzero(reading.counts[:-1])
-        if not reading.error and len(present) == 0:
+        if reading.sound and len(present) == 0:
             unlabelled.append(sample.name)
-        if not reading.error and present.tolist() == [0]:
+        if reading.sound and present.tolist() == [0]:
             single.append(sample.name)
         if reading.missing > MOSTLY_MISSING:
             missing.append(sample.name)

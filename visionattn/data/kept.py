@@ -1,0 +1,158 @@
+"""What reading samples has shown, kept from one command to the next, so that only new and changed files are read again.
+
+One file for each user, `$XDG_CACHE_HOME/visionattn/readings.sqlite` (else below ~/.cache), which may be removed at any
+time. A reading is found by all that it depends on: what the sample says of itself, and path, size and time of change of
+its files.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from visionattn import __version__
+from visionattn.data.boxes import Boxes
+from visionattn.data.sample import Reading, Sample
+
+__all__ = ["keep", "keys_of", "recall"]
+
+log = logging.getLogger(__name__)
+NOT_READ = {"split", "group", "case"}  # fields of a sample that no reading depends on
+PLAIN = (str, bytes, int, float, np.generic, list, tuple, dict, set, Path, type(None))  # all else is in the files
+AT_ONCE = 500  # keys of a query
+DAY = 86_400  # seconds
+UNUSED = 180  # days
+
+
+def keys_of(samples: Sequence[Sample], classes: int) -> list[bytes | None]:
+    """What each sample's reading is found by; None of those that are read from no file, or from one that is gone."""
+    stamps: dict[tuple[Path, ...], bytes | None] = {}
+    digests: dict[int, bytes] = {}
+    keys = []
+    for sample in samples:
+        files = sample.files
+        if files not in stamps:
+            stamps[files] = _stamp(files)
+        stamp, key = stamps[files], hashlib.blake2b(f"{__version__} {classes}".encode(), digest_size=16)
+        if stamp is not None:
+            key.update(stamp)
+            _add(key, sample, digests)
+        keys.append(None if stamp is None else key.digest())
+    return keys
+
+
+def _stamp(files: tuple[Path, ...]) -> bytes | None:
+    try:
+        stats = [(str(file), stat.st_size, stat.st_mtime_ns) for file in files for stat in [os.stat(file)]]
+    except OSError:
+        return None
+    return repr(stats).encode("utf-8", "surrogateescape") if stats else None
+
+
+@cache
+def _fields(kind: Any) -> list[str]:
+    unread = NOT_READ if issubclass(kind, Sample) else ()
+    return [field.name for field in fields(kind) if field.name not in unread]
+
+
+def _add(digest: Any, value: Any, digests: dict[int, bytes]) -> None:
+    """All fields of a sample or of a part of it; parts that samples share are looked through once."""
+    kind: Any = type(value)
+    plain: list[Any] = [kind]
+    for content in (getattr(value, name) for name in _fields(kind)):
+        for part in content if isinstance(content, list | tuple) else (content,):
+            if isinstance(part, np.ndarray):
+                plain.append(f"{part.dtype}{part.shape}")
+                digest.update(np.ascontiguousarray(part).data)
+            elif is_dataclass(part):
+                if id(part) not in digests:
+                    whole = hashlib.blake2b(digest_size=16)
+                    _add(whole, part, digests)
+                    digests[id(part)] = whole.digest()
+                digest.update(digests[id(part)])
+            elif isinstance(part, PLAIN):
+                plain.append(part)
+    digest.update(repr(plain).encode("utf-8", "surrogateescape"))
+
+
+def recall(keys: Sequence[bytes | None]) -> dict[bytes, Reading]:
+    """The kept readings by their keys."""
+    wanted = [key for key in keys if key is not None]
+    found: dict[bytes, Reading] = {}
+    with suppress(Unusable), _table() as table:
+        today = int(time.time()) // DAY
+        for first in range(0, len(wanted), AT_ONCE):
+            some = wanted[first : first + AT_ONCE]
+            marks = ",".join("?" * len(some))
+            for key, text in table.execute(f"SELECT key, reading FROM readings WHERE key IN ({marks})", some):
+                found[key] = _from_text(text)
+            table.execute(f"UPDATE readings SET used = ? WHERE used < ? AND key IN ({marks})", [today, today, *some])
+    return found
+
+
+def keep(readings: Mapping[bytes, Reading]) -> None:
+    """Keep readings by their keys, and forget what has not been asked for in half a year."""
+    today = int(time.time()) // DAY
+    rows = [(key, today, _as_text(reading)) for key, reading in readings.items()]
+    with suppress(Unusable), _table() as table:
+        table.executemany("INSERT OR REPLACE INTO readings VALUES (?, ?, ?)", rows)
+        table.execute("DELETE FROM readings WHERE used < ?", [today - UNUSED])
+
+
+class Unusable(Exception):
+    """The file cannot be read or written: everything is then read anew."""
+
+
+@contextmanager
+def _table() -> Iterator[sqlite3.Connection]:
+    """A connection to the file. Raises Unusable, once it has been said; a damaged file is removed."""
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "visionattn", "readings.sqlite")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path, timeout=60)) as connection, connection:
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS readings (key BLOB PRIMARY KEY, used INTEGER, reading TEXT) WITHOUT ROWID"
+            )
+            yield connection
+    except (sqlite3.Error, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s: cannot be used, so images are read anew (%s)", path, error)
+        if not isinstance(error, sqlite3.OperationalError | OSError | RuntimeError):  # locked, full, no home
+            path.unlink(missing_ok=True)
+        raise Unusable from None
+
+
+def _as_text(reading: Reading) -> str:
+    content = {field.name: getattr(reading, field.name) for field in fields(reading)}
+    content |= {name: content[name].hex() for name in ("image", "pair")}
+    content |= {name: content[name].tolist() for name in ("mean", "square", "counts")}
+    content["places"] = [[k, place.tolist()] for k, place in reading.places.items()]
+    if (boxes := reading.boxes) is not None:
+        content["boxes"] = [boxes.xyxy.tolist(), boxes.labels.tolist(), boxes.ignore.tolist()]
+    return json.dumps(content)
+
+
+def _from_text(text: str) -> Reading:
+    content = json.loads(text)
+    if content["boxes"] is not None:
+        xyxy, labels, ignore = content["boxes"]
+        content["boxes"] = Boxes(
+            np.array(xyxy, np.float32).reshape(-1, 4), np.array(labels, np.int64), np.array(ignore, bool)
+        )
+    content["size"] = tuple(content["size"])
+    content["counts"] = np.array(content["counts"], np.int64)
+    for name in ("image", "pair"):
+        content[name] = bytes.fromhex(content[name])
+    for name in ("mean", "square"):
+        content[name] = np.array(content[name], np.float64)
+    content["places"] = {k: np.array(place, np.int32).reshape(-1, 2) for k, place in content["places"]}
+    return Reading(**content)
