@@ -54,10 +54,17 @@ class Polygons(Shape):
     def bounds(self) -> np.ndarray | None:
         points = np.concatenate(self.parts)
         box = np.concatenate([points.min(0), points.max(0)])
-        return box if self.on(pixels_of(box)).any() else None
+        return box if any(map(_thick, self.parts)) or self.on(pixels_of(box)).any() else None
 
     def turned(self, orientation: int, size: tuple[int, int]) -> Self:
         return type(self)(tuple(turn_points(part, orientation, size) for part in self.parts))
+
+
+def _thick(polygon: np.ndarray) -> bool:
+    """Whether it surely holds a pixel's centre: what holds none has an area of little more than half its length."""
+    edges = np.roll(polygon, -1, axis=0) - polygon
+    area = abs((polygon[:, 0] * edges[:, 1] - polygon[:, 1] * edges[:, 0]).sum()) / 2
+    return bool(area > np.sqrt(np.square(edges).sum(1)).sum())
 
 
 def _filled(polygon: np.ndarray, window: Window) -> np.ndarray:

@@ -41,6 +41,17 @@ def test_a_rectangle_covers_its_pixels_and_a_sliver_none():
     assert Polygons((np.array([[3, 4.6], [9, 4.6], [9, 5.4], [3, 5.4]]),)).bounds is None
 
 
+def test_polygons_without_pixels_are_known():
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(500):
+        polygon = rng.uniform(3, 6, 2) + rng.uniform(0.2, 4, 2) * rng.uniform(0, 1, (5, 2))
+        shape = Polygons((polygon,))
+        found.append(shape.on(ALL).any())
+        assert (shape.bounds is not None) == found[-1]
+    assert 100 < sum(found) < 400
+
+
 @pytest.mark.parametrize("share", [0, 0.02, 0.5, 1])
 def test_run_lengths_are_coco_s(share):
     mask = np.random.default_rng(1).random(SIZE) < share

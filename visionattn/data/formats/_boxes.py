@@ -125,13 +125,10 @@ def found(
         problems: what has been found before.
         known: class names in the order of the files; unset: sorted.
     """
-    problems = [*problems, *_same_names(entries)]
-    entries, more = _with_headers([entry for entry in entries if not entry.wrong])
-    problems += more
-    entries, more = _right_sizes(entries)
-    problems += more
-    entries, more = _right_boxes(entries)
-    problems += more
+    entries, problems = [entry for entry in entries if not entry.wrong], list(problems)
+    for right_ones in (_with_own_names, _with_headers, _right_sizes, _right_boxes):
+        entries, more = right_ones(entries)
+        problems += more
     classes = class_names({name for entry in entries for name in entry.names}, section, known)
     grey = all(entry.header.bands <= 2 for entry in entries)
     channels = getattr(section, "channels", None) or (1 if grey else 3)
@@ -222,11 +219,13 @@ def _has_masks(entry: Entry) -> bool:
     )
 
 
-def _same_names(entries: Sequence[Entry]) -> list[str]:
+def _with_own_names(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
     homes = defaultdict(list)
     for entry in entries:
-        homes[normalize("NFC", entry.name)].append(f"{entry.where} ({entry.path.name})")
-    return [f"of one name are {listed(where)}" for where in homes.values() if len(where) > 1]
+        homes[normalize("NFC", entry.name)].append(entry)
+    alone = [of_name[0] for of_name in homes.values() if len(of_name) == 1]
+    others = [[f"{e.where} ({e.path.name})" for e in of_name] for of_name in homes.values() if len(of_name) > 1]
+    return alone, [f"of one name are {listed(where)}" for where in others]
 
 
 def _with_headers(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
@@ -279,8 +278,10 @@ def _right_sizes(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
 
 def _right_boxes(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
     """Without those that have a box or a mask that cannot be."""
-    problems, wrong = [], set()
-    for file, members in _by_file(entries):
+    problems, wrong, of_file = [], set(), defaultdict(list)
+    for entry in entries:
+        of_file[entry.file].append(entry)
+    for file, members in of_file.items():
         owner = np.repeat(np.arange(len(members)), [len(entry.values) for entry in members])
         first = np.cumsum([0, *(len(entry.values) for entry in members)])
         values = np.concatenate([np.zeros((0, 4)), *(entry.values for entry in members)])
@@ -299,14 +300,6 @@ def _right_boxes(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
             problems += faults
             wrong.add(entry)
     return [entry for entry in entries if entry not in wrong], problems
-
-
-def _by_file(entries: Sequence[Entry]) -> Iterator[tuple[Path, list[Entry]]]:
-    """Entries whose values one program wrote: of a file, or of a folder where each image has its own."""
-    members = defaultdict(list)
-    for entry in entries:
-        members[entry.file].append(entry)
-    yield from members.items()
 
 
 def _misread(values: np.ndarray, sizes: np.ndarray, form: str) -> str:
