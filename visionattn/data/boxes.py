@@ -81,6 +81,18 @@ class Boxes:
         """(N,) of the boxes, in pixels."""
         return (self.xyxy[:, 2:] - self.xyxy[:, :2]).prod(1)
 
+    def of_window(self, window: Window) -> Self:
+        """The same objects of a window of an image counted from the corner of the image.
+
+        What rounding would move to another pixel stays on its own, since masks are of these.
+        """
+        corner = np.array([window[1].start, window[0].start] * 2)
+        pixels = np.concatenate([np.floor(self.xyxy[:, :2]) + 1, np.ceil(self.xyxy[:, 2:]) - 1], 1) + corner
+        inside = np.nextafter(pixels.astype(np.float32), np.array([-np.inf, -np.inf, np.inf, np.inf], np.float32))
+        moved = (self.xyxy + corner).astype(np.float32)
+        low, high = np.minimum(moved, inside)[:, :2], np.maximum(moved, inside)[:, 2:]
+        return replace(self, xyxy=np.concatenate([low, high], axis=1))
+
     def within(self, window: Window) -> Self:
         """What a crop of the image shows, counted from its corner: boxes clipped, hardly visible objects left out.
 

@@ -80,8 +80,7 @@ class _Parts:
     def of(cls, row: Iterable[tuple[Window, Boxes]], size: tuple[int, int]) -> Self:
         placed, tiles = [], []
         for (rows, columns), boxes in row:
-            corner = np.array([columns.start, rows.start] * 2, np.float32)
-            placed.append(replace(boxes, xyxy=boxes.xyxy + corner))
+            placed.append(boxes.of_window((rows, columns)))
             tiles.append(np.tile([columns.start, rows.start, columns.stop, rows.stop], (len(boxes), 1)))
         boxes = Boxes.joined(placed)
         borders = np.concatenate([np.zeros((0, 4), np.int64), *tiles])

@@ -48,3 +48,17 @@ def test_boxes_without_masks_are_clipped():
 
 def test_nothing_is_cropped_to_nothing():
     assert len(Boxes().within((slice(0, 5), slice(0, 5)))) == 0
+
+
+def test_objects_of_a_window_stay_on_their_pixels():
+    """Where rounding to float32, of which numbers around 15000 are a thousandth apart, would move them."""
+    rng = np.random.default_rng(0)
+    near = np.float32(1e-7) * rng.integers(-3, 4, (500, 4)).astype(np.float32)
+    local = np.array([5, 7, 20, 30], np.float32) + near * 20
+    window = slice(15_001, 15_100), slice(14_003, 14_100)
+    moved = Boxes(local, np.zeros(500, int), np.zeros(500, bool)).of_window(window)
+    assert moved.xyxy.dtype == np.float32
+    np.testing.assert_allclose(moved.xyxy, local + [14_003, 15_001] * 2, atol=2e-3)
+    for box, placed in zip(local, moved.xyxy, strict=True):
+        for side, there, start in zip(pixels_of(box), pixels_of(placed), (15_001, 14_003), strict=True):
+            assert (side.start + start, side.stop + start) == (there.start, there.stop)
