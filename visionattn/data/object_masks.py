@@ -62,6 +62,7 @@ class Polygons(Shape):
 
 def _thick(polygon: np.ndarray) -> bool:
     """Whether it surely holds a pixel's centre: what holds none has an area of little more than half its length."""
+    polygon = polygon.astype(np.float64)
     edges = np.roll(polygon, -1, axis=0) - polygon
     area = abs((polygon[:, 0] * edges[:, 1] - polygon[:, 1] * edges[:, 0]).sum()) / 2
     return bool(area > np.sqrt(np.square(edges).sum(1)).sum())

@@ -325,8 +325,9 @@ def _inside(xyxy: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def _faults(values: np.ndarray, sizes: np.ndarray, form: str) -> Iterator[tuple[np.ndarray, Callable[[int], str]]]:
-    xyxy = _corners(values) if form == "xywh" else values
     finite = np.isfinite(values).all(1)
+    values = np.where(finite[:, None], values, 0)
+    xyxy = _corners(values) if form == "xywh" else values
     sides = xyxy[:, 2:] - xyxy[:, :2]
     positive = (sides > 0).all(1)
     clipped = np.clip(xyxy, 0, np.tile(sizes, 2)).astype(np.float32)

@@ -218,7 +218,7 @@ class Labelled:
         if self.areas is not None:
             areas = Polygons(tuple(part for shape in self.areas.shapes for part in shape.parts))
             centres = (objects.xyxy[:, :2] + objects.xyxy[:, 2:]) / 2
-            ignore |= ~shapely.contains_xy(shapely.union_all(self.areas.polygons), centres)
+            ignore |= ~np.logical_or.reduce([shapely.contains_xy(area, centres) for area in self.areas.polygons])
         whole = objects.xyxy.astype(np.float32)
         places = Boxes(whole, np.arange(len(whole)), ignore, masks=Drawn(objects.shapes, whole) if masks else None)
         seen = places.within((slice(0, height), slice(0, width)))

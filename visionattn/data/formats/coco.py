@@ -200,7 +200,7 @@ def _boxes_of(
             values.append(_box(annotation.get("bbox"), shape))
             shapes.append(shape)
             right.append(annotation)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             problems.append(f"{where}, annotation {annotation.get('id')}: {error}")
     return {
         "values": np.array(values, np.float64),

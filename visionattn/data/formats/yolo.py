@@ -75,7 +75,7 @@ def _names(section: Section) -> tuple[list[str], str]:
 
 
 def _in_order(names: object, path: Path) -> list[str]:
-    if isinstance(names, dict) and sorted(names) == list(range(len(names))):
+    if isinstance(names, dict) and set(names) == set(range(len(names))):
         return [str(names[k]) for k in range(len(names))]
     if isinstance(names, list):
         return [str(name) for name in names]

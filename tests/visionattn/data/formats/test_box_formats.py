@@ -211,6 +211,7 @@ def test_what_is_wrong_with_a_yolo_line_is_said(tmp_path, line, message):
     [
         ("names: [cat, cat]", "data.yaml: two classes are called cat"),
         ("names: {1: cat}", r"data.yaml: names are \{1: 'cat'\}, expected a list"),
+        ("names: {0: cat, x: dog}", "expected a list, or names of the numbers from 0 on"),
         ("names: [cat", "data.yaml: not readable as YAML"),
     ],
 )

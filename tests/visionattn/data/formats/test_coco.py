@@ -237,6 +237,7 @@ def test_boxes_over_the_border_are_clipped_and_counted(one):
         ({"segmentation": [[1, 2, 3, 4, 5, float("nan")]]}, "a polygon with values that are not finite"),
         ({"segmentation": {"size": [W, H], "counts": "0"}}, "run lengths of 60x40 pixels, but the image has 40x60"),
         ({"segmentation": {"size": [H, W], "counts": [5, 5]}}, "run lengths that do not add up to 40x60 pixels"),
+        ({"segmentation": {"size": [H, W], "counts": [float("inf")]}}, "annotation 100: cannot convert"),
         ({"segmentation": {"size": [H, W], "counts": "~"}}, "not in COCO's compressed form"),
         ({"segmentation": {"size": [H, W], "counts": [H * W]}}, "its mask has no pixels"),
         ({"segmentation": [[20, 2, 30, 2, 30, 12, 20, 12]]}, r"its mask has the box \[20.0, 2.0, 30.0, 12.0\]"),

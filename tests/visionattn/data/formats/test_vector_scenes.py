@@ -183,6 +183,17 @@ def test_outside_of_the_labelled_areas_is_ignored(tmp_path):
     assert (sample.target((slice(0, 64), slice(0, 64))).labels >= 0).all()
 
 
+def test_polygons_and_areas_may_cross_themselves(tmp_path):
+    scene(tmp_path / "a.tif")
+    bow = [(60, 10), (110, 40), (110, 10), (60, 50)]
+    vectors(tmp_path / "a.gpkg", [shapely.Polygon(bow), box(20, 100, 40, 120)], ["oak"] * 2)
+    area = shapely.Polygon([(0, 0), (300, 0), (0, 300), (300, 200)])
+    file = vectors(tmp_path / "areas/done.gpkg", [area])
+    boxes = find(tmp_path, areas=file).samples[0].target()
+    assert boxes.labels[:2].tolist() == [0, 0]
+    assert boxes.ignore[:2].tolist() == [False, True]  # the second is outside of the crossed area
+
+
 def test_polygons_with_areas_have_masks_of_what_is_ignored(tmp_path):
     scene(tmp_path / "a.tif")
     vectors(tmp_path / "a.gpkg", [shapely.Point(50, 50).buffer(20)], ["oak"])
