@@ -54,7 +54,8 @@ def merge(
     """
     waiting = _Parts.of((), size)
     for row in rows:
-        done = _finished(waiting, min(window[0].start for window, _ in row), iou, agnostic)
+        top = min((window[0].start for window, _ in row), default=0)
+        done = _finished(waiting, top, iou, agnostic)
         if done.any():
             yield _merged(waiting[done], iou, agnostic)
         waiting = _Parts.joined([waiting[~done], _Parts.of(row, size)])
