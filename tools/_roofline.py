@@ -1,6 +1,7 @@
 """The roofline of a device: no program is faster than its multiplications and its memory allow.
 
-Both speeds are measured here, when they are needed, so that a share of the roofline means the machine as it is.
+That of the machine at hand is measured when it is needed, so that a share of it means the machine as it is; those of
+devices that are not here come from their makers.
 """
 
 import functools
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Roofline", "measure"]
+__all__ = ["DEVICES", "Device", "Roofline", "measure"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,32 @@ class Roofline:
     def seconds(self, flops: float, moved: float) -> float:
         """The least time for this many operations and bytes."""
         return max(flops / self.flops, moved / self.bandwidth)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Speeds that a maker states, in operations and bytes per second; dense, products summed in float32."""
+
+    half: float  # of products of 16 bits
+    single: float  # of products of float32, as torch computes them by default: without TF32
+    bandwidth: float
+    launch: float = 5e-6  # seconds of the host for one launch from eager PyTorch
+
+    def seconds(self, flops: float, dtype: torch.dtype, moved: float) -> float:
+        """The least time of one launch."""
+        return max(flops / (self.half if dtype.itemsize == 2 else self.single), moved / self.bandwidth)
+
+
+DEVICES = {
+    # nvidia.com/en-us/data-center/h200: 1979 TFLOPS with sparsity, so 989 without; 67; 4.8 TB/s
+    "H200": Device(989e12, 67e12, 4.8e12),
+    # nvidia.com/en-us/data-center/a100 (80 GB SXM): 312 TFLOPS, 19.5, 2039 GB/s
+    "A100": Device(312e12, 19.5e12, 2.039e12),
+    # Ada architecture whitepaper, appendix A: 165.2 TFLOPS with float32 sums, 82.6, 1008 GB/s
+    "RTX 4090": Device(165.2e12, 82.6e12, 1.008e12),
+    # nvidia.com/en-us/data-center/tesla-t4: 65 TFLOPS (float16; it has no bfloat16), 8.1, 320 GB/s
+    "T4": Device(65e12, 8.1e12, 0.32e12),
+}
 
 
 @functools.cache

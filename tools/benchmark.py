@@ -3,12 +3,14 @@
     visionattn benchmark kernels --sizes 224 512 1024 --threads 2
     visionattn benchmark models swin_tiny_patch4_window7_224 biformer_tiny --train
     visionattn benchmark models --pattern 'va_davit_*' va_convit_tiny --compile
+    visionattn benchmark models nat_mini --train --count
 
 Time: candidates take turns in one process, so that other load meets all of them; median and quartiles over the rounds.
 Roofline: the share of the speed that the device allows, for the pattern's multiply-adds (three times as many with the
 backward pass) and for reading and writing each map once.
 Memory: on CUDA the peak of the allocator during one call; on a CPU the growth of the resident set during the first call
 in a fresh process (Linux only). Both are above what the inputs take, and include outputs and gradients.
+With --count nothing is timed: what the same calls would do on a CUDA device is counted, which needs none (`_count.py`).
 """
 
 import argparse
@@ -16,6 +18,7 @@ import csv
 import fnmatch
 import functools
 import importlib
+import inspect
 import itertools
 import json
 import multiprocessing
@@ -36,11 +39,13 @@ from torch import Tensor
 from visionattn.environment import describe
 from visionattn.errors import UserError
 from visionattn.listing import gmacs
-from visionattn.tools._roofline import measure
+from visionattn.tools._count import Count, Waits, count, fake_cuda, to_fake_cuda
+from visionattn.tools._roofline import DEVICES, measure
 
 __all__ = ["add_arguments", "main", "run"]
 
 PASSES = ("forward", "forward+backward")
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}  # that a call is counted in; models by autocast
 PREFIX = "va_"  # of our models that have a twin in timm, by the name without it
 
 
@@ -113,6 +118,23 @@ class Row:
     roofline: float | None = None  # share of what the device allows
 
 
+@dataclass
+class CountRow:
+    """One line of what was counted on fake CUDA tensors; `least_ms` by the roofline of each device."""
+
+    subject: str
+    case: str
+    candidate: str
+    step: str
+    precision: str
+    batch: int
+    launches: int
+    gigabytes: float
+    half_gflop: float  # of products in 16 bits
+    single_gflop: float  # of others
+    least_ms: dict[str, float]
+
+
 def kernel_call(pattern: str, case: Case, candidate: str, step: str, batch: int, device: str) -> Callable[[], Any]:
     """A function without arguments that runs the kernel once, on slices of one packed projection."""
     torch.manual_seed(0)
@@ -120,11 +142,12 @@ def kernel_call(pattern: str, case: Case, candidate: str, step: str, batch: int,
     shape = (batch, case.side, case.side, 3, case.heads, case.dim)
     qkv = [x.requires_grad_(training) for x in torch.randn(shape, device=device).unbind(3)]
     function = (PATTERNS[pattern].candidates | PATTERNS[pattern].inference)[candidate]
+    arguments = [x.to(device) if isinstance(x, Tensor) else x for x in case.arguments]
     gradient = torch.randn(shape[:3] + shape[4:], device=device) if training else None
 
     def call() -> Any:
         with nullcontext() if training else torch.no_grad():
-            output = function(*qkv, *case.arguments)
+            output = function(*qkv, *arguments)
         return torch.autograd.grad(output, qkv, gradient) if training else output
 
     return call
@@ -255,6 +278,81 @@ def run_kernels(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def count_kernels(args: argparse.Namespace) -> list[CountRow]:
+    rows = []
+    for pattern in args.pattern:
+        for case in (case for size in args.sizes for case in PATTERNS[pattern].cases(size)):
+            for step, precision in itertools.product(PASSES, PRECISIONS):
+                for candidate in PATTERNS[pattern].candidates:
+                    counted = count_kernel(pattern, case, candidate, step, args.batch, PRECISIONS[precision])
+                    rows.append(_counted(pattern, case.name, candidate, step, precision, args.batch, counted))
+    return rows
+
+
+def count_kernel(
+    pattern: str, case: Case, candidate: str, step: str, batch: int, dtype: torch.dtype | None = None
+) -> Count:
+    """Of what `kernel_call` runs, on a projection in `dtype`, with autocast to it for what else there is."""
+    function, shape = PATTERNS[pattern].candidates[candidate], (batch, case.side, case.side, 3, case.heads, case.dim)
+    kept = [f for f in vars(inspect.getmodule(function)).values() if hasattr(f, "cache_clear")]
+    with fake_cuda():
+        qkv = torch.empty(shape, device="cuda", dtype=dtype, requires_grad=step == PASSES[1])
+        arguments = [x.cuda() if isinstance(x, Tensor) else x for x in case.arguments]
+        for f in kept:
+            f.cache_clear()
+        try:
+            return count(lambda: function(*qkv.unbind(3), *arguments), [qkv] if qkv.requires_grad else [], dtype)
+        finally:
+            for f in kept:
+                f.cache_clear()
+
+
+def count_models(args: argparse.Namespace) -> list[CountRow]:
+    rows = []
+    for names, size in itertools.product(_rivals(args), args.sizes):
+        for step, precision in itertools.product(PASSES if args.train else PASSES[:1], PRECISIONS):
+            for name in names:
+                counted = count_model(name, step, args.batch, size, PRECISIONS[precision])
+                case = "{} x {} px".format(*size)
+                rows.append(_counted("models", case, name, step, precision, args.batch, counted))
+    return rows
+
+
+def count_model(name: str, step: str, batch: int, size: tuple[int, int], dtype: torch.dtype | None) -> Count:
+    """Of inference, or of a training step without the optimizer; dtype: that of autocast, None for float32."""
+    model = _model(name, size).train(step == PASSES[1])
+    with fake_cuda():
+        to_fake_cuda(model)
+        images = torch.empty(batch, 3, *size, device="cuda")
+        return count(lambda: model(images), list(model.parameters()) if model.training else [], dtype)
+
+
+def _counted(
+    subject: str, case: str, candidate: str, step: str, precision: str, batch: int, counted: Count
+) -> CountRow:
+    half = sum(flops for dtype, flops in counted.flops.items() if dtype.itemsize == 2)
+    least = {name: 1e3 * counted.seconds(device) for name, device in DEVICES.items()}
+    gflops = half / 1e9, (counted.flops.total() - half) / 1e9
+    row = CountRow(
+        subject, case, candidate, step, precision, batch, counted.launches, counted.bytes / 1e9, *gflops, least
+    )
+    times = ", ".join(f"{name} {ms:.2f}" for name, ms in least.items())
+    print(
+        f"{subject:<16} {case:<18} {step:<17} {precision:<9} {candidate:<32} {row.launches:6} launches "
+        f"{row.gigabytes:8.2f} GB {gflops[0]:8.1f} + {gflops[1]:.1f} GFLOP in 16 and 32 bits; least ms: {times}",
+        flush=True,
+    )
+    return row
+
+
+def save_counts(rows: Sequence[CountRow], stem: Path) -> None:
+    """Write the table (.csv) and what it was counted with (.json); refuses to replace either of them."""
+    plain = [asdict(row) for row in rows]
+    for row in plain:
+        row |= {f"{name} least ms": ms for name, ms in row.pop("least_ms").items()}
+    _write(plain, stem, [".csv", ".json"])
+
+
 def _least_seconds(pattern: str, case: Case, step: str, args: argparse.Namespace) -> float:
     """Of q, k, v, the output and, in backward, their gradients: 4 maps, or 11 in all."""
     passes, maps = (1, 4) if step == "forward" else (3, 11)
@@ -316,20 +414,25 @@ def _rivals(args: argparse.Namespace) -> list[list[str]]:
 
 def save(rows: Sequence[Row], stem: Path) -> None:
     """Write the table (.csv), the chart (.png) and where it was measured (.json); refuses to replace any of them."""
-    files = [stem.with_suffix(suffix) for suffix in (".csv", ".png", ".json")]
-    for file in files:
+    _write([asdict(row) for row in rows], stem, [".csv", ".png", ".json"], lambda: _chart(rows))
+
+
+def _write(rows: list[dict[str, Any]], stem: Path, suffixes: list[str], chart: Callable[[], Any] | None = None) -> None:
+    files = {suffix: stem.with_suffix(suffix) for suffix in suffixes}
+    for file in files.values():
         if file.exists():
             raise UserError(f"{file} exists: results are never overwritten; give another folder with --out")
     stem.parent.mkdir(parents=True, exist_ok=True)
-    with files[0].open("x", newline="") as stream:
-        writer = csv.DictWriter(stream, asdict(rows[0]))
+    with files[".csv"].open("x", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0])
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    with files[1].open("xb") as stream:
-        _chart(rows).savefig(stream, format="png", dpi=120)
-    with files[2].open("x") as stream:
+        writer.writerows(rows)
+    if chart is not None:
+        with files[".png"].open("xb") as stream:
+            chart().savefig(stream, format="png", dpi=120)
+    with files[".json"].open("x") as stream:
         json.dump(describe(), stream, indent=2)
-    print(f"written: {', '.join(map(str, files))}")
+    print(f"written: {', '.join(map(str, files.values()))}")
 
 
 def _chart(rows: Sequence[Row]) -> Any:
@@ -380,6 +483,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--train", action="store_true", help="measure a training step too")
     models.add_argument("--compile", action="store_true", help="measure each model compiled too")
     for command in (kernels, models):
+        command.add_argument("--count", action="store_true", help="count launches and bytes on CUDA; needs no GPU")
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         command.add_argument("--batch", type=int, default=8)
         command.add_argument("--threads", type=int, help="of PyTorch on the CPU")
@@ -389,6 +493,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure what the arguments ask for, print it and write it to `--out`; UserError for the impossible."""
+    if args.count:
+        _run_counts(args)
+        return
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     for option, least in (("batch", 1), ("rounds", 2), ("threads", 1)):
@@ -399,6 +506,15 @@ def run(args: argparse.Namespace) -> None:
     stem = args.out / f"{args.kind}-{args.device}-{datetime.now():%Y%m%d-%H%M%S}"
     rows = run_kernels(args) if args.kind == "kernels" else run_models(args)
     save(rows, stem)
+
+
+def _run_counts(args: argparse.Namespace) -> None:
+    stem = args.out / f"{args.kind}-counted-{datetime.now():%Y%m%d-%H%M%S}"
+    try:
+        rows = count_kernels(args) if args.kind == "kernels" else count_models(args)
+    except Waits as error:
+        raise UserError(f"--count: a call cannot be counted without its values, as {error}") from error
+    save_counts(rows, stem)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
