@@ -3,10 +3,11 @@
 To add a pattern, write `kernels/<pattern>.py`, shaped like `routing.py`, with
 - `_reference(*arguments) -> (output, weights, indices)`: the definition, any dtype. `weights` is the very tensor that
   multiplies v, (B, heads, Nq, Nk); for a sparse pattern `indices` (B, Nq, Nk) holds the flat key positions, else None;
-- `_torch(*arguments) -> output`: the fast path, traceable by torch.compile, torch.export and ONNX;
+- `_plain(*arguments) -> output`: the fast path of GPUs and of all that a compiler traces, see `_plain.py`;
+- `_on_cpu(*arguments) -> output`: the fast path of a CPU; may be the same;
 - the public function, last, named in `__all__` and imported in `__init__.py`: it checks the user's arguments, makes
   them canonical (defaults filled in, ints to pairs) and ends with
-  `return dispatch("<pattern>", backend, _reference, _torch, *arguments)`.
+  `return dispatch("<pattern>", backend, Forms(_reference, _on_cpu, _plain), *arguments)`.
 Triton code goes to `kernels/_<pattern>_triton.py`, imported when a CUDA tensor first needs it, with
 - `attention(*arguments) -> output`, behind a torch.library operator;
 - `unsupported(*arguments) -> str | None`: None, or the reason why this call cannot run, as a clause ("head_dim is 200,
@@ -18,10 +19,9 @@ Under autocast all implementations receive their floating tensors in the autocas
 import importlib
 import importlib.util
 import pkgutil
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from torch import Tensor
 from visionattn.kernels import _record
 from visionattn.kernels._check import autocasting, transforms
 
-__all__ = ["describe_backends", "dispatch", "set_backend"]
+__all__ = ["Forms", "describe_backends", "dispatch", "set_backend", "takes_plain"]
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 
@@ -37,8 +37,16 @@ BACKENDS = ("auto", "reference", "torch", "triton")
 # backend="triton" takes them. A pattern leaves this set when `pytest -m gpu tests/kernels/test_triton.py` passes.
 UNTRIED = {"halo", "neighborhood", "outlook", "routing", "window"}
 
+
+class Forms(NamedTuple):
+    """The PyTorch forms of a pattern; the backend "torch" is one of the last two."""
+
+    reference: Callable[..., tuple]
+    on_cpu: Callable[..., Any]
+    plain: Callable[..., Any]
+
+
 _default = "auto"  # what backend="auto" means now
-_warned: set[str] = set()
 
 
 @contextmanager
@@ -56,24 +64,29 @@ def set_backend(name: str) -> Iterator[None]:
         _default = before
 
 
-def dispatch(pattern: str, backend: str, reference: Callable, torch_form: Callable, *arguments: Any) -> Any:
+def dispatch(pattern: str, backend: str, forms: Forms, *arguments: Any) -> Any:
     """Run the pattern on `arguments` (the first a tensor) with the backend asked for, or the best one for "auto"."""
     _check_name(backend)
     if autocasting(arguments[0]):
         device = arguments[0].device.type
         arguments = _autocast(device, arguments)
         with torch.autocast(device, enabled=False):
-            return dispatch(pattern, backend, reference, torch_form, *arguments)
+            return dispatch(pattern, backend, forms, *arguments)
     if _record.active():
-        output, weights, indices = reference(*arguments)
+        output, weights, indices = forms.reference(*arguments)
         _record.keep(weights, indices)
         return output
     backend = _choose(pattern, _default if backend == "auto" else backend, arguments)
     if backend == "reference":
-        return reference(*arguments)[0]
+        return forms.reference(*arguments)[0]
     if backend == "triton":
         return _sibling(pattern).attention(*arguments)
-    return torch_form(*arguments)
+    return (forms.plain if takes_plain(arguments[0]) else forms.on_cpu)(*arguments)
+
+
+def takes_plain(x: Tensor) -> bool:
+    """Whether the PyTorch form of x is the plain body."""
+    return x.device.type != "cpu" or torch.compiler.is_compiling()
 
 
 def describe_backends() -> list[str]:
@@ -115,7 +128,6 @@ def _choose(pattern: str, backend: str, arguments: tuple) -> str:
         return "triton"
     if backend == "triton":
         raise ValueError(f"backend='triton' cannot run this {pattern} call: {reason}; use backend='auto' or 'torch'")
-    _warn_once(f"{pattern} attention runs its slower torch form on a CUDA device: {reason}")
     return "torch"
 
 
@@ -141,13 +153,6 @@ def _not_for_auto(pattern: str) -> str | None:
 @torch.compiler.assume_constant_result
 def _sibling(pattern: str) -> Any:
     return importlib.import_module(f"{__package__}._{pattern}_triton")
-
-
-@torch.compiler.assume_constant_result
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, stacklevel=4)
 
 
 def _autocast(device: str, arguments: tuple) -> tuple:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from visionattn.kernels._check import precise, transforms
 
-__all__ = ["attend", "exact_lse", "forget", "keep", "rows", "together"]
+__all__ = ["attend", "can_keep", "exact_lse", "forget", "keep", "rows", "together"]
 
+HEADS = 65535  # that one launch of fused attention can have on CUDA; windows and tiles count as heads
 KEPT = 64  # index tables of a kind
 _kept: list[Any] = []
 
@@ -124,6 +125,12 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, return_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of (B, heads, N, dim), with what is added to the logits, that broadcasts to (B, heads, N, N')."""
+    if q.shape[1] > HEADS:
+        parts = [x.split(HEADS, 1) for x in (q, k, v)]
+        biases = [bias] * len(parts[0]) if bias is None or bias.shape[1] == 1 else bias.split(HEADS, 1)
+        results = [attend(*part, scale, return_lse) for part in zip(*parts, biases, strict=True)]
+        output, lse = zip(*results, strict=True)
+        return torch.cat(output, 1), torch.cat(lse, 1) if return_lse else None
     if not return_lse:
         return F.scaled_dot_product_attention(q, k, v, bias, scale=scale), None
     logits = (q * scale) @ k.mT  # fused attention does not give their log-sum-exp

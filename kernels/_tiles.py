@@ -1,4 +1,4 @@
-"""Tiles of a map, copied out of it and back, for the PyTorch forms of window, halo and routing attention.
+"""Tiles of a map, copied out of it and back, for the forms on a CPU of window, halo and routing attention.
 
 A tile holds some tokens of an image as matmuls want them: [heads, tokens, dim]. Each head of a token is copied as a row
 of its own: one pass over memory, where copying whole tokens and transposing the copy were two.
@@ -24,8 +24,6 @@ def as_rows(x: Tensor) -> Tensor:
     """(B, *sizes, heads, dim) -> [B * N, heads, dim], in memory rows of one head each, and tokens a number of such rows
     apart; without a copy for slices of one packed qkv."""
     rows = x.flatten(0, -3)
-    if torch.compiler.is_compiling():
-        return rows.contiguous()
     (_, heads, dim), (step, row, one) = rows.shape, rows.stride()
     return rows if (row, one) == (dim, 1) and step % dim == 0 and step >= heads * dim else rows.contiguous()
 
@@ -37,16 +35,12 @@ def map_size(x: Tensor) -> tuple[int, ...]:
 
 
 def cached(make: "functools._lru_cache_wrapper[T]", q: Tensor) -> Callable[..., T]:
-    """`make`, an lru_cache, or, for a q that is traced or fake, what it wraps: such tensors must not be cached."""
-    return make if type(q) is Tensor and not torch.compiler.is_compiling() else make.__wrapped__
+    """`make`, an lru_cache, or, for a q that is fake, what it wraps: such tensors must not be cached."""
+    return make if type(q) is Tensor else make.__wrapped__
 
 
 def chunks(images: int, tiles: int, fit: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Images, and the tiles to compute at a time: all of some images, or some of one, about `fit` together. Traced, all
-    of all images, whose number may be symbolic."""
-    if torch.compiler.is_compiling():
-        yield slice(None), [slice(0, tiles)]
-        return
+    """Images, and the tiles to compute at a time: all of some images, or some of one, about `fit` together."""
     blocks = split(tiles, fit)
     for image_slice in split(images, fit // tiles):
         yield image_slice, blocks
@@ -93,7 +87,7 @@ class Tiles:
         for x in maps:
             heads, dim = x.shape[1:]
             x = x[slice(*(None if n is None else n * self.length for n in (images.start, images.stop)))]
-            tokens, step = x.shape[0], heads if torch.compiler.is_compiling() else max(heads, x.stride(0) // dim)
+            tokens, step = x.shape[0], max(heads, x.stride(0) // dim)
             if step not in indices:
                 first = torch.arange(0, tokens * step, self.length * step, device=x.device)
                 indices[step] = first[:, None, None, None] + rows(heads, step)
@@ -104,8 +98,6 @@ class Tiles:
 
     def clear(self, tiles: Tensor, block: slice) -> Tensor:
         """Zeros, in place, for what is outside of the map in [b, t, heads, Q, dim]."""
-        if torch.compiler.is_compiling():
-            return tiles.masked_fill_(self.outside[block, None, :, None], 0)
         rows = self._cached(self._rows_outside, block.start, block.stop, tiles.shape[2])
         if len(rows):
             per_image = tiles[0].numel() // tiles.shape[4]
@@ -120,7 +112,7 @@ class Tiles:
         first = torch.arange(joined.shape[0], device=joined.device) * (joined[0].numel() // joined.shape[4])
         index = (first[:, None, None] + self._cached(self._slots, joined.shape[2])).flatten()
         rows, target = joined.flatten(0, 3), target.flatten(0, -2)
-        if target.dtype == rows.dtype and not torch.compiler.is_compiling():
+        if target.dtype == rows.dtype:
             torch.index_select(rows, 0, index, out=target)
         else:
             target.copy_(rows.index_select(0, index))
@@ -129,12 +121,6 @@ class Tiles:
         """As `restore`, where tokens are in any number of tiles: writes their sums."""
         joined = join(tiles, 1)
         rows, flat = joined.flatten(0, 3), target.flatten(0, -2)
-        if torch.compiler.is_compiling():
-            heads = joined.shape[2]
-            first = torch.arange(0, flat.shape[0], self.length * heads, device=joined.device)
-            index = first[:, None, None, None] + self._heads(heads, heads)
-            flat.zero_().index_add_(0, index.flatten(), self.clear(joined, slice(None)).flatten(0, 3).to(flat.dtype))
-            return
         slots, starts = self._cached(self._bags, joined.shape[2])
         image = torch.arange(len(joined), device=joined.device)[:, None]
         slots = (slots + image * (len(rows) // len(joined))).flatten()

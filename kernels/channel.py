@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import check_alike, check_tensor, precise
-from visionattn.kernels._dispatch import dispatch
+from visionattn.kernels._dispatch import Forms, dispatch
+from visionattn.kernels._plain import together
 
 __all__ = ["channel_attention", "cross_covariance_attention"]
 
@@ -29,7 +30,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, T
     return torch.einsum("bnde,blne->blnd", weights, v), weights, None
 
 
-def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _on_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return _mix((_products(q, k) * scale).softmax(-1), v)
 
 
@@ -39,8 +40,51 @@ def _cross_reference(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> tu
     return torch.einsum("bnde,blne->blnd", weights, v), weights, None
 
 
-def _cross_torch(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+def _cross_on_cpu(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     return _mix((_cosines(q, k) * temperature).softmax(-1), v)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    q, k, v = together(_groups, q, k, v)
+    products = _GroupProducts.apply(q.flatten(0, 1), k.flatten(0, 1)).view(*q.shape[:2], q.shape[3], k.shape[3])
+    return _mix_groups(products * scale, v)
+
+
+def _cross_plain(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+    q, k, v = together(_groups, q, k, v)
+    q, k = (torch.nn.functional.normalize(x, dim=2, eps=EPSILON) for x in (q, k))
+    return _mix_groups((q.mT @ k) * temperature, v)
+
+
+def _groups(x: Tensor) -> Tensor:
+    """[B, L, P, N, D] -> [P, B, N, L, D], copied."""
+    return x.permute(2, 0, 3, 1, 4).contiguous()
+
+
+class _GroupProducts(torch.autograd.Function):
+    """[n, L, D], [n, L, D] -> [n, D, D] in float32 at least: those of many tokens are too large for 16 bits."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor) -> Tensor:
+        if q.is_cuda and q.dtype != precise(q):
+            return torch.bmm(q.mT, k, out_dtype=torch.float32)
+        return q.to(precise(q)).mT @ k.to(precise(q))
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = ctx.saved_tensors
+        grad = grad.to(q.dtype)
+        return k @ grad.mT, q @ grad
+
+
+def _mix_groups(logits: Tensor, v: Tensor) -> Tensor:
+    """[B, N, D, D], [B, N, L, D] -> [B, L, N, D]"""
+    return (v @ logits.softmax(-1).to(v.dtype).mT).transpose(1, 2)
 
 
 def _cosines(q: Tensor, k: Tensor) -> Tensor:
@@ -65,7 +109,7 @@ def _large(x: Tensor) -> bool:
     Matmuls of all images at once copy the maps, and keep the copies for backward. At 9 MiB and more (DaViT's first
     stage, XCiT's patches of 8 pixels, batch 8) the two take about the same time; below, all at once is up to 2x faster.
     """
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() * x.element_size() > LARGE
+    return x.numel() * x.element_size() > LARGE
 
 
 def _products(q: Tensor, k: Tensor) -> Tensor:
@@ -186,7 +230,7 @@ def channel_attention(
     maps = [x.flatten(1, -3) for x in (q, k, v)]
     if groups != q.shape[-2]:
         maps = [x.flatten(2).unflatten(2, (groups, -1)) for x in maps]
-    return dispatch("channel", backend, _reference, _torch, *maps, scale).reshape(q.shape)
+    return dispatch("channel", backend, Forms(_reference, _on_cpu, _plain), *maps, scale).reshape(q.shape)
 
 
 def cross_covariance_attention(
@@ -208,5 +252,6 @@ def cross_covariance_attention(
     check_alike(q, k, v, axes=(2, 1))
     check_tensor("temperature", temperature, (q.shape[-2], 1, 1), q, temperature.dtype)
     maps = (x.flatten(1, -3) for x in (q, k, v))
-    output = dispatch("cross_covariance", backend, _cross_reference, _cross_torch, *maps, temperature)
+    forms = Forms(_cross_reference, _cross_on_cpu, _cross_plain)
+    output = dispatch("cross_covariance", backend, forms, *maps, temperature)
     return output.reshape(q.shape)

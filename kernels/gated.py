@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import check_alike, check_tensor, precise
-from visionattn.kernels._dispatch import dispatch
+from visionattn.kernels._dispatch import Forms, dispatch
 
 __all__ = ["gated_positional_attention"]
 
@@ -37,7 +37,7 @@ def _reference(
     return torch.einsum("bhqk,bkhd->bqhd", weights, v), weights, None
 
 
-def _torch(
+def _plain(
     q: Tensor, k: Tensor, v: Tensor, logits: Tensor, columns: Tensor | None, gate: Tensor, scale: float
 ) -> Tensor:
     maps = [x.transpose(1, 2) for x in (q, k, v)]
@@ -145,5 +145,5 @@ def gated_positional_attention(
     check_tensor("gate", gate, (heads,), q, gate.dtype)
     scale = dim**-0.5 if scale is None else scale
     maps = (x.flatten(1, -3) for x in (q, k, v))
-    output = dispatch("gated", backend, _reference, _torch, *maps, logits, columns, gate, scale)
+    output = dispatch("gated", backend, Forms(_reference, _plain, _plain), *maps, logits, columns, gate, scale)
     return output.reshape(q.shape)

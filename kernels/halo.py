@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import check_int, check_maps, check_tensor, precise
-from visionattn.kernels._dispatch import dispatch
+from visionattn.kernels._dispatch import Forms, dispatch
+from visionattn.kernels._plain import attend, exact_lse, together
 from visionattn.kernels._tiles import Tiles, as_rows, cached, chunks, join, map_size, split
 
 __all__ = ["halo_attention"]
@@ -99,7 +101,7 @@ def _combine(rows: Tensor, columns: Tensor, size: Size) -> tuple[Tensor, Tensor]
     return flat.flatten(2).flatten(0, 1), outside.flatten(2).flatten(0, 1)
 
 
-def _torch(
+def _on_cpu(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -117,6 +119,70 @@ def _torch(
     saved_weights = _new_weights(q, blocks) if trained else None
     output, lse = _Halo.apply(q, k, v, tables, saved_weights, blocks, scale, return_lse)
     return (output, lse) if return_lse else output
+
+
+@exact_lse
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_height: Tensor | None,
+    rel_width: Tensor | None,
+    block_size: int,
+    halo_size: int,
+    scale: float,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Keys and values by one copy of a view of the padded map; logits by the tables as what is added to the others."""
+    counts = [(length + block_size - 1) // block_size for length in k.shape[1:3]]
+    side, width = block_size + 2 * halo_size, block_size // _step(q.shape[1:3], k.shape[1:3], block_size)
+
+    def blocks(x: Tensor) -> Tensor:
+        below, right = (n * block_size - length + halo_size for n, length in zip(counts, x.shape[1:3], strict=True))
+        x = F.pad(x, (0, 0, 0, 0, 0, 0, halo_size, right, halo_size, below))
+        x = x.unfold(1, side, block_size).unfold(2, side, block_size)  # [B, blocks y, x, P, heads, dim, y, x]
+        return x.permute(3, 0, 1, 2, 4, 6, 7, 5).flatten(5, 6).flatten(1, 3)  # [P, B * T, heads, K, dim]
+
+    k, v = together(blocks, k, v)
+    below, right = (n * width - length for n, length in zip(counts, q.shape[1:3], strict=True))
+    batch, *size = q.shape[:3]
+    if below or right:
+        q = F.pad(q, (0, 0, 0, 0, 0, right, 0, below))
+    q = q.unflatten(2, (-1, width)).unflatten(1, (-1, width)).permute(0, 1, 3, 5, 2, 4, 6)
+    q = q.flatten(4, 5).flatten(0, 2)  # [B * T, heads, Q, dim]
+    tables, bias = _tables(rel_height, rel_width), None
+    if tables is not None:
+        bias = _Distances.apply(q @ tables.flatten(0, 1).T, width, side)
+    output, lse = attend(q, k, v, bias, scale, return_lse)
+
+    def join(x: Tensor) -> Tensor:
+        x = x.unflatten(2, (width, width)).unflatten(0, (batch, *counts)).permute(0, 1, 4, 2, 5, 3, 6)
+        return x.flatten(3, 4).flatten(1, 2)[:, : size[0], : size[1]]
+
+    return join(output) if lse is None else (join(output), join(lse[..., None])[..., 0].movedim(-1, 1))
+
+
+class _Distances(torch.autograd.Function):
+    """Of products [n, heads, Q, 2 * R] of queries with the rows of both tables the sums for their keys: [n, heads, Q,
+    K], in rows that fused attention can read."""
+
+    @staticmethod
+    def forward(products: Tensor, width: int, side: int) -> Tensor:
+        down, across = _relative(products.flatten(0, 1), 0, width, side)
+        sums = products.new_empty(*products.shape[:3], (side**2 + 7) // 8 * 8)[..., : side**2]
+        sums.view(*down.shape, side).copy_(down[..., :, None]).add_(across[..., None, :])
+        return sums
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        products, ctx.width, ctx.side = inputs
+        ctx.rows = products.shape[3]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple:
+        shape = *grad.shape[:3], ctx.rows
+        return _grad_distances(grad.flatten(0, 1), ctx.rows, ctx.width, ctx.side).view(shape), None, None
 
 
 def _tables(*tables: Tensor | None) -> Tensor | None:
@@ -151,15 +217,15 @@ def _chunks(q: Tensor, blocks: _Blocks) -> Iterator[tuple[slice, list[slice], li
     (count, queries), heads, dim = blocks.queries.tokens.shape, q.shape[3], q.shape[4]
     fit = CHUNK // (8 * heads * (queries * blocks.side**2 + (queries + blocks.side**2) * dim))
     rows = CHUNK // (8 * heads * blocks.width * blocks.side**2)
-    row_slices = split(blocks.width, blocks.width if torch.compiler.is_compiling() else rows)
+    row_slices = split(blocks.width, rows)
     for images, block_slices in chunks(q.shape[0], count, fit):
         yield images, block_slices, row_slices
 
 
-def _relative(products: Tensor, first: int, blocks: _Blocks) -> list[Tensor]:
+def _relative(products: Tensor, first: int, width: int, side: int) -> list[Tensor]:
     """Of products [n, q, 2 * R] of the queries of some rows of blocks, from the first on, with the rows of both tables
     those for their keys, for the vertical and the horizontal distance, as views [n, rows, width, side]."""
-    (n, queries, both), width, side = products.shape, blocks.width, blocks.side
+    n, queries, both = products.shape
     size, row = (n, queries // width, width, side), width * both
     return [
         products.as_strided(size, (queries * both, row - 1, both, 1), side - 1 - first),
@@ -172,17 +238,16 @@ def _logits(q: Tensor, k: Tensor, tables: Tensor | None, first: int, blocks: _Bl
     shape, (q, k) = (*q.shape[:4], k.shape[3]), (x.flatten(0, 2) for x in (q, k))
     if tables is None:
         return torch.baddbmm(q.new_zeros(1, 1, 1), q, k.mT, beta=0, alpha=scale).view(shape)
-    down, across = _relative(q @ tables.to(q.dtype).T, first, blocks)
+    down, across = _relative(q @ tables.to(q.dtype).T, first, blocks.width, blocks.side)
     logits = (down[..., :, None] + across[..., None, :]).flatten(3).flatten(1, 2)
     return logits.baddbmm_(q, k.mT, alpha=scale).view(shape)
 
 
-def _grad_products(grad_logits: Tensor, tables: Tensor, first: int, blocks: _Blocks) -> Tensor:
-    """Gradient of the products of queries with the rows of both tables: [n, q, 2 * R]"""
-    grad = grad_logits.flatten(0, 2)
-    products = grad.new_zeros(*grad.shape[:2], len(tables))
-    grad = grad.view(-1, grad.shape[1] // blocks.width, blocks.width, blocks.side, blocks.side)
-    down, across = _relative(products, first, blocks)
+def _grad_distances(grad: Tensor, rows: int, width: int, side: int, first: int = 0) -> Tensor:
+    """Of logits [n, q, K] -> gradient of the products of queries with so many rows of both tables: [n, q, rows]"""
+    products = grad.new_zeros(*grad.shape[:2], rows)
+    grad = grad.reshape(-1, grad.shape[1] // width, width, side, side)
+    down, across = _relative(products, first, width, side)
     down.copy_(grad.sum(4))
     across.copy_(grad.sum(3))
     return products
@@ -190,8 +255,6 @@ def _grad_products(grad_logits: Tensor, tables: Tensor, first: int, blocks: _Blo
 
 def _new_weights(q: Tensor, blocks: _Blocks) -> Tensor | None:
     """Empty, for the weights of all blocks; None where they take more than SAVED."""
-    if torch.compiler.is_compiling():
-        return None
     count, queries = blocks.queries.tokens.shape
     shape, dtype = (q.shape[0], count, q.shape[3], queries, blocks.side**2), precise(q)
     return q.new_empty(shape, dtype=dtype) if math.prod(shape) * dtype.itemsize <= SAVED else None
@@ -274,7 +337,8 @@ class _Halo(torch.autograd.Function):
                     grad_q.append((grad_logits @ k_tile).mul_(ctx.scale))
                     grad_k.append((grad_logits.mT @ q_i).mul_(ctx.scale))
                     if grad_tables is not None:
-                        products = _grad_products(grad_logits, tables, rows.start, blocks)
+                        flat, sizes = grad_logits.flatten(0, 2), (len(tables), blocks.width, blocks.side)
+                        products = _grad_distances(flat, *sizes, rows.start)
                         grad_q[-1] += (products @ tables.to(products.dtype)).view(grad_q[-1].shape)
                         grad_tables += products.flatten(0, 1).T @ q_i.flatten(0, 3)
                 grads_q.append(join(grad_q, 3))
@@ -375,6 +439,5 @@ def halo_attention(
         if table is not None:
             check_tensor(name, table, (2 * (block_size + 2 * halo_size) - 1, q.shape[4]), q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return dispatch(
-        "halo", backend, _reference, _torch, q, k, v, rel_height, rel_width, block_size, halo_size, scale, return_lse
-    )
+    forms = Forms(_reference, _on_cpu, _plain)
+    return dispatch("halo", backend, forms, q, k, v, rel_height, rel_width, block_size, halo_size, scale, return_lse)

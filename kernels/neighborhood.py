@@ -12,15 +12,18 @@ leader = min(c // s * s + s // 2, n - 1): always k keys, the window shifted inwa
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, overload
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import check_alike, check_tensor, per_axis, precise
-from visionattn.kernels._dispatch import dispatch
+from visionattn.kernels._dispatch import Forms, dispatch
+from visionattn.kernels._plain import attend, exact_lse, keep, rows, together
 from visionattn.kernels._tiles import map_size
 
 __all__ = ["neighborhood_attention"]
@@ -141,16 +144,30 @@ class _Tiles(NamedTuple):
     places: Tensor  # [kinds, Q, K]: places in the flat bias table, or one past its end
 
 
+# About so many queries of a tile on each axis, by the number of axes. Fastest on a CPU (kernels 3 to 11, batch 4, 8):
+# 4 x 4 at 56 and 28 px, 7 x 7 at 14 and 7 px, 16 on a line of 2048, 2 x 2 x 2 in a volume of 16 a side. Smaller tiles
+# waste fewer products with keys that are masked; larger ones copy fewer keys, which counts on a GPU.
+SMALL = {1: 16, 2: 4, 3: 2}
+LARGE = {1: 64, 2: 7, 3: 4}
+
+
 @torch.compiler.assume_constant_result
-def _tiles_of_axes(size: Axes, kernel_size: Axes, dilation: Axes, stride: Axes) -> list[_AxisTiles]:
-    # Fastest on a CPU (kernels 3 to 11, batch 4 and 8): 4 x 4 queries at 56 and 28 px, 7 x 7 at 14 and 7 px, 16 on a
-    # line of 2048, 2 x 2 x 2 in a volume of 16 a side. Smaller tiles waste fewer products with keys that are masked.
-    small = {1: 16, 2: 4, 3: 2}[len(size)]
-    return [_axis_tiles(*axis, small) for axis in zip(size, kernel_size, dilation, stride, strict=True)]
+def _tiles_of_axes(
+    size: Axes, kernel_size: Axes, dilation: Axes, stride: Axes, most: dict[int, int]
+) -> list[_AxisTiles]:
+    axes = zip(size, kernel_size, dilation, stride, strict=True)
+    return [_axis_tiles(*axis, most[len(size)]) for axis in axes]
 
 
-def _tiles(size: Axes, kernel_size: Axes, dilation: Axes, stride: Axes, device: torch.device) -> _Tiles:
-    axes = _tiles_of_axes(size, kernel_size, dilation, stride)
+def _tiles(
+    size: Axes,
+    kernel_size: Axes,
+    dilation: Axes,
+    stride: Axes,
+    device: torch.device,
+    most: dict[int, int] = SMALL,
+) -> _Tiles:
+    axes = _tiles_of_axes(size, kernel_size, dilation, stride, most)
 
     def flat(name: str, sizes: Axes) -> Tensor:
         return _flat(tuple(torch.tensor(getattr(axis, name), device=device) for axis in axes), sizes)
@@ -176,18 +193,16 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(q: Tensor, tiles: _Tiles) -> Iterator[_Chunk]:
-    """Traced, a chunk holds all images: their number may be symbolic."""
     heads, dim = q.shape[-2:]
     queries, keys = tiles.queries.shape[1], tiles.keys.shape[1]
     fit = CHUNK // (4 * heads * (2 * queries * keys + 2 * (queries + keys) * dim))  # tiles of one image
     first = torch.arange(q.shape[0], device=q.device)[:, None, None] * math.prod(q.shape[1:-2])
-    images = [first] if torch.compiler.is_compiling() else first.split(max(1, fit))
-    step = max(1, fit if torch.compiler.is_compiling() else fit // max(1, q.shape[0]))
-    for first in images:
+    step = max(1, fit // max(1, q.shape[0]))
+    for images in first.split(max(1, fit)):
         for start in range(0, len(tiles.kinds), step):
             t = slice(start, start + step)
             repeated = None if tiles.repeated is None else tiles.repeated[t, None, :, None]
-            yield _Chunk(first + tiles.queries[t], first + tiles.keys[t], tiles.kinds[t], repeated)
+            yield _Chunk(images + tiles.queries[t], images + tiles.keys[t], tiles.kinds[t], repeated)
 
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:
@@ -214,6 +229,139 @@ def _table(bias: Tensor | None, tiles: _Tiles, q: Tensor, kernel_size: Axes) -> 
     bias = bias.to(precise(q)).flatten(1).T
     bias = torch.cat([bias, bias.new_full((1, bias.shape[1]), -math.inf)])
     return bias.index_select(0, tiles.places.flatten()).unflatten(0, tiles.places.shape).movedim(-1, 1).contiguous()
+
+
+class _Tables(NamedTuple):
+    """For the plain body: which rows to move, of maps with rows of one head each. Heads come before tiles."""
+
+    queries: Tensor  # [heads * T * Q], rows of q
+    of_queries: Tensor  # [N * heads], where in the former each row of q is
+    keys: Tensor  # [2 * heads * T * K], rows of k and v as they lie in one packed projection
+    alone: Tensor  # [heads * T * K], rows of k or v alone
+    outputs: Tensor  # [N * heads], rows of the output, [Q, heads * T] of them
+    of_outputs: Tensor | None  # [Q * heads * T], where in the former each of these is; None if there are repeated ones
+    places: Tensor  # [kinds * Q * K'], places in the bias table, K' being K rounded up
+    of_places: Tensor  # [places of the bias table, entries], where in the former they are, or one past its end
+    kinds: Tensor  # [T]
+    of_kinds: Tensor  # [kinds, T], 1 for the kind of a tile
+    sizes: tuple[int, int, int]  # T, Q, K
+
+
+@keep
+def _tables(
+    size: Axes, kernel_size: Axes, dilation: Axes, stride: Axes, heads: int, dtype: torch.dtype, device: torch.device
+) -> _Tables:
+    tiles = _tiles(size, kernel_size, dilation, stride, device, LARGE)
+    (count, q_size), k_size, total = tiles.queries.shape, tiles.keys.shape[1], math.prod(size)
+    head = torch.arange(heads, device=device)
+    slots = torch.arange(count * q_size, device=device)
+    real = tiles.queries if tiles.repeated is None else tiles.queries.masked_fill(tiles.repeated, total)
+    slot = torch.zeros(total + 1, dtype=torch.int64, device=device).scatter(0, real.flatten(), slots)[:-1, None]
+    of_outputs = None
+    if tiles.repeated is None:
+        of_outputs = (tiles.queries.T[:, None] * heads + head[:, None]).flatten()
+    keys = [(tiles.keys * step + first)[None] + head[:, None, None] for step, first in ((2 * heads, 0), (heads, 0))]
+    places = F.pad(tiles.places, (0, -k_size % 8), value=math.prod([2 * kernel - 1 for kernel in kernel_size]))
+    return _Tables(
+        queries=(tiles.queries * heads + head[:, None, None]).flatten(),
+        of_queries=(slot + head * (count * q_size)).flatten(),
+        keys=torch.stack([keys[0], keys[0] + heads]).flatten(),
+        alone=keys[1].flatten(),
+        outputs=(slot % q_size * (heads * count) + head * count + slot // q_size).flatten(),
+        of_outputs=of_outputs,
+        places=places.flatten(),
+        of_places=_entries(size, kernel_size, dilation, stride).to(device),
+        kinds=tiles.kinds,
+        of_kinds=(torch.arange(len(places), device=device)[:, None] == tiles.kinds).to(dtype),
+        sizes=(count, q_size, k_size),
+    )
+
+
+@torch.compiler.assume_constant_result
+def _entries(size: Axes, kernel_size: Axes, dilation: Axes, stride: Axes) -> Tensor:
+    """Where in [kinds, Q, K'] each place of the bias table is: as many columns as the most frequent needs."""
+    places = np.zeros((1, 1, 1), dtype=np.int64)
+    outside = np.zeros((1, 1, 1), dtype=bool)
+    axes = [_axis_tiles(*axis, LARGE[len(size)]) for axis in zip(size, kernel_size, dilation, stride, strict=True)]
+    for axis, kernel in zip(axes, kernel_size, strict=True):
+        of_axis = np.array(axis.places)
+        outside = _combined(outside, of_axis == OUTSIDE, np.logical_or)
+        places = _combined(places * (2 * kernel - 1), np.where(of_axis == OUTSIDE, 0, of_axis), np.add)
+    padded = places.shape[2] + -places.shape[2] % 8
+    entries = np.arange(places[..., 0].size)[:, None] * padded + np.arange(places.shape[2])
+    place, entry = places[~outside], entries.reshape(places.shape)[~outside]
+    order = np.argsort(place, kind="stable")
+    counts = np.bincount(place, minlength=math.prod(2 * kernel - 1 for kernel in kernel_size))
+    table = np.full((len(counts), counts.max()), places[..., 0].size * padded)
+    column = np.arange(len(place)) - np.repeat(counts.cumsum() - counts, counts)
+    table[place[order], column] = entry[order]
+    return torch.tensor(table)
+
+
+def _combined(first: np.ndarray, second: np.ndarray, combine: Callable) -> np.ndarray:
+    """[a, b, c], [d, e, f] -> [a * d, b * e, c * f], row-major."""
+    result = combine(first[:, None, :, None, :, None], second[None, :, None, :, None])
+    return result.reshape([m * n for m, n in zip(first.shape, second.shape, strict=True)])
+
+
+@exact_lse
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    kernel_size: Axes,
+    dilation: Axes,
+    stride: Axes,
+    scale: float,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Tiles of queries, each with the block of keys that holds their windows: two gathers of rows, fused attention with
+    the bias of the tiles, -inf outside of the windows, and a gather of the output."""
+    size, (batch, *_, heads, dim) = map_size(q), q.shape
+    tables = _tables(q, size, kernel_size, dilation, stride, heads, q.dtype)
+    count, q_size, k_size = tables.sizes
+    queries = rows(q.flatten(1, -2), tables.queries, tables.of_queries).view(batch, heads * count, q_size, dim)
+
+    def blocks(x: Tensor) -> Tensor:
+        parts = x.shape[-3]
+        index = tables.keys if parts == 2 else tables.alone
+        return rows(x.flatten(1, -2), index).view(batch, parts, heads * count, k_size, dim).transpose(0, 1)
+
+    k, v = together(blocks, k, v)
+    if bias is None:
+        bias = q.new_zeros(heads, *(2 * kernel - 1 for kernel in kernel_size))
+    added = _BiasOfTiles.apply(bias.flatten(1), *tables[6:10]).view(heads * count, q_size, k_size + -k_size % 8)
+    output, lse = attend(queries, k, v, added[None, ..., :k_size], scale, return_lse)
+
+    def join(x: Tensor) -> Tensor:
+        x = rows(x.transpose(1, 2).flatten(1, 2), tables.outputs, tables.of_outputs)
+        return x.view(batch, *size, heads, x.shape[-1])
+
+    return join(output) if lse is None else (join(output), join(lse[..., None])[..., 0].movedim(-1, 1))
+
+
+class _BiasOfTiles(torch.autograd.Function):
+    """[heads, places] -> [heads, T * Q * K'], -inf outside of the windows. The gradient is summed in a fixed order."""
+
+    @staticmethod
+    def forward(bias: Tensor, places: Tensor, of_places: Tensor, kinds: Tensor, of_kinds: Tensor) -> Tensor:
+        by_kind = F.pad(bias, (0, 1), value=-math.inf).index_select(1, places)
+        if len(kinds) == len(of_kinds) == 1:
+            return by_kind
+        return by_kind.view(len(bias), len(of_kinds), -1).index_select(1, kinds).flatten(1)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2], inputs[4])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple:
+        of_places, of_kinds = ctx.saved_tensors
+        by_kind = (of_kinds @ grad.view(len(grad), of_kinds.shape[1], -1)).flatten(1)
+        entries = F.pad(by_kind, (0, 1)).index_select(1, of_places.flatten())
+        return entries.view(len(grad), *of_places.shape).sum(2), None, None, None, None
 
 
 class _Neighborhood(torch.autograd.Function):
@@ -287,9 +435,6 @@ class _Neighborhood(torch.autograd.Function):
             grad_bias.index_add_(0, tiles.places.flatten(), grad_table.movedim(1, -1).flatten(0, 2))
             grad_bias = grad_bias[:-1].T.reshape(bias.shape).to(bias.dtype)
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_bias, None, None, None, None, None
-
-
-_torch = _Neighborhood.apply
 
 
 def _check_windows(size: Axes, kernel_size: Axes, dilation: Axes, stride: Axes) -> None:
@@ -385,6 +530,5 @@ def neighborhood_attention(
     #   kernel_size, dilation, stride   tuples of ints, one for each axis of the map (1 to 3 axes), checked as above
     #   scale        float, multiplies q . k
     #   return_lse   False: return output, shaped like q; True: return (output, lse), lse (B, heads, *map)
-    return dispatch(
-        "neighborhood", backend, _reference, _torch, q, k, v, bias, kernel_size, dilation, stride, scale, return_lse
-    )
+    forms = Forms(_reference, _Neighborhood.apply, _plain)
+    return dispatch("neighborhood", backend, forms, q, k, v, bias, kernel_size, dilation, stride, scale, return_lse)

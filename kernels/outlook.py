@@ -9,15 +9,16 @@ neighbours of a window, N heads, D channels of a head.
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import check_int, check_map, check_tensor, precise
-from visionattn.kernels._dispatch import dispatch
+from visionattn.kernels._dispatch import Forms, dispatch
 
 __all__ = ["outlook_attention"]
 
-BAND = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}  # bytes of neighbours at a time; on a CPU they stay in its cache
+BAND = 4 * 2**20  # bytes of neighbours at a time, which stay in a CPU's cache
 Cut = tuple[slice, slice]  # images, rows of windows
 
 
@@ -38,6 +39,23 @@ def _reference(
     output = torch.zeros_like(padded).index_add(1, keys.flatten(), mixed.flatten(1, 2))[:, :-1]
     indices = keys.where(keys < height * width, -1).repeat_interleave(kernel_size**2, dim=0)
     return output.reshape(v.shape), weights, indices.expand(b, -1, -1)
+
+
+def _plain(logits: Tensor, v: Tensor, kernel_size: int, stride: int, padding: int, scale: float) -> Tensor:
+    """Neighbours by one copy of a view of the padded map, a matmul, and the copy's transpose on each axis."""
+    b, height, width, heads, dim = v.shape
+    h, w = logits.shape[1:3]
+    rows, columns = ((n - 1) * stride + kernel_size for n in (h, w))  # of the padded map, all that is in windows
+    right, below = columns - width - padding, rows - height - padding
+    v = F.pad(v, (0, 0, 0, 0, padding, right, padding, below))
+    v = v.unfold(1, kernel_size, stride).unfold(2, kernel_size, stride)  # [B, h, w, heads, D, y, x]
+    v = v.permute(0, 1, 2, 3, 5, 6, 4).flatten(4, 5)
+    mixed = ((logits * scale).softmax(-1).to(v.dtype) @ v).unflatten(4, (kernel_size, kernel_size))
+    mixed = mixed.permute(0, 1, 2, 3, 6, 4, 5)
+    size = [b, h, columns, heads, dim, kernel_size]
+    mixed = torch.ops.aten.unfold_backward(mixed, size, 2, kernel_size, stride)
+    mixed = torch.ops.aten.unfold_backward(mixed, [b, rows, *size[2:5]], 1, kernel_size, stride)
+    return F.pad(mixed, (0, 0, 0, 0, -padding, -right, -padding, -below))
 
 
 class _Outlook(torch.autograd.Function):
@@ -76,9 +94,6 @@ class _Outlook(torch.autograd.Function):
         return grad_logits, grad_v.to(v.dtype), None, None, None, None
 
 
-_torch = _Outlook.apply
-
-
 def _softmax(logits: Tensor, scale: float) -> Tensor:
     """Softmax over short rows, statistics in float32: six times faster on a CPU than torch.softmax on rows of 9."""
     logits = logits.to(precise(logits)) * scale
@@ -89,11 +104,8 @@ def _softmax(logits: Tensor, scale: float) -> Tensor:
 def _bands(logits: Tensor, v: Tensor) -> Iterator[Cut]:
     """Cuts whose neighbours take at most BAND, but at least one row of windows of one image."""
     b, h, w, heads, neighbours, _ = logits.shape
-    if torch.compiler.is_compiling():  # one graph for any batch size
-        yield slice(None), slice(0, h)
-        return
     row_bytes = w * heads * neighbours * max(neighbours, v.shape[-1]) * precise(v).itemsize
-    rows = max(1, BAND["cpu" if v.device.type == "cpu" else "cuda"] // row_bytes)
+    rows = max(1, BAND // row_bytes)
     images, rows = max(1, rows // h), min(rows, h)
     for image in range(0, b, images):
         for row in range(0, h, rows):
@@ -182,4 +194,5 @@ def outlook_attention(
     expected = (b, *windows, heads, kernel_size**2, kernel_size**2)
     check_tensor("logits", logits, expected, v)
     scale = dim**-0.5 if scale is None else scale
-    return dispatch("outlook", backend, _reference, _torch, logits, v, kernel_size, stride, padding, scale)
+    forms = Forms(_reference, _Outlook.apply, _plain)
+    return dispatch("outlook", backend, forms, logits, v, kernel_size, stride, padding, scale)

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import autocasting, check_maps, check_tensor, precise, transforms
-from visionattn.kernels._dispatch import dispatch
+from visionattn.kernels._dispatch import Forms, dispatch, takes_plain
+from visionattn.kernels._plain import attend, keep, together
 from visionattn.kernels._tiles import Tiles, as_rows, cached, chunks, join, split
 
 __all__ = ["routing_attention"]
@@ -63,7 +64,7 @@ def _positions(size: torch.Size, grid: Grid, device: torch.device) -> Tensor:
     return _by_region(torch.arange(size[0] * size[1], device=device).view(1, *size), grid)[0]
 
 
-def _torch(
+def _on_cpu(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Tensor | None, grid: Grid, scale: float
 ) -> Tensor:
     """The keys of the routed regions are selected, but masked where regions are so small that matmuls of one are slow,
@@ -72,43 +73,66 @@ def _torch(
         21 x 21 map, 7 x 7 regions of 9 tokens (batch 4):   topk 13: 55 selected, 35 masked
         16 x 16 map, 4 x 4 regions of 16 tokens:   topk 4: 21 selected, 23 masked
     """
-    q_tokens, k_tokens = (x.shape[1] * x.shape[2] for x in (q, k))
-    masked = 64 * routes.shape[2] >= k_tokens and max(q_tokens, k_tokens) <= MASKED_TOKENS
-    if route_weights is None and (grid == (1, 1) or masked):
-        mask = None if grid == (1, 1) else _mask(q, k, routes, grid)
-        queries, keys, values = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
-        output = F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale)
-        return output.transpose(1, 2).unflatten(1, q.shape[1:3])
-    if torch.compiler.is_compiling():
-        return _selected(q, k, v, routes, route_weights, grid, scale)
+    if route_weights is None and _is_dense(q, k, routes, grid):
+        return _dense(q, k, v, routes, grid, scale)
     regions = [cached(_make_regions, q)(x.shape[1:3], grid, x.device) for x in (q, k)]
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, route_weights))
     saved_weights = _new_weights(q, routes, *regions) if trained else None
     return _Routed.apply(q, k, v, routes, route_weights, saved_weights, *regions, scale)
 
 
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Tensor | None, grid: Grid, scale: float
+) -> Tensor:
+    """Rows of k and v are gathered at once, and a copy puts q in the order of regions."""
+    if route_weights is None and _is_dense(q, k, routes, grid):
+        return _dense(q, k, v, routes, grid, scale)
+    batch, tokens = k.shape[0], k.shape[1] * k.shape[2]
+    first = torch.arange(0, batch * tokens, tokens, device=k.device)[:, None, None, None]
+    index = first + _tokens(k, tuple(k.shape[1:3]), grid)[routes]  # [B, R, K, T]
+    selected, index = index.shape[2] * index.shape[3], index.flatten()
+
+    def select(x: Tensor) -> Tensor:
+        x = x.flatten(0, 2).index_select(0, index).unflatten(0, (batch * routes.shape[1], selected))
+        return x.permute(2, 0, 3, 1, 4)  # [P, B * R, heads, S, dim]
+
+    k, v = together(select, k, v)
+    if route_weights is not None:
+        factors = route_weights.flatten(0, 1)[:, None, :, None, None]
+        k, v = ((x.unflatten(2, (routes.shape[2], -1)) * factors).flatten(2, 3) for x in (k, v))
+    rows = _by_region(q, grid)
+    output, _ = attend(rows.flatten(0, 1).transpose(1, 2), k, v, None, scale)
+    height, width = q.shape[1] // grid[0], q.shape[2] // grid[1]
+    output = output.transpose(1, 2).unflatten(1, (height, width)).unflatten(0, (batch, *grid))
+    return output.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+@keep
+def _tokens(size: tuple[int, ...], grid: Grid, device: torch.device) -> Tensor:
+    return _positions(size, grid, device)
+
+
+def _is_dense(q: Tensor, k: Tensor, routes: Tensor, grid: Grid) -> bool:
+    """Whether to attend to all keys, under a mask unless there is one region."""
+    q_tokens, k_tokens = (x.shape[1] * x.shape[2] for x in (q, k))
+    return grid == (1, 1) or (64 * routes.shape[2] >= k_tokens and max(q_tokens, k_tokens) <= MASKED_TOKENS)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, grid: Grid, scale: float) -> Tensor:
+    mask = None if grid == (1, 1) else _mask(q, k, routes, grid)
+    queries, keys, values = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+    output = F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale)
+    return output.transpose(1, 2).unflatten(1, q.shape[1:3])
+
+
 def _mask(q: Tensor, k: Tensor, routes: Tensor, grid: Grid) -> Tensor:
     """[B, 1, N, N], the logarithm of how often the key's region is among the routes of the query's: -inf for never."""
     split_q, split_k = (_split(x, grid).shape[1:5] for x in (q, k))
-    mask = (routes[..., None] == torch.arange(grid[0] * grid[1], device=q.device)).sum(2).to(q.dtype).log()  # [B, R, R]
+    regions = grid[0] * grid[1]
+    counts = q.new_zeros(q.shape[0], regions, regions)
+    mask = counts.scatter_add_(2, routes, counts.new_ones(()).expand(routes.shape)).log()
     mask = mask.unflatten(2, (grid[0], 1, grid[1], 1)).unflatten(1, (grid[0], 1, grid[1], 1))
     return mask.expand(-1, *split_q, *split_k).flatten(5, 8).flatten(1, 4).unsqueeze(1)
-
-
-def _selected(
-    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Tensor | None, grid: Grid, scale: float
-) -> Tensor:
-    """All at once, in operators that torch.compile and torch.export differentiate themselves."""
-    image = torch.arange(q.shape[0], device=q.device)[:, None, None]
-    k, v = (_by_region(x, grid)[image, routes] for x in (k, v))  # [B, R, K, T, heads, dim]
-    if route_weights is not None:
-        k, v = (x * route_weights[..., None, None, None] for x in (k, v))
-    _, height, _, width = _split(q, grid).shape[1:5]
-    q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (_by_region(q, grid), k.flatten(2, 3), v.flatten(2, 3)))
-    small = q.shape[2] * k.shape[2] <= SMALL_LOGITS
-    output = (q * scale @ k.mT).softmax(-1) @ v if small else F.scaled_dot_product_attention(q, k, v, scale=scale)
-    output = output.transpose(1, 2).unflatten(1, (height, width)).unflatten(0, (-1, *grid))
-    return output.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 @functools.lru_cache(maxsize=16)
@@ -247,9 +271,12 @@ def _add(total: Tensor, routes: Tensor, tiles: Tensor) -> None:
 
 def _top_regions(q: Tensor, k: Tensor, grid: Grid, topk: int) -> Tensor:
     """The routes of the paper: for each region the topk regions with the largest product of mean q and mean k."""
-    dtype = precise(q)
-    # The mean over one axis, then the other: on a CPU four times faster than over both at once.
-    q, k = (_split(x.detach(), grid).mean(4, dtype=dtype).mean(2).flatten(3).flatten(1, 2) for x in (q, k))
+    dtype, maps = precise(q), (q.detach(), k.detach())
+    if takes_plain(q):
+        q, k = together(lambda x: _split(x, grid).mean((2, 4), dtype=dtype).movedim(3, 0), *maps)
+    else:  # the mean over one axis, then the other: on a CPU four times faster than over both at once
+        q, k = (_split(x, grid).mean(4, dtype=dtype).mean(2) for x in maps)
+    q, k = (x.flatten(3).flatten(1, 2) for x in (q, k))
     with torch.autocast(q.device.type, enabled=False) if autocasting(q) else nullcontext():
         return (q @ k.mT).topk(topk, sorted=False).indices
 
@@ -297,7 +324,8 @@ def routing_attention(
     elif routes is None:
         routes = _top_regions(q, k, grid, topk)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return dispatch("routing", backend, _reference, _torch, q, k, v, routes, route_weights, grid, scale)
+    forms = Forms(_reference, _on_cpu, _plain)
+    return dispatch("routing", backend, forms, q, k, v, routes, route_weights, grid, scale)
 
 
 def _check(

@@ -12,7 +12,7 @@ Sizes in comments: B images, N tokens of a map, T windows, Q = K tokens of a win
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import check_maps, check_tensor, per_axis, precise
-from visionattn.kernels._dispatch import dispatch
+from visionattn.kernels._dispatch import Forms, dispatch
+from visionattn.kernels._plain import attend, exact_lse, keep, together
 from visionattn.kernels._tiles import Tiles, as_rows, cached, chunks, join, map_size, split
 
 __all__ = ["window_attention"]
@@ -92,7 +93,7 @@ def _count(length: int, window: int) -> int:
     return (length + window - 1) // window
 
 
-def _torch(
+def _on_cpu(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -112,6 +113,91 @@ def _torch(
     saved_weights = _new_weights(q, windows) if trained else None
     output, lse = _Window.apply(q, k, v, bias, mask, saved_weights, windows, scale, return_lse)
     return (output, lse) if return_lse else output
+
+
+@exact_lse
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    window: Pair,
+    shift: Pair,
+    dilated: bool,
+    scale: float,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Rolled and padded where it has to be, the map is cut into windows by one permuting copy, and put together again
+    by another."""
+    geometry = window, shift, dilated
+    tiles = together(lambda x: _cut(x, geometry), q, k, v)  # [B, T, heads, Q, dim]
+    allowed, empty = _allowed(q, map_size(q), geometry), None  # [1, T, 1, Q, Q], or None
+    if mask is not None:
+        keys = _cut(mask[..., None, None, None], geometry)[0].mT  # [B or 1, T, 1, 1, Q]
+        allowed = keys if allowed is None else keys & allowed
+        empty = ~allowed.any(-1, keepdim=True)  # queries without any key
+        allowed = allowed | empty
+    first = 0
+    if allowed is not None:
+        added = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)
+        added = added if bias is None else added + bias
+        if len(added) == 1:  # for all images: windows join the heads, so that it is not copied for each image
+            first, added = 1, added.expand(-1, -1, q.shape[3], -1, -1)
+        bias = added.flatten(first, first + 1)
+    output, lse = attend(*(tile.flatten(first, first + 1) for tile in tiles), bias, scale, return_lse)
+    output = output.unflatten(first, tiles[0].shape[first : first + 2])
+    if empty is not None:
+        output = output.masked_fill(empty, 0)
+    output = _join(output, q.shape[1:3], geometry)
+    if lse is None:
+        return output
+    lse = lse.unflatten(first, tiles[0].shape[first : first + 2])[..., None]
+    if empty is not None:
+        lse = lse.masked_fill(empty, -torch.inf)
+    return output, _join(lse, q.shape[1:3], geometry)[..., 0].movedim(-1, 1)
+
+
+def _cut(x: Tensor, geometry: Geometry) -> Tensor:
+    """[B, H, W, P, heads, dim] -> [P, B, T, heads, Q, dim], with zeros for what is padded."""
+    window, shift, dilated = geometry
+    below, right = (-length % w for length, w in zip(x.shape[1:3], window, strict=True))
+    if below or right:
+        x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, right, 0, below))
+    if any(shift):
+        x = x.roll((-shift[0], -shift[1]), (1, 2))
+    if dilated:
+        x = x.unflatten(2, (window[1], -1)).unflatten(1, (window[0], -1)).permute(5, 0, 2, 4, 6, 1, 3, 7)
+    else:
+        x = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0])).permute(5, 0, 1, 3, 6, 2, 4, 7)
+    return x.flatten(5, 6).flatten(2, 3)
+
+
+def _join(x: Tensor, size: Sequence[int], geometry: Geometry) -> Tensor:
+    """[B, T, heads, Q, dim] -> [B, H, W, heads, dim]"""
+    window, shift, dilated = geometry
+    columns = _count(size[1], window[1])
+    x = x.unflatten(3, window).unflatten(1, (-1, columns))  # [B, window y, x, heads, place y, x, dim]
+    x = x.permute(0, 4, 1, 5, 2, 3, 6) if dilated else x.permute(0, 1, 4, 2, 5, 3, 6)
+    x = x.flatten(3, 4).flatten(1, 2)
+    if any(shift):
+        x = x.roll(shift, (1, 2))
+    return x[:, : size[0], : size[1]]
+
+
+@keep
+def _allowed(size: Pair, geometry: Geometry, device: torch.device) -> Tensor | None:
+    """Which keys a query of a window may attend to, [1, T, 1, Q, Q]; None where it is all. What is padded attends to
+    something, to be dropped."""
+    window, shift, dilated = geometry
+    if not any(shift) and not any(length % w for length, w in zip(size, window, strict=True)):
+        return None
+    axes = zip(size, window, shift, strict=True)
+    (_, y_outside, y_wrapped), (_, x_outside, x_wrapped) = (_places(*axis, dilated, device) for axis in axes)
+    outside = (y_outside[:, None, :, None] | x_outside[:, None]).flatten(2).flatten(0, 1)
+    wrapped = (2 * y_wrapped[:, None, :, None] + 1 * x_wrapped[:, None]).flatten(2).flatten(0, 1)
+    allowed = (wrapped[:, :, None] == wrapped[:, None]) & ~outside[:, None]
+    return (allowed | ~allowed.any(-1, keepdim=True))[None, :, None]
 
 
 class _Masks(NamedTuple):
@@ -194,7 +280,7 @@ def _chunks(q: Tensor, mask: Tensor | None, windows: _Windows, size: int) -> Ite
     """Images, and the chunks that their windows are computed in."""
     (count, places), heads = windows.wrapped.shape, q.shape[3]
     fit = max(1, size // (4 * heads * places))  # queries
-    q_slices = split(places, places if torch.compiler.is_compiling() else fit)
+    q_slices = split(places, fit)
     for images, blocks in chunks(q.shape[0], count, fit // places):
         yield images, [_chunk(q, mask, windows, images, block, q_slices) for block in blocks]
 
@@ -313,8 +399,6 @@ class _Window(torch.autograd.Function):
 
 def _new_weights(q: Tensor, windows: _Windows) -> Tensor | None:
     """Empty, for the weights of all windows; None where they take more than SAVED."""
-    if torch.compiler.is_compiling():
-        return None
     count, places = windows.wrapped.shape
     shape, dtype = (q.shape[0], count, q.shape[3], places, places), precise(q)
     return q.new_empty(shape, dtype=dtype) if math.prod(shape) * dtype.itemsize <= SAVED else None
@@ -406,9 +490,8 @@ def window_attention(
         images = 1 if mask.shape[:1] == (1,) else q.shape[0]
         check_tensor("mask", mask, (images, *q.shape[1:3]), q, torch.bool)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return dispatch(
-        "window", backend, _reference, _torch, q, k, v, bias, mask, window, shift, dilated, scale, return_lse
-    )
+    forms = Forms(_reference, _on_cpu, _plain)
+    return dispatch("window", backend, forms, q, k, v, bias, mask, window, shift, dilated, scale, return_lse)
 
 
 def _check(

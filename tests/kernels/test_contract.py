@@ -15,14 +15,30 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from visionattn import kernels
 from visionattn.kernels import record_attention
 
-SETTINGS = settings(max_examples=20, deadline=None, derandomize=True)  # the same calls everywhere
+SETTINGS = settings(  # the same calls everywhere
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # `form`, which all calls of a test share
+)
+
+
+@pytest.fixture(params=["on a CPU", "plain"])
+def form(request, monkeypatch):
+    """The two bodies of backend="torch": that of a CPU, and that of GPUs and compilers."""
+    if request.param == "plain":
+        for module in ("_dispatch", "routing"):
+            monkeypatch.setattr(f"visionattn.kernels.{module}.takes_plain", lambda x: True)
+
+
+both_forms = pytest.mark.usefixtures("form")
 
 
 def draw(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -264,7 +280,7 @@ PATTERNS = {
             {"size": (6, 6), "grid": (1, 1), "topk": 1},
         ],
         more=[
-            {"size": (4, 6), "grid": (2, 3), "topk": 2, "keys": (1, 1), "weighted": True},
+            {"size": (8, 12), "grid": (2, 3), "topk": 2, "keys": (3, 3), "weighted": True},
             {"size": (4, 6), "grid": (2, 3), "topk": 1, "routed": True},
         ],
         stages=[
@@ -383,6 +399,7 @@ def test_every_public_function_of_a_pattern_file_is_exported_and_tested_here():
     assert {entry.function for entry in PATTERNS.values()} == set(public.values())
 
 
+@both_forms
 @each_pattern
 @SETTINGS
 @given(data=st.data())
@@ -398,16 +415,26 @@ def test_chunks_of_any_size_give_the_same(pattern, sizes, share, monkeypatch):
     agree(pattern, sizes, torch.float64)
 
 
+@both_forms
 @each("stages")
 def test_stages_of_models_agree_with_the_reference(pattern, sizes):
     agree(pattern, {"dim": 32} | sizes, torch.float32)
 
 
+@both_forms
 @each("forms", "more")
-@pytest.mark.parametrize("chunked", [False, True])
-def test_gradients_in_float64(pattern, sizes, chunked, monkeypatch):
-    for name, most in PATTERNS[pattern].budgets.items() if chunked else ():
+def test_gradients_in_float64(pattern, sizes):
+    check_gradients(pattern, sizes)
+
+
+@each("forms", "more")
+def test_gradients_of_chunks_in_float64(pattern, sizes, monkeypatch):
+    for name, most in PATTERNS[pattern].budgets.items():
         limit(monkeypatch, pattern, name, most // 16)
+    check_gradients(pattern, sizes)
+
+
+def check_gradients(pattern: str, sizes: dict) -> None:
     arguments = make_arguments(pattern, sizes | {"batch": 1, "dim": 2})
     inputs = floating(arguments)
 
@@ -417,6 +444,7 @@ def test_gradients_in_float64(pattern, sizes, chunked, monkeypatch):
     assert torch.autograd.gradcheck(call, tuple(inputs.values()), fast_mode=True)
 
 
+@both_forms
 @each("forms")
 def test_gradient_of_one_input_only(pattern, sizes):
     arguments = make_arguments(pattern, sizes)
@@ -426,6 +454,7 @@ def test_gradient_of_one_input_only(pattern, sizes):
         torch.testing.assert_close(ours, theirs)
 
 
+@both_forms
 @each("forms")
 def test_trains_after_inference_of_the_same_sizes(pattern, sizes):
     arguments = make_arguments(pattern, sizes | {"batch": 3})
@@ -436,6 +465,7 @@ def test_trains_after_inference_of_the_same_sizes(pattern, sizes):
     assert all(x.isfinite().all() for x in gradients(again, floating(arguments)).values())
 
 
+@both_forms
 @each("forms")
 def test_without_the_log_sum_exp_the_output_is_the_same(pattern, sizes):
     arguments = make_arguments(pattern, sizes)
@@ -444,6 +474,7 @@ def test_without_the_log_sum_exp_the_output_is_the_same(pattern, sizes):
     torch.testing.assert_close(*(gradients(x, floating(arguments)) for x in outputs))
 
 
+@both_forms
 @each("forms")
 def test_strides_do_not_matter(pattern, sizes):
     arguments = make_arguments(pattern, sizes)
@@ -455,10 +486,12 @@ def test_strides_do_not_matter(pattern, sizes):
     torch.testing.assert_close(*(gradients(x, floating(y)) for x, y in zip(outputs, (arguments, copies), strict=True)))
 
 
+@both_forms
 @each("forms")
 @pytest.mark.parametrize("batch", [1, 2])
 def test_one_value_for_all_tokens_may_be_expanded(pattern, sizes, batch):
-    arguments = make_arguments(pattern, sizes | {"batch": batch})
+    routed = {"routed": True} if pattern == "routing" else {}  # equal means would choose any regions
+    arguments = make_arguments(pattern, sizes | {"batch": batch} | routed)
     maps = {name: x for name, x in arguments.items() if name in ("q", "k", "v")}
     for name, x in maps.items():
         value = x.detach()[(slice(1),) * (x.ndim - 2)].expand(x.shape)
@@ -466,6 +499,7 @@ def test_one_value_for_all_tokens_may_be_expanded(pattern, sizes, batch):
         torch.testing.assert_close(*outputs)
 
 
+@both_forms
 @each("forms", "more")
 def test_no_images(pattern, sizes):
     arguments = make_arguments(pattern, sizes, batch=0)
@@ -474,6 +508,7 @@ def test_no_images(pattern, sizes):
     assert not any(x.any() for x in gradients(outputs, floating(arguments)).values())
 
 
+@both_forms
 @each("forms")
 def test_images_of_a_batch_do_not_mix(pattern, sizes):
     arguments = make_arguments(pattern, sizes, batch=3)
@@ -486,13 +521,23 @@ def test_images_of_a_batch_do_not_mix(pattern, sizes):
     torch.testing.assert_close(attend(pattern, arguments)[0], torch.cat(alone))
 
 
+@both_forms
 @each("forms")
 @each_half
-@pytest.mark.parametrize("chunked", [False, True])
-def test_half_precision_is_close_to_the_reference_in_float64(pattern, sizes, dtype, tolerance, chunked, monkeypatch):
-    for name, most in PATTERNS[pattern].budgets.items() if chunked else ():
+def test_half_precision_is_close_to_the_reference_in_float64(pattern, sizes, dtype, tolerance):
+    check_half_precision(pattern, {"size": (13, 17), "dim": 32} | sizes, dtype, tolerance)
+
+
+@each("forms")
+@each_half
+def test_half_precision_in_chunks_is_close_to_the_reference(pattern, sizes, dtype, tolerance, monkeypatch):
+    for name, most in PATTERNS[pattern].budgets.items():
         limit(monkeypatch, pattern, name, most // 8)
-    arguments = make_arguments(pattern, ({} if chunked else {"size": (13, 17), "dim": 32}) | sizes, dtype)
+    check_half_precision(pattern, sizes, dtype, tolerance)
+
+
+def check_half_precision(pattern: str, sizes: dict, dtype: torch.dtype, tolerance: float) -> None:
+    arguments = make_arguments(pattern, sizes, dtype)
     exact = leaves(arguments, torch.float64)
     (output, *lse), expected = attend(pattern, arguments, True), attend(pattern, exact, True, "reference")
     assert output.dtype == dtype
@@ -506,6 +551,7 @@ def test_half_precision_is_close_to_the_reference_in_float64(pattern, sizes, dty
         assert (ours - theirs[name]).norm() <= tolerance * theirs[name].norm(), name
 
 
+@both_forms
 @each("forms")
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_autocast_computes_in_its_dtype(pattern, sizes, backend):
@@ -524,6 +570,7 @@ def test_autocast_computes_in_its_dtype(pattern, sizes, backend):
         assert gradient.any()
 
 
+@both_forms
 @each("forms", "stages")
 def test_extreme_logits_stay_finite(pattern, sizes):
     arguments = make_arguments(pattern, sizes, torch.float32)
@@ -537,6 +584,7 @@ def test_extreme_logits_stay_finite(pattern, sizes):
     assert all(x.isfinite().all() for x in gradients((output,), floating(arguments)).values())
 
 
+@both_forms
 @each("forms", "stages", without=("halo", "outlook"))  # whose keys outside of the map take a share
 def test_equal_values_come_out_as_they_are(pattern, sizes):
     arguments = make_arguments(pattern, sizes, torch.float32)
@@ -555,6 +603,7 @@ def some_place(name: str, x: Tensor) -> tuple[int, ...]:
     return middle if name in ("rel_height", "rel_width") else (0, *middle[1:])
 
 
+@both_forms
 @each("forms", "more", "stages")
 def test_nan_propagates_within_its_image_and_head(pattern, sizes):
     arguments = PATTERNS[pattern].call(torch.float32, **sizes)
@@ -575,6 +624,7 @@ def test_nan_propagates_within_its_image_and_head(pattern, sizes):
             assert not actual[..., 1:, :].any()
 
 
+@both_forms
 @each_pattern
 def test_deterministic_mode_repeats_the_gradients_on_two_threads(pattern):
     arguments = make_arguments(pattern, PATTERNS[pattern].stages[0], torch.float32)

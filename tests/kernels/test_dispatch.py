@@ -18,7 +18,7 @@ def qkv():
 def calls(monkeypatch):
     """The names of the backends that ran."""
     ran = []
-    for name in ("_reference", "_torch"):
+    for name in ("_reference", "_on_cpu", "_plain"):
         original = getattr(sys.modules["visionattn.kernels.routing"], name)
 
         def spy(*arguments, name=name, original=original):
@@ -31,14 +31,19 @@ def calls(monkeypatch):
 
 def test_auto_on_a_cpu_is_the_torch_form(qkv, calls):
     routing_attention(*qkv, 3, 2)
-    assert calls == ["_torch"]
+    assert calls == ["_on_cpu"]
+
+
+def test_what_a_compiler_traces_is_the_plain_body(qkv, calls):
+    torch.compile(routing_attention, fullgraph=True, backend="eager")(*qkv, 3, 2)
+    assert calls == ["_plain"]
 
 
 def test_auto_under_torch_func_is_the_reference_form(qkv, calls):
     q, k, v = qkv
     torch.func.grad(lambda v: routing_attention(q, k, v, 3, 2).sum())(v)
     torch.func.grad(lambda v: routing_attention(q, k, v, 3, 2, backend="torch").sum())(v)
-    assert calls == ["_reference", "_torch"]
+    assert calls == ["_reference", "_on_cpu"]
 
 
 def test_set_backend_is_the_meaning_of_auto_and_ends_with_its_block(qkv, calls):
@@ -50,7 +55,7 @@ def test_set_backend_is_the_meaning_of_auto_and_ends_with_its_block(qkv, calls):
     with pytest.raises(KeyError), set_backend("reference"):
         raise KeyError
     routing_attention(*qkv, 3, 2)
-    assert calls == ["_reference", "_torch", "_torch", "_torch"]
+    assert calls == ["_reference", *["_on_cpu"] * 3]
 
 
 def test_set_backend_refuses_unknown_names():
@@ -83,36 +88,29 @@ def sibling(monkeypatch):
     module.attention = lambda tensor, number: "triton"
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
-    monkeypatch.setattr(_dispatch, "_warned", set())
 
 
 def run(number: int, backend: str = "auto"):
-    return _dispatch.dispatch(
-        "fake", backend, lambda *_: ("reference", None, None), lambda *_: "torch", FakeCuda(), number
-    )
+    forms = _dispatch.Forms(lambda *_: ("reference", None, None), lambda *_: "on a CPU", lambda *_: "plain")
+    return _dispatch.dispatch("fake", backend, forms, FakeCuda(), number)
 
 
 def test_a_triton_sibling_is_found_and_used_where_it_supports_the_call(sibling):
     assert run(2) == "triton"
     assert run(2, "triton") == "triton"
-    assert run(2, "torch") == "torch"
+    assert run(2, "torch") == "plain"
 
 
 def test_auto_leaves_alone_what_no_gpu_has_run(sibling, monkeypatch):
     monkeypatch.setattr(_dispatch, "UNTRIED", {"fake"})
-    with pytest.warns(UserWarning, match="has not been tried on a GPU yet; backend='triton' runs it"):
-        assert run(2) == "torch"
+    assert run(2) == "plain"
     assert run(2, "triton") == "triton"
     with set_backend("triton"):
         assert run(2) == "triton"
 
 
-def test_auto_falls_back_with_one_warning_for_each_reason(sibling, recwarn):
-    assert [run(1), run(1), run(3)] == ["torch"] * 3
-    assert [str(w.message).partition(": ")[2] for w in recwarn] == [
-        "number is 1, only even ones are supported",
-        "number is 3, only even ones are supported",
-    ]
+def test_auto_falls_back_to_the_plain_body(sibling):
+    assert run(1) == "plain"
     with pytest.raises(ValueError, match="number is 1, only even ones are supported; use backend='auto' or 'torch'"):
         run(1, "triton")
 
