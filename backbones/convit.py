@@ -42,6 +42,7 @@ from visionattn.backbones.layers import (
     position_embedding,
 )
 from visionattn.kernels import gated_positional_attention, routing_attention
+from visionattn.kernels._plain import keep
 
 __all__ = ["ConViT"]
 
@@ -84,8 +85,9 @@ class GatedPositionalAttention(nn.Module):
     def position_logits(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """(heads, H, H) and (heads, W, W), queries first, to be added: linear in the step and in its square."""
         of_right, of_down, of_square, bias = (x[:, None, None] for x in self._position_weights())
-        down, right = (_steps(length, bias) for length in (height, width))
-        return of_down * down + of_square * down**2 + bias, of_right * right + of_square * right**2
+        (down, down_squared), (right, right_squared) = (_steps(bias, length, bias.dtype) for length in (height, width))
+        rows = torch.addcmul(torch.addcmul(bias, of_square, down_squared), of_down, down)
+        return rows, torch.addcmul(of_square * right_squared, of_right, right)
 
     def _position_weights(self) -> list[Tensor]:
         """For each input of `pos_proj` its weights (heads,), and the bias.
@@ -105,10 +107,12 @@ class GatedPositionalAttention(nn.Module):
         return linear(self.proj, x.flatten(3))
 
 
-def _steps(length: int, like: Tensor) -> Tensor:
-    """From each position (rows) to each (columns)."""
-    position = torch.arange(length, device=like.device, dtype=like.dtype)
-    return position - position[:, None]
+@keep
+def _steps(length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """From each position (rows) to each (columns), and squared."""
+    position = torch.arange(length, device=device, dtype=dtype)
+    steps = position - position[:, None]
+    return steps, steps**2
 
 
 @register_notrace_module

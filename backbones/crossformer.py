@@ -17,6 +17,7 @@ import math
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ from visionattn.backbones._twins import unwrap
 from visionattn.backbones.backbone import MapClassifier, create
 from visionattn.backbones.layers import Mlp, check_in_chans, init_linear, linear, pad_to_multiple
 from visionattn.kernels import window_attention
+from visionattn.kernels._check import autocasting
+from visionattn.kernels._dispatch import takes_plain
+from visionattn.kernels._plain import keep
 
 __all__ = ["CrossFormer"]
 
@@ -206,15 +210,25 @@ class GroupAttention(nn.Module):
     def bias(self, group: tuple[int, int], like: Tensor) -> Tensor | None:
         """Position bias (heads, tokens of a group, the same) of queries and keys in row-major order.
 
-        like: a tensor of the device and dtype that offsets shall have.
+        like: a tensor of the device and dtype of maps.
         """
         if self.pos is None:
             return None
-        steps = (torch.arange(1 - size, size, dtype=like.dtype, device=like.device) for size in group)
-        offsets = torch.stack(torch.meshgrid(*steps, indexing="ij"), -1)
-        table = self.pos(offsets.flatten(0, 1)).T.unflatten(1, offsets.shape[:2])
-        bias = table.unfold(1, group[0], 1).unfold(2, group[1], 1)  # heads, query row, column, reversed key row, column
-        return bias.flip(3, 4).flatten(3, 4).flatten(1, 2)
+        offsets, pairs = _offsets(like, group, torch.float32 if autocasting(like) else like.dtype)
+        tokens = group[0] * group[1]
+        with torch.autocast(like.device.type, enabled=False) if takes_plain(like) else nullcontext():
+            table = self.pos(offsets)  # of few numbers: casts would take longer
+        return table.T.index_select(1, pairs).unflatten(1, (tokens, tokens))
+
+
+@keep
+def _offsets(group: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """All offsets (N, 2) of a query from a key, and the one of each pair, queries first, in row-major order."""
+    steps = (torch.arange(1 - size, size, dtype=dtype, device=device) for size in group)
+    offsets = torch.stack(torch.meshgrid(*steps, indexing="ij"), -1).flatten(0, 1)
+    down, right = (position[:, None] - position + len(position) - 1 for position in map(torch.arange, group))
+    pairs = down[:, None, :, None] * (2 * group[1] - 1) + right[:, None]
+    return offsets, pairs.flatten().to(device)
 
 
 def _cut(length: int, region: int) -> list[slice]:
