@@ -1,10 +1,13 @@
-"""What tests share: the threads, tiny made pictures, a small recipe for them, a run trained by it, refused commands."""
+"""What tests share: threads, made pictures, a recipe for them, a run trained by it, refused commands, a full disk."""
 
 import atexit
 import os
+import resource
 import shutil
+import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +76,24 @@ def refused(capsys) -> Callable[..., str]:
         return capsys.readouterr().err
 
     return refused
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """No file may grow beyond so many bytes. Only around the call: pytest's own output may be a longer file."""
+
+    @contextmanager
+    def full_disk(size: int) -> Iterator[None]:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return full_disk
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ interrupted, 141 nobody reads the output any more, 143 terminated.
 """
 
 import argparse
+import errno
 import logging
 import os
 import signal
@@ -20,6 +21,8 @@ from visionattn import __version__, recipe
 from visionattn.errors import UserError
 
 __all__ = ["main"]
+
+OUTPUT_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of a file without a name: files that we write have one
 
 
 class _Console(logging.Handler):
@@ -49,15 +52,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return status
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush has somewhere to go
+        _give_up_output()
         print("visionattn: stopped, since what read the output has ended", file=sys.stderr)
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        message = str(error)
+        if error.filename is not None:
+            message = f"{error.filename}: could not be read or written ({error.strerror})"
+        elif error.errno in OUTPUT_FAILS:
+            _give_up_output()
+            message = f"the output of this command could not be written ({error.strerror})"
+        print(f"visionattn: {message}", file=sys.stderr)
+        return 2
     except UserError as error:
         print(f"visionattn: {error}", file=sys.stderr)
         return 2
     except _Stopped as stopped:
         print(f"visionattn: {stopped}", file=sys.stderr)
         return 128 + stopped.number
+
+
+def _give_up_output() -> None:
+    """What is still to be printed goes nowhere: it may be what could not be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from visionattn.errors import UserError
 __all__ = [
     "Unwritable",
     "as_given",
+    "make_folder",
     "new_file",
     "new_folder",
     "read_table",
@@ -43,6 +44,14 @@ def refuse_existing(out: Path) -> None:
         raise Unwritable(f"{out} exists; results are never overwritten: give another name")
     if not out.parent.is_dir():
         raise Unwritable(f"{out}: the folder {out.parent} does not exist; make it first")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder with those above it, where they are not there. Raises Unwritable."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unwritable(f"{folder}: the folder cannot be made ({error.strerror})") from None
 
 
 @contextmanager

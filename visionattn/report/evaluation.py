@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from PIL import Image
 
-from visionattn.files import new_folder, read_table, write_rows
+from visionattn.files import make_folder, new_folder, read_table, write_rows
 
 __all__ = ["LOSS", "RENAMED", "Evaluation", "Metric", "format_table", "history", "read_history", "read_rows"]
 
@@ -78,7 +78,7 @@ class Evaluation:
 
     def write(self, out: Path, replace: bool = False) -> None:
         """Make the folder `out`. Raises Unwritable where it exists and is not to be replaced."""
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
         with new_folder(out, replace) as folder:
             (folder / "metrics.json").write_text(json.dumps(self.as_dict(), indent=1), encoding="utf-8")
             for name, rows in self.tables.items():

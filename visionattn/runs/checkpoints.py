@@ -1,17 +1,19 @@
 """Checkpoints: written whole, explained by the recipe inside, and read whichever version wrote them."""
 
+import io
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import torch
 import yaml
 from lightning.pytorch import callbacks
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from visionattn import __version__, recipe
 from visionattn.errors import UserError
-from visionattn.files import new_file
+from visionattn.files import make_folder, new_file
 from visionattn.models.weights import load_checkpoint
 from visionattn.recipe import Recipe, part_of
 from visionattn.report.evaluation import RENAMED
@@ -48,12 +50,18 @@ def _migrated(about: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints appear whole or not at all, in whichever moment the process is killed."""
+    """Checkpoints appear whole or not at all, in whichever moment the process is killed.
+
+    Lightning's pass through the folder for temporary files, which may be full, and is not cleared after a kill.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if Path(path).parents[1].is_dir():  # a run directory that somebody has removed is not made anew
+            make_folder(Path(path).parent)
+        buffer = io.BytesIO()  # torch tells a full disk as an error of its own
+        torch.save(checkpoint, buffer)
         with new_file(Path(path), replace=True) as unfinished:
-            super().save_checkpoint(checkpoint, unfinished, storage_options)
+            unfinished.write_bytes(buffer.getbuffer())
 
 
 class ModelCheckpoint(callbacks.ModelCheckpoint):

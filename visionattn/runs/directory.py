@@ -94,8 +94,8 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be made ({error.strerror}): give another --run") from None
         with new_folder(self.path) as folder:  # so that a run that is there can be resumed
-            write_text(folder / "recipe.yaml", recipe.dump(spec))
-            write_text(folder / "environment.json", json.dumps(facts, indent=1))
+            (folder / "recipe.yaml").write_text(recipe.dump(spec), encoding="utf-8")
+            (folder / "environment.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ from typing import Self, TypeVar
 from visionattn.data.prediction import Prediction
 from visionattn.data.sample import Sample, cases
 from visionattn.errors import UserError
-from visionattn.files import Unwritable, refuse_existing
+from visionattn.files import Unwritable, make_folder, refuse_existing
 
 __all__ = ["FilePerCase", "OneFile", "Writer", "in_turn", "of_objects", "readable"]
 
@@ -136,7 +136,7 @@ class FilePerCase(Writer):
     def made_for(self, case: str) -> list[Path]:
         """The same, once their folders are there."""
         for path in self.files_of(case):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
         return self.files_of(case)
 
     def left(self, samples: Sequence[Sample]) -> list[Sample]:

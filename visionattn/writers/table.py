@@ -27,11 +27,12 @@ class Table(OneFile):
         self.columns = columns
 
     def __enter__(self) -> Self:
-        self._open = ExitStack()
-        path = self._open.enter_context(new_file(self.out))
-        stream = path.open("w", newline="", encoding="utf-8", errors="surrogateescape")
-        self.stream = self._open.enter_context(stream)
-        write_table(self.stream, [self.columns])
+        with ExitStack() as stack:
+            path = stack.enter_context(new_file(self.out))
+            stream = path.open("w", newline="", encoding="utf-8", errors="surrogateescape")
+            self.stream = stack.enter_context(stream)
+            write_table(self.stream, [self.columns])
+            self._open = stack.pop_all()
         return self
 
     def __exit__(

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from visionattn.cli import main
+from visionattn.runs.directory import History
 
 
 def started(*words: object, cwd: Path) -> subprocess.Popen:
@@ -78,6 +79,47 @@ def test_a_place_that_cannot_be_made_is_told_in_one_line(recipe_file, tmp_path, 
     message = refused("fit", recipe_file, "--run", tmp_path / "file" / "run")
     assert "cannot be made" in message
     assert (tmp_path / "file").read_text() == "no folder"
+
+
+def test_an_output_that_is_full_is_told_in_one_line(tmp_path):
+    with open("/dev/full", "w") as full:
+        for words in (["list"], ["new", "classification"]):
+            command = [sys.executable, "-m", "visionattn", *words]
+            ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+            assert ended.returncode == 2
+            assert (
+                ended.stderr
+                == "visionattn: the output of this command could not be written (No space left on device)\n"
+            )
+
+
+def test_a_full_disk_ends_training_with_one_line_and_the_run_goes_on_once_there_is_room(
+    recipe_file, tmp_path, capsys, full_disk, monkeypatch
+):
+    run = tmp_path / "run"
+    with full_disk(100_000):
+        assert main(["fit", str(recipe_file), "--run", str(run)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"visionattn: {run}/checkpoints/best.ckpt: could not be written")
+    assert not list(tmp_path.rglob(".*"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))  # checkpoints are written beside their place
+    assert main(["fit", "--resume", str(run)]) == 0
+    assert (run / "report.html").is_file()
+
+
+def test_a_run_that_is_removed_while_it_is_trained_is_not_made_anew(recipe_file, tmp_path, capsys, monkeypatch):
+    run, start = tmp_path / "run", History.on_train_epoch_start
+
+    def remove(history, trainer, task):
+        start(history, trainer, task)
+        if trainer.current_epoch == 1:
+            shutil.rmtree(run)
+
+    monkeypatch.setattr(History, "on_train_epoch_start", remove)
+    assert main(["fit", str(recipe_file), "--run", str(run)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(run) in line
+    assert not run.exists()
 
 
 @pytest.mark.parametrize(

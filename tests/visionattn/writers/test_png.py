@@ -88,6 +88,12 @@ def test_a_full_disk_leaves_no_half_picture(tmp_path, images, files, full_disk):
     assert files(tmp_path / "out") == []
 
 
+def test_a_folder_that_cannot_be_made_is_told(tmp_path, images):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(Unwritable, match=r"file/out: the folder cannot be made \(Not a directory\)"):
+        write(images, tmp_path / "file" / "out")
+
+
 def test_polygons_are_for_scenes(tmp_path):
     with pytest.raises(UserError, match="--polygons is for scenes"):
         png.open(tmp_path / "out", CODE, COLORS, [], polygons=True)
