@@ -8,19 +8,28 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSRegressionHead
 from torchvision.models.detection.retinanet import RetinaNetRegressionHead
-from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import (
+    batched_nms,
+    box_iou,
+    clip_boxes_to_image,
+    generalized_box_iou_loss,
+    nms,
+    sigmoid_focal_loss,
+)
 
-__all__ = ["FCOS", "DenseHead", "Objects", "RetinaNet"]
+__all__ = ["FCOS", "OCTAVES", "DenseHead", "Detections", "Objects", "RetinaNet", "inside"]
 
 IGNORED = 0.5  # of an anchor inside a region that is not labelled: nothing is learned there
 OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))  # of RetinaNet's anchors, in `sizes`
+FLOOR = 0.02  # lower scores are no detections
+CANDIDATES = 1000  # before duplicates are removed, and at least five times as many as are kept
 LARGEST_STEP = math.log(1000 / 16)  # of the logarithm of a side, so that no prediction overflows
 
 
@@ -31,11 +40,29 @@ class Objects(NamedTuple):
         xyxy: (N, 4) float32, left, top, right, bottom in pixels.
         labels: (N,) int64 from 0.
         ignore: (N,) bool: neither learned nor counted as wrong.
+        masks: (N, h, w) uint8 of the image, 1 where the object is; None where objects are boxes only.
     """
 
     xyxy: Tensor
     labels: Tensor
     ignore: Tensor
+    masks: Tensor | None = None
+
+
+class Detections(NamedTuple):
+    """What is found in an image, the surest first.
+
+    Attributes:
+        xyxy: (N, 4) left, top, right, bottom in pixels, inside the image.
+        labels: (N,) class indices.
+        scores: (N,) in 0..1.
+        masks: (N, 28, 28) in 0..1, of each box stretched to a square; None of detectors of boxes.
+    """
+
+    xyxy: Tensor
+    labels: Tensor
+    scores: Tensor
+    masks: Tensor | None = None
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -49,16 +76,38 @@ class DenseHead(nn.Module, ABC):
         strides: of the maps.
         sizes: the side, in pixels, of the objects that each map is for.
         gamma: of the focal loss (Lin et al. 2017, arXiv 1708.02002).
+        overlap: IoU above which the less sure of two detections is a duplicate.
+        agnostic: detections of different classes can be duplicates of each other too.
+        limit: most objects that are found in an image.
     """
 
+    masks = False
+    classifier_name = "classification.cls_logits"
     classification: FCOSClassificationHead
 
-    def __init__(self, strides: Sequence[int], sizes: Sequence[float], gamma: float) -> None:
+    def __init__(
+        self,
+        strides: Sequence[int],
+        sizes: Sequence[float],
+        gamma: float = 2.0,
+        overlap: float = 0.6,
+        agnostic: bool = False,
+        limit: int = 100,
+    ) -> None:
         super().__init__()
         self.strides, self.sizes, self.gamma = tuple(strides), tuple(sizes), gamma
+        self.overlap, self.agnostic, self.limit = overlap, agnostic, limit
+
+    def forward(self, maps: Sequence[Tensor]) -> dict[str, Any]:
+        """What is said of every place, see `predictions`, and the `shapes` of the maps."""
+        return self.predictions(maps) | {"shapes": [(x.shape[2], x.shape[3]) for x in maps]}
+
+    @property
+    def classifier(self) -> nn.Module:
+        return self.classification.cls_logits
 
     @abstractmethod
-    def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
+    def predictions(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
         """Predictions float32 with the axes (B, P * A, ...) for A anchors at a place; `logits` (B, P * A, classes)."""
 
     @abstractmethod
@@ -91,10 +140,16 @@ class DenseHead(nn.Module, ABC):
         """(N,) which of these objects a head with such maps can learn well."""
 
     def losses(
-        self, raw: dict[str, Tensor], shapes: Sequence[tuple[int, int]], targets: Sequence[Objects]
+        self, raw: dict[str, Any], sizes: Sequence[Sequence[int]], targets: Sequence[Objects]
     ) -> dict[str, Tensor]:
-        """`class` and what a head adds, each per place that learns an object."""
-        logits = raw["logits"]
+        """`class` and what a head adds, each per place that learns an object.
+
+        Args:
+            raw: what `forward` gives.
+            sizes: (h, w) of each image before it was padded.
+            targets: the objects of each image.
+        """
+        logits, shapes = raw["logits"], raw["shapes"]
         anchors = self.anchors(shapes, logits.device)
         wanted, learned, owners = torch.zeros_like(logits), torch.ones_like(logits[..., 0], dtype=torch.bool), []
         chosen, boxes = torch.zeros_like(learned), []
@@ -104,12 +159,33 @@ class DenseHead(nn.Module, ABC):
             chosen[i] = matched >= 0
             places, owner = torch.where(chosen[i])[0], matched[chosen[i]]
             wanted[i, places, objects[1][owner]] = 1.0
-            learned[i] = chosen[i] | ((matched == -1) & ~_inside(anchors, target.xyxy[target.ignore]))
+            learned[i] = chosen[i] | ((matched == -1) & ~inside(anchors, target.xyxy[target.ignore]))
             boxes.append(objects[0][owner])
             owners.append(anchors[places])
         focal = sigmoid_focal_loss(logits[learned], wanted[learned], gamma=self.gamma, reduction="sum")
         losses = {"class": focal} | self.box_losses(raw, chosen, torch.cat(owners), torch.cat(boxes))
         return {name: loss / chosen.sum().clamp(min=1) for name, loss in losses.items()}
+
+    def found(self, raw: dict[str, Any], sizes: Sequence[Sequence[int]]) -> list[Detections]:
+        """What is found in each image, the surest first; arguments as of `losses`."""
+        anchors = self.anchors(raw["shapes"], raw["logits"].device)
+        triples = zip(sizes, self.scores(raw), raw["boxes"], strict=True)
+        return [self._found(scores, boxes, anchors, size) for size, scores, boxes in triples]
+
+    def _found(self, scores: Tensor, boxes: Tensor, anchors: Tensor, size: Sequence[int]) -> Detections:
+        flat = scores.flatten()
+        order = flat.argsort(descending=True, stable=True)[: max(CANDIDATES, 5 * self.limit)]
+        order = order[flat[order] > FLOOR]
+        place, labels, sure = order // scores.shape[1], order % scores.shape[1], flat[order]
+        xyxy = clip_boxes_to_image(self.decode(boxes[place], anchors[place]), (size[0], size[1]))
+        there = (xyxy[:, 2:] > xyxy[:, :2]).all(1)
+        xyxy, labels, sure = xyxy[there], labels[there], sure[there]
+        if self.agnostic:
+            kept = nms(xyxy, sure, self.overlap)
+        else:
+            kept = batched_nms(xyxy, sure, labels, self.overlap)
+        kept = kept[: self.limit]
+        return Detections(xyxy[kept], labels[kept], sure[kept])
 
     def round_trip(self, objects: Objects, size: Sequence[int]) -> float:
         """The largest error, in pixels, of the objects of an image of (H, W) pixels after `encode` and `decode`."""
@@ -131,7 +207,7 @@ class DenseHead(nn.Module, ABC):
         return torch.cat(centres), torch.cat(level)
 
 
-def _inside(anchors: Tensor, regions: Tensor) -> Tensor:
+def inside(anchors: Tensor, regions: Tensor) -> Tensor:
     """(N,) whether an anchor is mostly in one of the regions."""
     low = torch.maximum(anchors[:, None, :2], regions[None, :, :2])
     high = torch.minimum(anchors[:, None, 2:], regions[None, :, 2:])
@@ -155,13 +231,13 @@ class FCOS(DenseHead):
         strides: Sequence[int],
         sizes: Sequence[float],
         convs: int = 4,
-        gamma: float = 2.0,
+        **common: Any,
     ) -> None:
-        super().__init__(strides, sizes, gamma)
+        super().__init__(strides, sizes, **common)
         self.classification = FCOSClassificationHead(channels, 1, classes, convs, norm_layer=_norm)
         self.regression = FCOSRegressionHead(channels, 1, convs, norm_layer=_norm)
 
-    def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
+    def predictions(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
         maps = list(maps)
         boxes, centredness = self.regression(maps)
         raw = {"logits": self.classification(maps), "boxes": boxes, "centredness": centredness[..., 0]}
@@ -233,17 +309,17 @@ class RetinaNet(DenseHead):
         strides: Sequence[int],
         sizes: Sequence[float],
         convs: int = 4,
-        gamma: float = 2.0,
         ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        **common: Any,
     ) -> None:
-        super().__init__(strides, sizes, gamma)
+        super().__init__(strides, sizes, **common)
         self.ratios = tuple(ratios)
         count = len(OCTAVES) * len(self.ratios)
         self.classification = FCOSClassificationHead(channels, count, classes, convs, norm_layer=_norm)
         self.regression = RetinaNetRegressionHead(channels, count, norm_layer=_norm)
         self.regression.conv = self.regression.conv[:convs]
 
-    def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
+    def predictions(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
         maps = list(maps)
         return {"logits": self.classification(maps).float(), "boxes": self.regression(maps).float()}
 

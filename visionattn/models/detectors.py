@@ -10,34 +10,20 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_image, nms
+from torchvision.ops import FeaturePyramidNetwork
 
 from visionattn.backbones.encoder_decoder import OverEncoder
 from visionattn.errors import UserError
-from visionattn.models.dense_heads import FCOS, DenseHead, Objects, RetinaNet
+from visionattn.models.dense_heads import FCOS, Detections, Objects, RetinaNet
 from visionattn.models.networks import refuse_unknown
 from visionattn.models.pyramids import Pyramid, make_pyramid
+from visionattn.models.two_stage import FasterRCNN, MaskRCNN
 
 __all__ = ["DETECTORS", "Detections", "Detector", "Levels", "Objects", "make_detector", "measured_levels"]
 
-FLOOR = 0.02  # lower scores are no detections
-CANDIDATES = 1000  # before duplicates are removed, and at least five times as many as are kept
+COMMON = ("overlap", "agnostic", "limit")  # arguments of every head
 MISSED = 0.02  # share of a class that may be out of reach
 MULTIPLE = 32  # of the sides of padded images
-
-
-class Detections(NamedTuple):
-    """What is found in an image, the surest first.
-
-    Attributes:
-        xyxy: (N, 4) left, top, right, bottom in pixels, inside the image.
-        labels: (N,) class indices.
-        scores: (N,) in 0..1.
-    """
-
-    xyxy: Tensor
-    labels: Tensor
-    scores: Tensor
 
 
 class Features(nn.Module):
@@ -64,31 +50,18 @@ class Detector(OverEncoder):
     Args:
         pyramid: encoder and neck.
         decoder: their maps -> maps of the head.
-        head: of those maps.
-        overlap: IoU above which the less sure of two detections is a duplicate.
-        agnostic: detections of different classes can be duplicates of each other too.
-        limit: most objects that are found in an image.
+        head: of those maps, a `DenseHead` or what has the same methods.
         least: smallest height and width that images are padded to.
     """
 
     decoder: Any
 
-    def __init__(
-        self,
-        pyramid: Pyramid,
-        decoder: nn.Module,
-        head: DenseHead,
-        overlap: float = 0.6,
-        agnostic: bool = False,
-        limit: int = 100,
-        least: tuple[int, int] = (32, 32),
-    ) -> None:
+    def __init__(self, pyramid: Pyramid, decoder: nn.Module, head: Any, least: tuple[int, int] = (32, 32)) -> None:
         super().__init__()
         self.encoder, self.neck = pyramid.encoder, pyramid.neck or nn.Identity()
-        self.decoder, self.head = decoder, head
-        self.overlap, self.agnostic, self.limit, self.least = overlap, agnostic, limit, least
+        self.decoder, self.head, self.least = decoder, head, least
         self.multiple = math.lcm(MULTIPLE, pyramid.multiple)
-        name = "head.classification.cls_logits"
+        name = f"head.{head.classifier_name}"
         self.pretrained_cfg = self.default_cfg = {**self.encoder.pretrained_cfg, "classifier": name}
 
     def forward(
@@ -100,20 +73,19 @@ class Detector(OverEncoder):
             images: (B, C, H, W), or B images (C, H, W), normalised, so that the mean is 0.
             targets: the objects of each image.
         """
-        raw, shapes = self.predicted(images)
-        return self.found(images, raw, shapes) if targets is None else self.head.losses(raw, shapes, targets)
+        raw, sizes = self.predicted(images), _sizes(images)
+        return self.head.found(raw, sizes) if targets is None else self.head.losses(raw, sizes, targets)
 
-    def predicted(self, images: Tensor | Sequence[Tensor]) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
-        """What the head says of every place, see `DenseHead.forward`, and the sizes of its maps."""
-        maps = self.decoder(self.neck(self.encoder(self.padded(images))))
-        return self.head(maps), [(x.shape[2], x.shape[3]) for x in maps]
+    def predicted(self, images: Tensor | Sequence[Tensor]) -> dict[str, Any]:
+        """What the head says of the maps of the images."""
+        return self.head(self.decoder(self.neck(self.encoder(self.padded(images)))))
 
     def measured(
         self, images: Tensor | Sequence[Tensor], targets: Sequence[Objects]
     ) -> tuple[dict[str, Tensor], list[Detections]]:
         """The losses, and what is found, at once."""
-        raw, shapes = self.predicted(images)
-        return self.head.losses(raw, shapes, targets), self.found(images, raw, shapes)
+        raw, sizes = self.predicted(images), _sizes(images)
+        return self.head.losses(raw, sizes, targets), self.head.found(raw, sizes)
 
     def padded(self, images: Tensor | Sequence[Tensor]) -> Tensor:
         """One batch (B, C, h, w), sides a multiple of what the encoder takes."""
@@ -127,30 +99,12 @@ class Detector(OverEncoder):
     def _side(self, side: int, least: int) -> int:
         return least if side <= least else math.ceil(side / self.multiple) * self.multiple
 
-    def found(
-        self, images: Tensor | Sequence[Tensor], raw: dict[str, Tensor], shapes: list[tuple[int, int]]
-    ) -> list[Detections]:
-        anchors = self.head.anchors(shapes, raw["logits"].device)
-        pairs = zip(images, self.head.scores(raw), raw["boxes"], strict=True)
-        return [self._found(scores, boxes, anchors, image.shape[-2:]) for image, scores, boxes in pairs]
-
-    def _found(self, scores: Tensor, boxes: Tensor, anchors: Tensor, size: Sequence[int]) -> Detections:
-        flat = scores.flatten()
-        order = flat.argsort(descending=True, stable=True)[: max(CANDIDATES, 5 * self.limit)]
-        order = order[flat[order] > FLOOR]
-        place, labels, sure = order // scores.shape[1], order % scores.shape[1], flat[order]
-        xyxy = clip_boxes_to_image(self.head.decode(boxes[place], anchors[place]), (size[0], size[1]))
-        there = (xyxy[:, 2:] > xyxy[:, :2]).all(1)
-        xyxy, labels, sure = xyxy[there], labels[there], sure[there]
-        if self.agnostic:
-            kept = nms(xyxy, sure, self.overlap)
-        else:
-            kept = batched_nms(xyxy, sure, labels, self.overlap)
-        kept = kept[: self.limit]
-        return Detections(xyxy[kept], labels[kept], sure[kept])
-
     def get_classifier(self) -> nn.Module:
-        return self.head.classification.cls_logits
+        return self.head.classifier
+
+
+def _sizes(images: Tensor | Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(image.shape[-2], image.shape[-1]) for image in images]
 
 
 class Kind(NamedTuple):
@@ -158,22 +112,34 @@ class Kind(NamedTuple):
 
     Attributes:
         description: one line.
-        head: its class.
+        head: its class, see `Detector`.
         factors: what `sizes` may be in strides, the first one where it does.
-        arguments: of the head's own constructor, besides those that all have.
+        arguments: of `make_detector` that the head takes, besides those that all do.
     """
 
     description: str
-    head: type[DenseHead]
+    head: Any
     factors: tuple[float, ...]
     arguments: tuple[str, ...] = ()
 
 
 DETECTORS = {
-    "fcos": Kind("FCOS (2019): no anchors; every place tells how far the sides of its object are", FCOS, (8,)),
-    "retinanet": Kind(
-        "RetinaNet (2017): anchors of three sizes and some ratios at every place", RetinaNet, (4, 3, 2), ("ratios",)
+    "fcos": Kind(
+        "FCOS (2019): no anchors; every place tells how far the sides of its object are", FCOS, (8,), ("convs", "gamma")
     ),
+    "retinanet": Kind(
+        "RetinaNet (2017): anchors of three sizes and some ratios at every place",
+        RetinaNet,
+        (4, 3, 2),
+        ("convs", "gamma", "ratios"),
+    ),
+    "faster_rcnn": Kind(
+        "Faster R-CNN (2015): regions are proposed from anchors, then looked at one by one",
+        FasterRCNN,
+        (4, 3, 2),
+        ("ratios",),
+    ),
+    "mask_rcnn": Kind("Mask R-CNN (2017): Faster R-CNN with the mask of each object", MaskRCNN, (4, 3, 2), ("ratios",)),
 }
 
 
@@ -251,8 +217,8 @@ def make_detector(
         pretrained: start from the encoder's published weights.
         args: keyword arguments for `timm.create_model`.
         detector_args: `finest` and `coarsest` stride (8, 32), `sizes` of objects for each, fine to coarse (some
-            strides), `fpn_channels` (128), `convs` of the head (4), `gamma` of the focal loss (2), `ratios` of
-            RetinaNet's anchors (height / width), and `overlap`, `agnostic` and `limit` of `Detector`.
+            strides), `fpn_channels` (128), `overlap`, `agnostic` and `limit` of `DenseHead`, and of some detectors
+            `convs` of the head (4), `gamma` of the focal loss (2) and `ratios` (height / width) of anchors.
 
     Raises:
         UserError: an unknown encoder or detector, or an encoder that does not fit.
@@ -266,10 +232,9 @@ def make_detector(
     if len(sizes) != len(strides):
         raise UserError(f"model.detector_args.sizes has {len(sizes)} sizes, expected one for each stride of {strides}")
     pyramid = make_pyramid(name, [stride for stride in strides if stride <= 32], channels, pretrained, args)
-    ours = {key: given.pop(key) for key in ("convs", "gamma", *kind.arguments) if key in given}
+    ours = {key: given[key] for key in (*COMMON, *kind.arguments) if key in given}
     head = kind.head(width, classes, strides, sizes, **ours)
-    given = {key: value for key, value in given.items() if key in ("overlap", "agnostic", "limit")}
     size = args.get("img_size")
     least = (32, 32) if size is None else (size, size) if isinstance(size, int) else (size[0], size[1])
     decoder = Features(pyramid.channels, width, len(strides) - len(pyramid.channels))
-    return Detector(pyramid, decoder, head, least=least, **given)
+    return Detector(pyramid, decoder, head, least)

@@ -7,7 +7,7 @@ import torch
 from timm.models import group_parameters
 from torch import Tensor
 from torch.testing import assert_close
-from torchvision.ops import box_iou, nms
+from torchvision.ops import box_iou, nms, roi_align
 
 from visionattn.errors import UserError
 from visionattn.models.dense_heads import FCOS, RetinaNet
@@ -17,6 +17,7 @@ from visionattn.models.networks import freeze
 SMALL = {"depth": [1, 1, 1, 1], "embed_dim": [16, 16, 32, 32], "head_dim": 16, "n_win": 2, "topks": [1, 2, 4, -2]}
 NARROW = {"fpn_channels": 48, "convs": 1}
 every_detector = pytest.mark.parametrize("detector", DETECTORS)
+dense_detector = pytest.mark.parametrize("detector", ["fcos", "retinanet"])
 ENCODERS = [
     ("biformer_tiny", SMALL, (8, 32)),
     ("biformer_tiny", SMALL, (4, 32)),
@@ -41,6 +42,14 @@ def objects(*boxes: tuple[float, float, float, float], labels: tuple[int, ...] =
     return Objects(xyxy, label, torch.tensor([n in ignore for n in range(len(boxes))], dtype=torch.bool))
 
 
+def painted(image: Tensor, target: Objects) -> Objects:
+    """With masks as large as the boxes."""
+    masks = torch.zeros(len(target.xyxy), *image.shape[-2:], dtype=torch.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, target.xyxy.int().tolist(), strict=True):
+        mask[top:bottom, left:right] = 1
+    return target._replace(masks=masks)
+
+
 # Training
 
 
@@ -53,7 +62,7 @@ def test_every_parameter_gets_a_gradient(detector, encoder, args, strides):
     images = [torch.randn(5, 100, 133), torch.randn(5, 96, 64)]
     full = objects((10, 10, 40, 50), (60, 20, 80, 44), (0, 0, 100, 30), labels=(0, 2, 1), ignore=(2,))
     for targets in ([full, objects()], [objects(), objects()]):
-        losses = network(images, targets)
+        losses = network(images, list(map(painted, images, targets)))
         assert all(loss.isfinite() for loss in losses.values())
         sum(losses.values()).backward()
         assert not [name for name, p in network.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
@@ -67,6 +76,7 @@ def test_labels_begin_at_0_and_each_has_a_channel(detector):
     images = torch.zeros(2, 3, 64, 64)
     images[0, :, 10:34, 10:34], images[1, :, 20:44, 30:54] = 1.0, -1.0
     targets = [objects((10, 10, 34, 34), labels=(0,)), objects((30, 20, 54, 44), labels=(2,))]
+    targets = list(map(painted, images, targets))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     for _ in range(40):
         optimizer.zero_grad()
@@ -78,16 +88,16 @@ def test_labels_begin_at_0_and_each_has_a_channel(detector):
         assert box_iou(one.xyxy[:1], target.xyxy).item() > 0.7
 
 
-@every_detector
+@dense_detector
 def test_what_is_ignored_gives_no_gradient(detector):
     """Neither the class loss of places inside an ignored region nor the box of an ignored object."""
     network = small(detector)
-    raw, shapes = network.predicted(torch.randn(1, 3, 64, 64))
-    raw = {name: value.detach().requires_grad_() for name, value in raw.items()}
+    raw = network.predicted(torch.randn(1, 3, 64, 64))
+    raw |= {name: raw[name].detach().requires_grad_() for name in raw.keys() - {"shapes"}}
     region = objects((8, 8, 56, 56), ignore=(0,))
-    losses = network.head.losses(raw, shapes, [region])
+    losses = network.head.losses(raw, [(64, 64)], [region])
     (gradient,) = torch.autograd.grad(losses["class"], raw["logits"])
-    anchors = network.head.anchors(shapes, torch.device("cpu"))
+    anchors = network.head.anchors(raw["shapes"], torch.device("cpu"))
     low, high = torch.maximum(anchors[:, :2], region.xyxy[:, :2]), torch.minimum(anchors[:, 2:], region.xyxy[:, 2:])
     inside = (high - low).clamp(min=0).prod(1) >= 0.5 * (anchors[:, 2:] - anchors[:, :2]).prod(1)
     assert inside.any()
@@ -100,13 +110,52 @@ def test_what_is_ignored_gives_no_gradient(detector):
 def test_losses_do_not_depend_on_padding_or_company(detector):
     """An image costs the same alone and beside a larger one, but for the common count of places."""
     network = small(detector)
-    image, target = torch.randn(3, 64, 64), objects((10, 10, 40, 50))
+    image = torch.randn(3, 64, 64)
+    target = painted(image, objects((10, 10, 40, 50)))
     alone = network([image], [target])
     beside = network([image, torch.zeros(3, 64, 64)], [target, target])
     assert alone.keys() == beside.keys()
     found, (again, _) = network.eval()([image]), network([image, torch.randn(3, 64, 64)])
     assert_close(found[0].xyxy, again.xyxy)
     assert_close(found[0].scores, again.scores)
+
+
+@pytest.mark.parametrize("detector", ["faster_rcnn", "mask_rcnn"])
+def test_regions_inside_what_is_ignored_are_not_learned(detector):
+    image = torch.randn(1, 3, 64, 64)
+    everything, nothing = objects((-200, -200, 300, 300), ignore=(0,)), objects()
+    ignored, empty = (small(detector)(image, [painted(image, target)]) for target in (everything, nothing))
+    assert not any(ignored.values())
+    assert empty["class"] > 0
+    assert empty["objectness"] > 0
+
+
+@torch.no_grad()
+def test_mask_rcnn_learns_the_shape_of_an_object():
+    """By heart: a disc, and two bars."""
+    network, image = small("mask_rcnn", finest=8, coarsest=8, sizes=[32.0]), torch.zeros(1, 3, 64, 64)
+    rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    disc = (rows - 18) ** 2 + (columns - 18) ** 2 < 14**2
+    bar = (rows >= 36) & (rows < 60) & ((columns - 40).abs() < 4) | (rows >= 54) & (rows < 60) & (columns >= 30) & (
+        columns < 60
+    )
+    image[0, :, disc], image[0, :, bar] = 1.0, -1.0
+    target = objects((4, 4, 32, 32), (30, 36, 60, 60), labels=(0, 1))._replace(
+        masks=torch.stack([disc, bar]).to(torch.uint8)
+    )
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    with torch.enable_grad():
+        for _ in range(60):
+            optimizer.zero_grad()
+            sum(network(image, [target]).values()).backward()
+            optimizer.step()
+    (found,) = network.eval()(image)
+    for label, mask in enumerate(target.masks):
+        best = int((found.labels == label).nonzero()[0])
+        assert box_iou(found.xyxy[[best]], target.xyxy[[label]]).item() > 0.6
+        inside = roi_align(mask[None, None].float(), [target.xyxy[[label]]], 28)[0, 0] > 0.5
+        shape = found.masks[best] > 0.5
+        assert (inside & shape).sum() / (inside | shape).sum() > 0.6
 
 
 # What is learned where

@@ -327,7 +327,7 @@ def _prove(network: Detector, spec: Recipe, dataset: Dataset) -> None:
     Raises:
         UserError: it does not, so that no training could succeed.
     """
-    limit = network.limit
+    limit = network.head.limit
     for name in ("train", "val"):
         readings = [r for r in dataset.readings.get(name, ()) if r.boxes is not None and r.counts[:-1].any()][:PROVED]
         truths = [r.boxes for r in readings if r.boxes is not None]
