@@ -154,6 +154,7 @@ class OnScene:
     """Those polygons of a layer that touch a scene, in its pixels.
 
     Attributes:
+        path: of the layer.
         ids, names: of the features.
         polygons: their geometries.
         shapes: one each.
@@ -170,7 +171,7 @@ class OnScene:
         places = np.sort(tree.query(shapely.Polygon(scene.ground[1]), predicate="intersects"))
         polygons = shapely.transform(tree.geometries[places], lambda xy: np.stack(to_pixels @ xy.T, axis=1))
         self.xyxy = shapely.bounds(polygons).reshape(-1, 4)
-        self.polygons = polygons
+        self.path, self.polygons = layer.path, polygons
         self.ids, self.names = [layer.ids[k] for k in places], [layer.names[k] for k in places]
         self.shapes = [_shape(polygon) for polygon in polygons]
         self.areas = shapely.area(polygons)
@@ -224,4 +225,5 @@ class Labelled:
         seen = places.within((slice(0, height), slice(0, width)))
         drawn = Drawn([objects.shapes[k] for k in seen.labels], seen.xyxy) if masks else None
         boxes = Boxes(seen.xyxy, labels[seen.labels], seen.ignore, masks=drawn)
-        return VectorScene(**vars(self.scene), boxes=boxes, areas=areas)
+        sources = tuple(one.path for one in (self.objects, self.areas) if one is not None)
+        return VectorScene(**vars(self.scene), sources=sources, boxes=boxes, areas=areas)

@@ -168,6 +168,7 @@ def test_outside_of_the_labelled_areas_is_ignored(tmp_path):
     areas = [shapely.Polygon([(0, 0), (100, 0), (100, 100), (0, 100)]), shapely.Point(130, 110).buffer(30)]
     file = vectors(tmp_path / "areas/done.gpkg", areas, crs="EPSG:4326")
     sample = find(tmp_path, areas=file).samples[0]
+    assert {path.name for path in sample.files} == {"a.tif", "a.gpkg", "done.gpkg"}
     boxes = sample.target()
     objects_ignored = {tuple(b): i for b, i in zip(boxes.xyxy.round().tolist(), boxes.ignore, strict=True)}
     assert [objects_ignored[o.bounds] for o in objects] == [False, True, False]
