@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import shapely
-from pyogrio import list_layers, raw
+from pyogrio import list_layers, raw, read_info
 from pyogrio.errors import DataLayerError, DataSourceError
 from rasterio import CRS
 from rasterio.errors import CRSError
 from rasterio.warp import transform as reprojected
+from rasterio.warp import transform_bounds
 
 from visionattn.data.boxes import Boxes
 from visionattn.data.formats._rasters import Scene, opened
@@ -25,6 +26,7 @@ __all__ = ["Labelled", "Layer", "OnScene", "VectorScene"]
 
 FINEST, COARSEST, CELLS = 4, 32, 64  # pixels of a side, and how many a side: how finely it is known what is labelled
 OWN_SHAPE = 1e-6  # relative difference of area between a polygon and its box
+NEAR = 0.05  # of the extent of scenes around them, within which polygons are read
 WRITTEN = "objects"  # the layer that our own writer makes
 
 
@@ -74,37 +76,60 @@ def _outside(areas: Polygons, window: Window) -> np.ndarray:
 
 
 class Layer:
-    """The polygons of a layer of a vector file, with what they are called.
+    """The polygons of a layer of a vector file that are near scenes, with what they are called.
 
     Args:
         path: a file of any kind that GDAL reads.
+        around: the scenes, which have a place.
         layer: its name, where the file has several.
         column: that has the name of the class; None: no names are wanted.
         one_class: what all are called where there is no such column.
+
+    Attributes:
+        count: of the features of the whole layer.
 
     Raises:
         UserError: not readable, several layers, no such column, no coordinate system, or what are no polygons.
     """
 
-    def __init__(self, path: Path, layer: str | None = None, column: str | None = None, one_class: str = "") -> None:
+    def __init__(
+        self,
+        path: Path,
+        around: Sequence[Scene],
+        layer: str | None = None,
+        column: str | None = None,
+        one_class: str = "",
+    ) -> None:
         self.path = path
         try:
-            layers = [name for name, _ in list_layers(path)]
-            layer = self._chosen(layers, layer)
-            about, ids, wkb, values = raw.read(path, layer=layer, return_fids=True, force_2d=True)
+            layer = self._chosen([name for name, _ in list_layers(path)], layer)
+            about = read_info(path, layer=layer, force_feature_count=True)
+            self.count, self.crs = about["features"], self._system(about["crs"])
+            columns = [name for name in about["fields"] if name == column]
+            near = {"columns": columns, "bbox": _around(around, self.crs)}
+            _, ids, wkb, values = raw.read(path, layer=layer, return_fids=True, force_2d=True, **near)
             self.shapes = shapely.from_wkb(wkb)
         except (DataSourceError, DataLayerError, shapely.errors.GEOSException) as error:
             raise UserError(f"{path}: not a readable vector file ({' '.join(str(error).split())})") from None
         self.ids = ids.tolist()
-        self.names = self._names(list(about["fields"]), values, column, one_class)
-        if not about["crs"]:
-            raise UserError(f"{path}: no coordinate reference system; assign one (ogr2ogr -a_srs EPSG:...)")
-        try:
-            self.crs = CRS.from_user_input(about["crs"])
-        except CRSError as error:
-            raise UserError(f"{path}: its coordinate reference system is not known ({error})") from None
+        if column is None or columns or one_class or not self.count:
+            self.names = self._names(column, values[0]) if columns else [one_class] * len(ids)
+        else:
+            raise UserError(
+                f"{path} has no column {column!r}; it has {listed(about['fields']) or 'none'}"
+                f"{nearest(column, about['fields'])}; set data.label_column, or name the one class of all objects in "
+                "data.classes"
+            )
         self._refuse_others()
         self._trees: dict[str, shapely.STRtree] = {}
+
+    def _system(self, crs: str | None) -> CRS:
+        if not crs:
+            raise UserError(f"{self.path}: no coordinate reference system; assign one (ogr2ogr -a_srs EPSG:...)")
+        try:
+            return CRS.from_user_input(crs)
+        except CRSError as error:
+            raise UserError(f"{self.path}: its coordinate reference system is not known ({error})") from None
 
     def _chosen(self, layers: Sequence[str], layer: str | None) -> str:
         if layer is None and len(layers) > 1 and WRITTEN not in layers:
@@ -113,18 +138,10 @@ class Layer:
             raise UserError(f"{self.path} has no layer {layer}; it has {listed(layers)}{nearest(layer, layers)}")
         return layer or (WRITTEN if WRITTEN in layers else layers[0])
 
-    def _names(self, fields: list[str], values: Sequence[np.ndarray], column: str | None, one_class: str) -> list[str]:
-        if column is None or not len(self.shapes) or (column not in fields and one_class):
-            return [one_class] * len(self.shapes)
-        if column not in fields:
-            raise UserError(
-                f"{self.path} has no column {column!r}; it has {listed(fields) or 'none'}{nearest(column, fields)}; "
-                "set data.label_column, or name the one class of all objects in data.classes"
-            )
-        names = values[fields.index(column)].tolist()
-        if without := [
-            f for f, name in zip(self.ids, names, strict=True) if name is None or name != name or name == ""
-        ]:
+    def _names(self, column: str | None, values: np.ndarray) -> list[str]:
+        names = values.tolist()
+        without = [k for k, name in zip(self.ids, names, strict=True) if name is None or name != name or name == ""]
+        if without:
             raise UserError(f"{self.path}: {column} is empty in the features {listed(without)}")
         return [str(int(name)) if isinstance(name, float) and name.is_integer() else str(name) for name in names]
 
@@ -148,6 +165,21 @@ class Layer:
                 shapes[~np.isfinite(shapely.bounds(shapes)).all(-1)] = None
             self._trees[key] = shapely.STRtree(shapes)
         return self._trees[key]
+
+
+def _around(scenes: Sequence[Scene], crs: CRS) -> tuple[float, ...] | None:
+    """Left, bottom, right and top around scenes; None where the system cannot show them."""
+    boxes = []
+    for scene in scenes:
+        assert scene.ground is not None  # of one with a place
+        system, outline = scene.ground
+        (left, right), (bottom, top) = ((min(side), max(side)) for side in zip(*outline, strict=True))
+        boxes.append(transform_bounds(system, crs, left, bottom, right, top))
+    low, high = np.array(boxes)[:, :2].min(0), np.array(boxes)[:, 2:].max(0)
+    margin = NEAR * (high - low)
+    if not np.isfinite(boxes).all() or not all(box[0] < box[2] for box in boxes):
+        return None
+    return (*(low - margin).tolist(), *(high + margin).tolist())
 
 
 class OnScene:

@@ -67,7 +67,7 @@ def find(section: Section) -> Found:
     problems += [f"{scene.path}: no coordinate reference system, so its labels have no place" for scene in placeless]
     placed = [scene for scene in scenes if scene.crs]
     pairs = _objects(section, placed, problems)
-    if section.areas is not None:
+    if section.areas is not None and pairs:
         pairs = _with_areas(section.areas, pairs, problems)
     classes = class_names({name for scene in pairs for name in scene.objects.names}, section)
     masks = any(scene.objects.own_shape.any() for scene in pairs)
@@ -87,10 +87,11 @@ def _objects(section: Section, scenes: Sequence["Scene"], problems: list[str]) -
         if file is None:
             continue
         if file not in layers:
-            layers[file] = Layer(file, section.layer, section.label_column, one_class)
+            around = scenes if file == section.labels else [scene]
+            layers[file] = Layer(file, around, section.layer, section.label_column, one_class)
         one = Labelled(scene, OnScene(layers[file], scene))
-        if len(layers[file].shapes) and not len(one.objects) and file != section.labels:
-            problems.append(f"{file}: none of its {len(layers[file].shapes)} polygons lie on {scene.path}")
+        if layers[file].count and not len(one.objects) and file != section.labels:
+            problems.append(f"{file}: none of its {layers[file].count} polygons lie on {scene.path}")
         elif faults := one.faults:
             problems.append(f"{scene.path}: of {file} {faults}")
         else:
@@ -129,7 +130,7 @@ def _without_scene(used: set[Path], areas: Path | None) -> Iterator[str]:
 def _with_areas(file: Path, labelled: Sequence["Labelled"], problems: list[str]) -> list["Labelled"]:
     from visionattn.data.formats._vectors import Layer, OnScene
 
-    layer, with_areas = Layer(file), []
+    layer, with_areas = Layer(file, [one.scene for one in labelled]), []
     for one in labelled:
         if len(areas := OnScene(layer, one.scene)):
             with_areas.append(replace(one, areas=areas))

@@ -22,7 +22,7 @@ import shapely
 from pyogrio import raw
 from rasterio.warp import transform as reprojected
 
-from visionattn.data.formats import _rasters
+from visionattn.data.formats import _rasters, _vectors
 
 H, W = 300, 400
 UTM = "EPSG:32633"
@@ -294,6 +294,20 @@ def test_what_another_coordinate_system_cannot_show_lies_elsewhere(tmp_path):
     )
     (box,) = find(tmp_path).samples[0].target().xyxy
     np.testing.assert_allclose(box, [10, 10, 30, 30], atol=0.01)
+
+
+@pytest.mark.parametrize("crs", [UTM, "EPSG:4326"])
+def test_of_a_large_layer_what_is_near_the_scenes_is_read(tmp_path, crs):
+    scene(tmp_path / "a.tif")
+    corners = np.stack(np.meshgrid(np.arange(-5000, 5000, 250), np.arange(-5000, 5000, 250)), -1).reshape(-1, 2)
+    everywhere = list(shapely.box(*corners.T, *(corners + 20).T))
+    file = vectors(tmp_path / "all.gpkg", everywhere, ["x"] * len(everywhere), crs=crs)
+    found = find(tmp_path, labels=file)
+    (sample,) = found.samples
+    assert len(sample.target()) == sum(box(0, 0, W, H).intersects(one) for one in everywhere)
+    layer = _vectors.Layer(file, [sample], column="class")
+    assert layer.count == len(everywhere)
+    assert len(layer.shapes) < 20
 
 
 def test_layers_and_columns_are_chosen(tmp_path):
