@@ -94,15 +94,21 @@ def _numbers(path: Path, size: tuple[int, int]) -> np.ndarray:
 
 
 def _boxes_of(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of an image (H, W) besides 0, and the box (N, 4) of each."""
-    places = np.argwhere(image)
-    values = image[image != 0]
-    order = np.argsort(values, kind="stable")
-    numbers, first = np.unique(values[order], return_index=True)
+    """The numbers of an image (H, W) besides 0, and the box (N, 4) of each: by runs along rows, which are few."""
+    width = image.shape[1] + 1
+    pixels = np.pad(image, ((0, 0), (0, 1))).ravel()
+    starts = np.flatnonzero(np.diff(pixels, prepend=0))
+    ends = np.append(starts[1:], len(pixels))
+    starts, ends = starts[pixels[starts] != 0], ends[pixels[starts] != 0]
+    order = np.argsort(pixels[starts], kind="stable")
+    starts, ends = starts[order], ends[order]
+    numbers, first = np.unique(pixels[starts], return_index=True)
     if not len(numbers):
         return numbers, np.zeros((0, 4), np.float32)
-    low, high = (least.reduceat(places[order], first) for least in (np.minimum, np.maximum))
-    return numbers, np.concatenate([low[:, ::-1], high[:, ::-1] + 1], axis=1).astype(np.float32)
+    rows, left = np.divmod(starts, width)
+    low = [np.minimum.reduceat(side, first) for side in (left, rows)]
+    high = [np.maximum.reduceat(side, first) for side in (ends - rows * width, rows + 1)]
+    return numbers, np.stack([*low, *high], axis=1).astype(np.float32)
 
 
 def find(section: Section) -> Found:
