@@ -57,7 +57,10 @@ class InstanceImage(ImageFile):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return self.path, *self.masks, *([self.numbered] if self.numbered else [])
+        if self.numbered is None:
+            return self.path, *self.masks
+        table = [] if self.classes is None else [self.numbered.with_suffix(".csv")]
+        return self.path, self.numbered, *table
 
     def target(self, window: Window | None = None) -> Boxes:
         boxes = self._of_numbers(self.numbered) if self.numbered else self._of_files()

@@ -371,6 +371,7 @@ def test_tables_say_the_classes_of_the_numbers(tmp_path):
     table = text(tmp_path / "masks/a.csv", "\n".join(["class,number", *rows]))
     (sample,), classes, problems = find_instances(tmp_path, ignored=["dirt"])
     assert (classes, problems) == (["cat", "dog"], [])
+    assert sample.files == (tmp_path / "images/a.png", tmp_path / "masks/a.png", table)
     assert sample.target().labels.tolist() == [1, 0, 1, -1]
     assert sample.target().ignore.tolist() == [False, False, False, True]
     text(table, "\n".join(["class,number", *rows[:3]]))
