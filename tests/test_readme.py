@@ -1,5 +1,6 @@
 """What the README tells people to run, run: on small made data, and with overrides that shorten the training."""
 
+import json
 import re
 import shlex
 import shutil
@@ -100,9 +101,36 @@ def test_the_commands_on_masks_work(tmp_path, monkeypatch):
     assert len(list(Path("masks").rglob("*.png"))) >= 10
 
 
+def test_the_commands_on_boxes_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for folder in ("cells", "new_cells"):
+        Path(folder).mkdir()
+    images, annotations = [], []
+    for i in range(10):
+        picture = rng.normal(90, 20, (64, 64, 3))
+        x, y = rng.integers(0, 40, 2).tolist()
+        picture[y : y + 20, x : x + 20] += 100
+        for folder in ("cells", "new_cells"):
+            Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(f"{folder}/{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "height": 64, "width": 64})
+        annotations.append({"id": i, "image_id": i, "category_id": 1, "bbox": [x, y, 20, 20]})
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cell"}]}
+    Path("cells/labels.json").write_text(json.dumps(content))
+    Path("cells.yaml").write_text(blocks("yaml")[2])
+    check, fit, predict, predict_coco = blocks("bash")[4].strip().splitlines()
+    small = [f"model.{SMALL[0].removeprefix('model.')}", "data.image_size=64", "model.detector_args={fpn_channels: 32}"]
+    assert visionattn(check, *small) == 0
+    assert visionattn(fit, "--run", re.search(r"runs/\S+", predict)[0], *SHORT, *small) == 0
+    assert visionattn(predict) == 0
+    assert len(list(Path("found").rglob("*.png"))) == 10
+    assert visionattn(predict_coco) == 0
+    assert len(json.loads(Path("found.json").read_text())["images"]) == 10
+
+
 def test_the_recipes_in_the_readme_are_valid():
     names = [recipe.loads(text, "README.md").model.name for text in blocks("yaml")]
-    assert names == ["biformer_tiny", "emcad_pvt_v2_b0"]
+    assert names == ["biformer_tiny", "emcad_pvt_v2_b0", "biformer_tiny"]
 
 
 def test_the_python_in_the_readme_runs(tmp_path, monkeypatch, pictures):
