@@ -7,7 +7,7 @@ turns it upright, which the sizes in them tell; samples are always upright.
 import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -129,7 +129,8 @@ def found(
     for right_ones in (_with_own_names, _with_headers, _right_sizes, _right_boxes):
         entries, more = right_ones(entries)
         problems += more
-    classes = class_names({name for entry in entries for name in entry.names}, section, known)
+    first = {name: (entry, k) for entry in reversed(entries) for k, name in enumerate(entry.names)}
+    classes = class_names({name: entry.called(k) for name, (entry, k) in first.items()}, section, known)
     grey = all(entry.header.bands <= 2 for entry in entries)
     channels = getattr(section, "channels", None) or (1 if grey else 3)
     masks = any(shape for entry in entries for shape in entry.shapes)
@@ -140,15 +141,24 @@ def found(
     return Found(samples, classes, problems)
 
 
-def class_names(used: Collection[str], section: BoxSection, known: Sequence[str] = ()) -> list[str]:
+def class_names(used: Mapping[str, str], section: BoxSection, known: Sequence[str] = ()) -> list[str]:
     """The classes: of the recipe, else what is used, in the files' order or sorted.
 
+    Args:
+        used: what objects are called, each with one of them for messages.
+
     Raises:
-        UserError: objects of other classes, a class named twice.
+        UserError: objects of other classes, a class named twice, or one that means that there is no object.
     """
     if both := sorted(set(section.classes or ()) & set(section.ignored)):
         raise UserError(f"data.classes and data.ignored both name {listed(both)}")
     names = set(used) - set(section.ignored)
+    for name in sorted(names | set(section.classes or ())):
+        if name.lower().strip("_ ") == "background":
+            raise UserError(
+                f"{used.get(name, 'data.classes')}: {name} is no class of objects, since what is in no box is "
+                "background; remove it, or name it in data.ignored if boxes of it are to be ignored"
+            )
     if section.classes is None and known:
         return [name for name in known if name in names]
     return class_order(names, section.classes)

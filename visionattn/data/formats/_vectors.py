@@ -213,6 +213,10 @@ class OnScene:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def called(self, k: int) -> str:
+        """An object in messages."""
+        return f"{self.path}: feature {self.ids[k]}"
+
 
 def _shape(polygon: Any) -> Polygons:
     """Holes included; corners without the repeated last one."""

@@ -16,10 +16,10 @@ from pydantic import Field
 
 from visionattn.data.boxes import Boxes, BoxSection, pixels_of
 from visionattn.data.formats import Found, Kind, image_mask
+from visionattn.data.formats._boxes import class_names
 from visionattn.data.formats._tables import read_rows
 from visionattn.data.formats.image_mask import read_mask
 from visionattn.data.images import SUFFIXES, ImageFile, header
-from visionattn.data.labels import class_order
 from visionattn.data.pairs import PairSection, files_by_name, folders
 from visionattn.data.sample import Sample, Window
 from visionattn.data.splits import split_named
@@ -126,7 +126,7 @@ def find(section: Section) -> Found:
     problems += [problem for problem in checked if isinstance(problem, str)]
     images = [image for image in checked if not isinstance(image, str)]
     tables = {image.name: _table(image.numbered) for image in images if image.numbered}
-    names = {name for table in tables.values() if table for name in table.values()}
+    names = {name: image for image, table in tables.items() if table for name in table.values()}
     untold = [image for image in images if tables.get(image.name) is None]
     if names:
         problems += [f"{image.numbered or image.path}: no .csv beside its masks, as others have" for image in untold]
@@ -137,7 +137,7 @@ def find(section: Section) -> Found:
             f"data.classes are {listed(section.classes or [])}, but nothing says of which class an object is, as in "
             f"{where}; expected columns number and class"
         )
-    classes = class_order(names - set(section.ignored), section.classes) if names else section.classes or [ONE]
+    classes = class_names(names, section) if names else section.classes or [ONE]
     number = {name: k for k, name in enumerate(classes)} | dict.fromkeys(section.ignored, -1)
     channels = section.channels or max((image.channels or 1 for image in images), default=1)
     samples: list[Sample] = []

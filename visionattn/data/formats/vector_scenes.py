@@ -69,7 +69,8 @@ def find(section: Section) -> Found:
     pairs = _objects(section, placed, problems)
     if section.areas is not None and pairs:
         pairs = _with_areas(section.areas, pairs, problems)
-    classes = class_names({name for scene in pairs for name in scene.objects.names}, section)
+    first = {name: (one.objects, k) for one in pairs for k, name in enumerate(one.objects.names)}
+    classes = class_names({name: objects.called(k) for name, (objects, k) in first.items()}, section)
     masks = any(scene.objects.own_shape.any() for scene in pairs)
     samples: list[Sample] = [_sample(section, scene, classes, masks) for scene in pairs]
     return Found(samples, classes, problems)

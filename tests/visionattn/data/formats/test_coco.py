@@ -323,6 +323,20 @@ def test_classes_that_the_recipe_does_not_know_are_refused(one):
         one(classes=["dog"], ignored=["dog"])
 
 
+@pytest.mark.parametrize("name", ["background", "__background__", "Background"])
+def test_the_background_is_no_class(one, name):
+    """A number 0 that means that there is no object, as masks have it."""
+    categories = [{"id": 0, "name": name}, {"id": 1, "name": "cat"}]
+    assert one(change={"categories": categories}).classes == ["cat"]
+    with pytest.raises(
+        UserError, match=rf"image 7 \(a.png\), box 100 .*: {name} is no class of objects, since what is"
+    ):
+        one({"category_id": 0}, change={"categories": categories})
+    with pytest.raises(UserError, match=f"data.classes: {name} is no class of objects"):
+        one(change={"categories": categories}, classes=[name, "cat"])
+    assert one({"category_id": 0}, change={"categories": categories}, ignored=[name]).classes == ["cat"]
+
+
 def test_categories_that_differ_between_files_are_refused(tmp_path):
     for k, split in enumerate(("train", "val")):
         image(tmp_path / f"{split}.png", k)
