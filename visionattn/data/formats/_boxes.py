@@ -23,7 +23,7 @@ from visionattn.data.labels import class_order
 from visionattn.data.object_masks import Drawn, Polygons, Shape, turn_boxes
 from visionattn.data.sample import Sample, Window
 from visionattn.data.splits import split_named
-from visionattn.errors import UserError, listed, plural
+from visionattn.errors import UserError, listed, nearest, plural
 
 __all__ = ["BoxImage", "Entry", "class_names", "found", "notes", "split_in", "without_entry"]
 
@@ -161,6 +161,12 @@ def class_names(used: Mapping[str, str], section: BoxSection, known: Sequence[st
             )
     if section.classes is None and known:
         return [name for name in known if name in names]
+    if section.classes is not None and (unknown := sorted(names - set(section.classes))):
+        raise UserError(
+            f"{used[unknown[0]]}: {unknown[0]} is not in data.classes ({listed(section.classes, most=8)})"
+            f"{nearest(unknown[0], section.classes)}; the data have {listed(unknown)} besides: name them there, or in "
+            "data.ignored"
+        )
     return class_order(names, section.classes)
 
 

@@ -317,7 +317,9 @@ def test_what_is_wrong_with_the_file_is_refused(one, change, message):
 
 
 def test_classes_that_the_recipe_does_not_know_are_refused(one):
-    with pytest.raises(UserError, match=r"not in data.classes \(cat\) but in the data: dog"):
+    with pytest.raises(
+        UserError, match=r"b.png\), box .*: dog is not in data.classes \(cat\); the data have dog besides"
+    ):
         one(classes=["cat"])
     with pytest.raises(UserError, match=r"data.classes and data.ignored both name dog"):
         one(classes=["dog"], ignored=["dog"])
