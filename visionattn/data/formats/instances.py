@@ -69,6 +69,11 @@ class InstanceImage(ImageFile):
     def _of_numbers(self, path: Path) -> Boxes:
         image = _numbers(path, self.size)
         numbers, xyxy = _boxes_of(image)
+        if len(numbers) == {1: 255, 2: 65535}.get(image.dtype.itemsize):
+            raise UserError(
+                f"{path}: every number that {8 * image.dtype.itemsize} bits hold is used, so that further objects have "
+                "had to share them; save label images with more bits"
+            )
         if self.classes is not None and (unknown := sorted(set(numbers.tolist()) - set(self.classes))):
             raise UserError(f"{path}: {path.with_suffix('.csv').name} has no class for the numbers {listed(unknown)}")
         labels = np.array([0 if self.classes is None else self.classes[k] for k in numbers.tolist()], np.int64)
@@ -87,13 +92,13 @@ class InstanceImage(ImageFile):
 
 
 def _numbers(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) int32 of a file, which is read."""
+    """(H, W) of a file, whole numbers from 0 on."""
     image = read_mask(path, colors=False)
     if image.ndim != 2 or image.dtype.kind not in "biu" or image.min(initial=0) < 0:
         raise UserError(f"{path}: expected whole numbers from 0 on, a single channel without colours")
     if image.shape != size:
         raise UserError("{} is {}x{}, but its image {}x{}".format(path, *image.shape, *size))
-    return image.astype(np.int32)
+    return image
 
 
 def _boxes_of(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -397,6 +397,17 @@ def test_what_is_wrong_with_instances_is_said(tmp_path):
         samples[0].target()
 
 
+def test_more_objects_than_a_label_image_holds_are_refused(tmp_path):
+    image(tmp_path / "images/a.png")
+    (tmp_path / "masks").mkdir()
+    wrapped = (np.arange(H * W) // 6 % 256).astype(np.uint8).reshape(H, W)
+    Image.fromarray(wrapped).save(tmp_path / "masks/a.png")
+    with pytest.raises(UserError, match=r"a.png: every number that 8 bits hold is used, so that further objects"):
+        find_instances(tmp_path).samples[0].target()
+    Image.fromarray(wrapped.astype(np.uint16) + 1).save(tmp_path / "masks/a.png")
+    assert len(find_instances(tmp_path).samples[0].target()) == 256
+
+
 def test_a_mask_without_pixels_is_refused(tmp_path):
     image(tmp_path / "images/a.png")
     (tmp_path / "masks/a").mkdir(parents=True)
