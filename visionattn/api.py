@@ -57,8 +57,9 @@ def fit(
     Raises:
         UserError: anything that can be mended, before the run directory exists unless the loss stops being a number.
     """
+    spec = _read(recipe, overrides)
     name = "recipe" if isinstance(recipe, Mapping) else Path(recipe).stem
-    return Run(fitting.fit(_read(recipe, overrides), name, None if run is None else Path(run)))
+    return Run(fitting.fit(spec, name, None if run is None else _path(run, "run")))
 
 
 def check(
@@ -78,15 +79,23 @@ def load(path: str | Path) -> Run:
     Raises:
         UserError: neither.
     """
-    run = Run(Path(path))
+    run = Run(_path(path, "path"))
     run.trained  # noqa: B018 - what cannot be loaded is told now
     return run
 
 
 def _read(recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | Sequence[str]) -> Recipe:
+    if not isinstance(overrides, list | tuple | Mapping) or not all(isinstance(key, str) for key in overrides):
+        raise UserError(f"overrides is {overrides!r}: expected a dict, or a list such as ['train.epochs=5']")
     if isinstance(recipe, Mapping):
         return recipes.of_mapping(recipe, overrides)
-    return recipes.load(recipe, overrides)
+    return recipes.load(_path(recipe, "recipe", "a path, the name of a shipped recipe, or a dict"), overrides)
+
+
+def _path(given: str | Path, name: str, expected: str = "a path") -> Path:
+    if not isinstance(given, str | Path) or not str(given):
+        raise UserError(f"{name} is {given!r}: expected {expected}")
+    return Path(given)
 
 
 class Table(list[dict[str, Any]]):
@@ -213,7 +222,7 @@ class Run:
             data: other labelled samples, laid out as those of the recipe.
             split: train, val or test; unset: test where there is one, else val.
         """
-        return evaluating.evaluate_trained(self.trained, None if data is None else Path(data), split)
+        return evaluating.evaluate_trained(self.trained, None if data is None else _path(data, "data"), split)
 
     def predict(self, images: ImageLike | Sequence[ImageLike]) -> PredictedTable:
         """What the model says of images.

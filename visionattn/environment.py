@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from visionattn import kernels
+from visionattn import __version__, kernels
 
 __all__ = ["describe", "doctor", "silence"]
 
@@ -50,8 +50,11 @@ def describe() -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     """Of visionattn, of all that it requires with its extras, and of what it takes where it is installed."""
-    required = [re.split(r"[^\w.-]", text)[0] for text in requires("visionattn") or ()]
-    installed = {}
+    try:
+        required = [re.split(r"[^\w.-]", text)[0] for text in requires("visionattn") or ()]
+    except PackageNotFoundError:  # run from its folder
+        required = ["torchvision", "timm", "lightning", "numpy"]
+    installed = {"visionattn": f"{__version__}, not installed"}
     for name in dict.fromkeys(["visionattn", "torch", *required, "triton", "natten"]):
         with suppress(PackageNotFoundError):
             installed[name] = version(name)

@@ -99,6 +99,12 @@ def list_models(
 
     Raises UserError where no model is left.
     """
+    for name, value, kind in (("pattern", pattern, str), ("licence", licence or "", str)):
+        if not isinstance(value, kind):
+            raise UserError(f"{name} is {value!r}: expected a text")
+    for name, bound in (("min_params", min_params), ("max_params", max_params)):
+        if bound is not None and not isinstance(bound, int | float):
+            raise UserError(f"{name} is {bound!r}: expected a number, in millions")
     models = [ModelInfo(**row) for row in _table()]
     named = [model for model in models if fnmatchcase(model.name, pattern)]
     if not named:

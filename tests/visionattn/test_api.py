@@ -164,3 +164,29 @@ def test_a_task_that_there_is_not_is_refused_by_new(capsys):
         main(["new", "nothing"])
     assert exit_.value.code == 2
     assert "invalid choice: 'nothing' (choose from" in capsys.readouterr().err
+
+
+WRONG = {
+    "load": lambda: visionattn.load(5),
+    "no path": lambda: visionattn.load(""),
+    "fit": lambda: visionattn.fit(None),
+    "run": lambda: visionattn.fit({"task": "classification"}, run=5),
+    "check": lambda: visionattn.check(["a.yaml"]),
+    "overrides": lambda: visionattn.check("quickstart", "train.epochs=5"),
+    "override": lambda: visionattn.check("quickstart", [5]),
+    "list": lambda: visionattn.list_models(5),
+    "bound": lambda: visionattn.list_models(min_params="a"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_no_path_or_text_is_told_as_what_it_is(what):
+    with pytest.raises(UserError, match=r"is .*: expected|is missing"):
+        WRONG[what]()
+
+
+def test_the_name_of_a_split_is_told_from_a_folder(run):
+    with pytest.raises(UserError, match=r'data is test, but .* from Python split="test"'):
+        visionattn.load(run).evaluate("test")
+    with pytest.raises(UserError, match="data is 5: expected a path"):
+        visionattn.load(run).evaluate(5)

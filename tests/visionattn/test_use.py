@@ -2,7 +2,9 @@
 
 import csv
 import json
+import pickle
 import shutil
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from visionattn import environment
 from visionattn.cli import main
 
 
@@ -44,6 +47,31 @@ def test_evaluation_is_refused_with_a_reason(run, tmp_path, refused):
     (tmp_path / "strange" / "oblique").mkdir(parents=True)
     Image.new("L", (32, 32)).save(tmp_path / "strange" / "oblique" / "a.png")
     assert "oblique" in refused("evaluate", run, "--data", tmp_path / "strange")
+
+
+def test_a_damaged_checkpoint_is_told_in_one_short_line(run, tmp_path, refused):
+    whole = (run / "checkpoints" / "best.ckpt").read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 16
+    contents = {"cut": whole[:5000], "empty": b"", "text": b"weights\n", "pickle": pickle.dumps({"a": 1})}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.ckpt").write_bytes(content)
+        (line,) = refused("evaluate", tmp_path / f"{name}.ckpt").splitlines()[-1:]
+        assert line.endswith(
+            f"{name}.ckpt: not a checkpoint of tensors and plain data (it is no file of torch.save, or a damaged one)"
+        )
+    (tmp_path / "flipped.ckpt").write_bytes(flipped)
+    assert "flipped.ckpt: damaged, the check sum" in refused("evaluate", tmp_path / "flipped.ckpt")
+    torch.save({"visionattn": 5}, tmp_path / "other.ckpt")
+    assert "not a checkpoint of visionattn fit" in refused("evaluate", tmp_path / "other.ckpt")
+
+
+def test_a_package_that_is_not_installed_can_be_run_from_its_folder(monkeypatch):
+    def missing(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(environment, "requires", missing)
+    assert environment.describe()["versions"].keys() >= {"visionattn", "torch", "timm"}
 
 
 def test_predictions_are_a_table_with_a_row_for_each_image(run, pictures, tmp_path):

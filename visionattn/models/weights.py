@@ -5,12 +5,14 @@ import math
 import re
 import sys
 import warnings
+import zipfile
 from argparse import Namespace
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed, resample_abs_pos_embed_nhwc
 from torch import Tensor, nn
 
@@ -39,6 +41,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
     try:
+        if zipfile.is_zipfile(path):
+            _refuse_damaged(path)
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
@@ -46,6 +50,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         else:
             with torch.serialization.safe_globals([Namespace]):  # plain data that timm's train.py keeps beside
                 content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # zip, pickle and safetensors each raise their own
         raise UserError(f"{path}: not a checkpoint of tensors and plain data ({_reason(error)})") from None
     if not isinstance(content, dict):
@@ -53,12 +59,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def _refuse_damaged(path: Path) -> None:
+    """Raises UserError where a check sum is wrong, which torch does not look at."""
+    with zipfile.ZipFile(path) as archive:
+        if (wrong := archive.testzip()) is not None:
+            raise UserError(f"{path}: damaged, the check sum of {wrong} in it is wrong: take another copy")
+
+
 def _reason(error: Exception) -> str:
     """Why a file was refused, without torch's advice to switch the protection off."""
     if refused := re.search(r"Unsupported (?:global|class|operand).*?(?:GLOBAL |class )?([\w.]+\.[\w.]+)", str(error)):
         return f"it holds an object of {refused[1]}"
-    lines = str(error).splitlines() or [type(error).__name__]
-    return re.sub("\x1b\\[[0-9;]*m", "", lines[0])
+    if isinstance(error, PermissionError | SafetensorError):
+        return str(error)
+    return "it is no file of torch.save, or a damaged one"
 
 
 def classifier_names(network: nn.Module) -> list[str]:

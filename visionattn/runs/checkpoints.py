@@ -101,11 +101,12 @@ def load_trained(path: Path) -> Trained:
     if path.is_dir() and not file.is_file():
         raise UserError(f"{path}: no checkpoints/best.ckpt in it; expected a run directory or a checkpoint file")
     checkpoint = load_checkpoint(file)
-    if "visionattn" not in checkpoint:
+    about = checkpoint.get("visionattn")
+    if not isinstance(about, dict) or not about.keys() >= {"format", "recipe"} or "state_dict" not in checkpoint:
         raise UserError(
             f"{file}: not a checkpoint of visionattn fit (use model.checkpoint in a recipe to start from weights)"
         )
-    spec = recipe.loads(_migrated(checkpoint["visionattn"], file)["recipe"], name=str(file))
+    spec = recipe.loads(_migrated(about, file)["recipe"], name=str(file))
     start = spec.model.model_copy(update={"pretrained": False, "checkpoint": None})
     train = spec.train.model_copy(update={"grad_checkpointing": False})
     task = part_of(spec.task, "task").make(spec.model_copy(update={"model": start, "train": train}))

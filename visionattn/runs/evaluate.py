@@ -9,7 +9,7 @@ from torch import distributed as dist
 
 from visionattn.data import formats
 from visionattn.data.loaders import SplitDataModule
-from visionattn.data.sample import Dataset
+from visionattn.data.sample import SPLITS, Dataset
 from visionattn.data.splits import given_splits, split
 from visionattn.data.survey import read_through, usable
 from visionattn.environment import silence
@@ -56,6 +56,11 @@ def evaluate_trained(trained: Trained, data: Path | None = None, part: str | Non
     """What `evaluate` measures, nothing written."""
     silence()
     spec, kind = trained.recipe, part_of(trained.recipe.task, "task")
+    if data is not None and str(data) in SPLITS and not data.exists():
+        raise UserError(
+            f"data is {data}, but there is no such file or folder; for that split of the model's own data: --split "
+            f'{data}, from Python split="{data}"'
+        )
     section = spec.data if data is None else formats.elsewhere(spec.data, data)
     dataset = _labelled(section, trained, elsewhere=data is not None)
     splits = dataset.splits

@@ -139,7 +139,16 @@ class FilePerCase(Writer):
             make_folder(path.parent)
         return self.files_of(case)
 
+    def _refuse_same(self, samples: Sequence[Sample]) -> None:
+        """Raises UserError where files of two cases would have one name, such as an overlay and a mask."""
+        written: dict[Path, str] = {}
+        for case in cases(samples):
+            for path in self.files_of(case):
+                if written.setdefault(path, case) != case:
+                    raise UserError(f"{written[path]} and {case} would both be written as {path}: predict them apart")
+
     def left(self, samples: Sequence[Sample]) -> list[Sample]:
+        self._refuse_same(samples)
         whole = {case for case in cases(samples) if all(path.exists() for path in self.files_of(case))}
         for case in cases(samples).keys() - whole:
             for path in self.files_of(case):  # of a case that is not whole
@@ -147,6 +156,7 @@ class FilePerCase(Writer):
         return [sample for sample in samples if sample.case not in whole]
 
     def refuse(self, samples: Sequence[Sample]) -> None:
+        self._refuse_same(samples)
         there = [path for case in cases(samples) for path in self.files_of(case) if path.exists()]
         if there:
             raise Unwritable(f"{there[0]} exists; predictions are never overwritten: give another --out")

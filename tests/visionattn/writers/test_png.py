@@ -88,6 +88,14 @@ def test_a_full_disk_leaves_no_half_picture(tmp_path, images, files, full_disk):
     assert files(tmp_path / "out") == []
 
 
+def test_a_mask_with_the_name_of_an_overlay_is_refused_before_work(tmp_path, images, files):
+    (images / "overlays").mkdir()
+    Image.new("L", (30, 20)).save(images / "overlays" / "a.png")
+    with pytest.raises(UserError, match=r"a and overlays/a would both be written as .*/out/overlays/a\.png"):
+        write(images, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_cannot_be_made_is_told(tmp_path, images):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(Unwritable, match=r"file/out: the folder cannot be made \(Not a directory\)"):
