@@ -255,7 +255,7 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
 def _predict(arguments: argparse.Namespace) -> int:
     from visionattn.runs.predict import predict
 
-    options = {name: getattr(arguments, name) for name in ("polygons", "resume", "class_numbers")}
+    options = {name: getattr(arguments, name) for name in ("polygons", "resume", "class_numbers", "format", "score")}
     written, unread = predict(arguments.model, arguments.images, arguments.out, **options)
     print(f"{written} predicted, {unread} unreadable: {arguments.out}")
     return 1 if unread else 0

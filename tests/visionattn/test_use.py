@@ -132,6 +132,8 @@ def test_prediction_is_refused_before_work(run, pictures, tmp_path, refused):
     assert "no images" in refused("predict", run, tmp_path / "empty", "-o", tmp_path / "p.csv")
     assert "nowhere" in refused("predict", run, pictures, tmp_path / "nowhere", "-o", tmp_path / "p.csv")
     assert "is for masks" in refused("predict", run, pictures, "-o", tmp_path / "p.csv", "--class-numbers")
+    for option in (["--format", "coco"], ["--score", "0.5"]):
+        assert "are for objects" in refused("predict", run, pictures, "-o", tmp_path / "p.csv", *option)
     assert not (tmp_path / "p.csv").exists()
 
 
