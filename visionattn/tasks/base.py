@@ -13,6 +13,7 @@ A task is a folder of `visionattn.tasks` with these files, and the file `task` w
   `training_set(dataset, spec)`, `evaluation_set(samples, data)`, `collate`: what loaders read;
   `predictions(task, samples, spec, fabric)`: of unlabelled samples, in order;
   `open_writer(spec, out, polygons)`, `described(case, predictions, spec)`: these as files, and as plain data;
+  of masks also `class_numbers`, of boxes `format`;
   `refuse_other(spec, dataset)`: of labelled samples of another kind; `class_names(spec)`.
 
 Configuration stops at `task`: networks, losses and metrics take plain parameters.

@@ -104,6 +104,22 @@ def test_masks_of_scenes_with_pixels_without_data(tmp_path, said):
     np.testing.assert_array_equal(read_back(spec), expected, "of the mask alone")
 
 
+@pytest.mark.parametrize("said", ["0 and 255", "colours"])
+def test_polygons_have_class_numbers_whatever_masks_say(tmp_path, said):
+    rasterio, pyogrio = pytest.importorskip("rasterio"), pytest.importorskip("pyogrio")
+    pytest.importorskip("shapely")
+    profile = {"driver": "GTiff", "height": 20, "width": 30, "count": 1, "dtype": "uint8", "crs": "EPSG:32633"}
+    with rasterio.open(tmp_path / "a.tif", "w", **profile, transform=rasterio.Affine(1, 0, 4e5, 0, -1, 5e6)) as sink:
+        sink.write(np.ones((1, 20, 30), np.uint8))
+    predict(
+        recipe("geotiff", tmp_path, SAID[said]), tmp_path / "a.tif", tmp_path / "out", regions(1, 20, 30), polygons=True
+    )
+    *_, (names, numbers) = pyogrio.raw.read(
+        tmp_path / "out" / "a.gpkg", columns=["class", "number"], read_geometry=False
+    )
+    assert set(zip(names, numbers.tolist(), strict=True)) == {("water", 1), ("road", 2)}
+
+
 def test_class_numbers_can_be_asked_for(tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("L", (30, 20)).save(tmp_path / "images" / "a.png")
