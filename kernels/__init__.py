@@ -12,7 +12,9 @@ memory and can be transformed in all ways; under a single grad backend="torch" w
 if __name__ != "visionattn.kernels":
     raise ImportError("import visionattn.kernels, not kernels: the folder is a room of the package visionattn")
 
-from visionattn.kernels._dispatch import describe_backends, set_backend
+from visionattn.kernels._dispatch import bodies, describe_backends, set_backend
+from visionattn.kernels._proof import path as verdict_file
+from visionattn.kernels._proof import verdicts
 from visionattn.kernels._record import record_attention
 from visionattn.kernels.channel import channel_attention, cross_covariance_attention
 from visionattn.kernels.gated import gated_positional_attention
@@ -23,6 +25,7 @@ from visionattn.kernels.routing import routing_attention
 from visionattn.kernels.window import window_attention
 
 __all__ = [
+    "bodies",
     "channel_attention",
     "cross_covariance_attention",
     "describe_backends",
@@ -33,5 +36,7 @@ __all__ = [
     "record_attention",
     "routing_attention",
     "set_backend",
+    "verdict_file",
+    "verdicts",
     "window_attention",
 ]

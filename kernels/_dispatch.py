@@ -11,7 +11,9 @@ To add a pattern, write `kernels/<pattern>.py`, shaped like `routing.py`, with
 Triton code goes to `kernels/_<pattern>_triton.py`, imported when a CUDA tensor first needs it, with
 - `attention(*arguments) -> output`, behind a torch.library operator;
 - `unsupported(*arguments) -> str | None`: None, or the reason why this call cannot run, as a clause ("head_dim is 200,
-  at most 128 is supported").
+  at most 128 is supported");
+- `problems(*arguments)`: yields the arguments of a few small calls of the same kind, on which it is proved, see
+  `_proof.py`.
 Its tests are an entry in `tests/kernels/test_contract.py`, and the definition as loops in `test_<pattern>.py`.
 Under autocast all implementations receive their floating tensors in the autocast dtype and run with autocast off.
 """
@@ -26,16 +28,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from visionattn.kernels import _record
+from visionattn.kernels import _proof, _record
 from visionattn.kernels._check import autocasting, transforms
+from visionattn.kernels._plain import can_keep
 
-__all__ = ["Forms", "describe_backends", "dispatch", "set_backend", "takes_plain"]
+__all__ = ["Forms", "bodies", "describe_backends", "dispatch", "set_backend", "takes_plain"]
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 
-# Patterns whose Triton kernels were run in its interpreter and compiled, but not yet on a GPU: "auto" leaves them,
-# backend="triton" takes them. A pattern leaves this set when `pytest -m gpu tests/kernels/test_triton.py` passes.
-UNTRIED = {"halo", "neighborhood", "outlook", "routing", "window"}
+TRITON_DEVICES = {"cuda"}
+_taken: set[_proof.Kind] = set()  # kinds of calls that have run on Triton in this process
 
 
 class Forms(NamedTuple):
@@ -47,6 +49,7 @@ class Forms(NamedTuple):
 
 
 _default = "auto"  # what backend="auto" means now
+_ran: dict[tuple[str, str, str], None] = {}  # pattern, body and why it was not a faster one, of all calls so far
 
 
 @contextmanager
@@ -76,12 +79,13 @@ def dispatch(pattern: str, backend: str, forms: Forms, *arguments: Any) -> Any:
         output, weights, indices = forms.reference(*arguments)
         _record.keep(weights, indices)
         return output
-    backend = _choose(pattern, _default if backend == "auto" else backend, arguments)
-    if backend == "reference":
+    body, why = _choose(pattern, _default if backend == "auto" else backend, forms, arguments)
+    _note(pattern, body, why)
+    if body == "reference":
         return forms.reference(*arguments)[0]
-    if backend == "triton":
+    if body == "triton":
         return _sibling(pattern).attention(*arguments)
-    return (forms.plain if takes_plain(arguments[0]) else forms.on_cpu)(*arguments)
+    return (forms.plain if body == "plain" else forms.on_cpu)(*arguments)
 
 
 def takes_plain(x: Tensor) -> bool:
@@ -90,17 +94,28 @@ def takes_plain(x: Tensor) -> bool:
 
 
 def describe_backends() -> list[str]:
-    """One line for each pattern and kind of device: the backend that "auto" takes there, and why not a faster one."""
+    """One line for each pattern and kind of device: the body that "auto" takes there, and why not a faster one."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     lines = []
     for info in pkgutil.iter_modules(importlib.import_module(__package__).__path__):
         if info.name.startswith("_"):
             continue
         for device in devices:
-            reason = _no_triton(info.name, device) or _not_for_auto(info.name)
-            line = "triton, where it supports the call" if reason is None else f"torch ({reason})"
+            reason = _no_triton(info.name, device)
+            body = "on_cpu" if device == "cpu" else "plain"
+            line = f"{body} ({reason})" if reason else "triton where it is proved right and faster, else plain"
             lines.append(f"{info.name:<28} {device:<5} {line}")
     return lines
+
+
+def bodies() -> list[str]:
+    """One line for each pattern and body that has run in this process, and why it was not a faster one."""
+    return sorted(f"{pattern}: {body}{f' ({why})' if why else ''}" for pattern, body, why in _ran)
+
+
+@torch.compiler.assume_constant_result
+def _note(pattern: str, body: str, why: str) -> None:
+    _ran[pattern, body, why] = None
 
 
 def _check_name(backend: str) -> None:
@@ -108,45 +123,75 @@ def _check_name(backend: str) -> None:
         raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
 
 
-def _choose(pattern: str, backend: str, arguments: tuple) -> str:
-    """The backend to run: `backend` itself, or for "auto" triton where it can run, else torch."""
+def _choose(pattern: str, backend: str, forms: Forms, arguments: tuple) -> tuple[str, str]:
+    """The body to run, reference, on_cpu, plain or triton, and for "auto" why it is not a faster one."""
     device = arguments[0].device.type
     if backend == "auto" and (device == "meta" or torch.jit.is_tracing() or transforms()):
-        return "reference"  # the one that reads no values, that TorchScript can save, and torch.func transform
+        return "reference", ""  # the one that reads no values, that TorchScript can save, and torch.func transform
     if backend in ("torch", "triton") and transforms() not in ([], ["Grad"]):
         raise ValueError(
             f"backend={backend!r} cannot run this {pattern} call under torch.func's {' of '.join(transforms())}: use "
             "backend='auto' or 'reference'"
         )
-    if backend in ("reference", "torch") or (backend == "auto" and device != "cuda"):
-        return "torch" if backend == "auto" else backend
-    reason = _no_triton(pattern, device)
+    if backend == "reference":
+        return backend, ""
+    ours = "plain" if takes_plain(arguments[0]) else "on_cpu"
+    if backend == "torch" or (backend == "auto" and device not in TRITON_DEVICES):
+        return ours, ""
+    reason = _no_triton(pattern, device) or _sibling(pattern).unsupported(*arguments)
     if reason is None and backend == "auto":
-        reason = _not_for_auto(pattern)
-    reason = reason or _sibling(pattern).unsupported(*arguments)
+        reason = _unproved(pattern, forms, arguments)
     if reason is None:
-        return "triton"
+        return "triton", ""
     if backend == "triton":
         raise ValueError(f"backend='triton' cannot run this {pattern} call: {reason}; use backend='auto' or 'torch'")
-    return "torch"
+    return ours, reason
+
+
+def _unproved(pattern: str, forms: Forms, arguments: tuple) -> str | None:
+    """Why "auto" does not take a Triton kernel that could run: None where this machine has seen it right and faster."""
+    mode = _mode()
+    if mode != "check":
+        return None if mode == "trust" else "VISIONATTN_KERNELS=off"
+    if torch.compiler.is_compiling():
+        return _unproved_when_compiled(*_proof.facts_of(pattern, arguments))
+    kind, sibling = _proof.kind_of(pattern, arguments), _sibling(pattern)
+    if not can_keep(arguments[0].detach()):  # fake, or being captured, when no kernel can be compiled
+        return None if kind in _taken else "it has not run before the capture"
+    verdict = _proof.prove(
+        kind,
+        lambda: _proof.try_kernel(
+            sibling.attention, forms.plain, forms.reference, sibling.problems(*arguments), arguments, kind.training
+        ),
+    )
+    if not verdict.is_taken:
+        return str(verdict)
+    _taken.add(kind)
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _mode() -> str:
+    return _proof.mode()
+
+
+@torch.compiler.assume_constant_result
+def _unproved_when_compiled(*facts: Any) -> str | None:
+    proved = _proof.is_proved(_proof.Kind(*facts))
+    if proved is None:
+        return "not tried on this machine: visionattn doctor --kernels tries kernels for compiled code"
+    return None if proved else "not faster, or not right, on this machine"
 
 
 @torch.compiler.assume_constant_result
 def _no_triton(pattern: str, device: str) -> str | None:
     """Why no call of the pattern can run on Triton on this kind of device; None if calls can."""
-    if device != "cuda":
+    if device not in TRITON_DEVICES:
         return f"Triton kernels need CUDA tensors, and these are on {device}"
     if importlib.util.find_spec(f"{__package__}._{pattern}_triton") is None:
         return "this pattern has no Triton kernel yet"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    return None
-
-
-def _not_for_auto(pattern: str) -> str | None:
-    """Why "auto" does not take the pattern's Triton kernel, though it may run."""
-    if pattern in UNTRIED:
-        return "its Triton kernel has not been tried on a GPU yet; backend='triton' runs it"
     return None
 
 

@@ -5,6 +5,7 @@ computed once for a tile and shifted, so that number r belongs to row r (or colu
 with a matrix of zeros and ones then spreads them over the keys, and its transpose collects their gradients.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import triton
@@ -24,6 +25,7 @@ from visionattn.kernels._attention_triton import (
     fit_block,
     unsupported_tensors,
 )
+from visionattn.kernels._proof import draw, draw_maps
 from visionattn.kernels.halo import _step, _tables
 
 KV_TILE = 4, 8  # height and width; a smaller kv_tile is attended to by fewer blocks
@@ -222,6 +224,23 @@ def unsupported(
     if block_size + 2 * halo_size > 32:
         return f"block_size + 2 * halo_size is {block_size + 2 * halo_size}, at most 32 is supported"
     return unsupported_tensors(q, k, v)
+
+
+def problems(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_height: Tensor | None,
+    rel_width: Tensor | None,
+    block_size: int,
+    *rest: Any,
+) -> Iterator[tuple]:
+    """Blocks that the map does not fill."""
+    step = _step(q.shape[1:3], k.shape[1:3], block_size)
+    for size in ((block_size + 1, 2 * block_size - 1), (2 * block_size + 1, 3)):
+        small_q, small_k, small_v = draw_maps(q, v, size)
+        tables = (None if x is None else draw(x, *x.shape) * x.shape[1] ** -0.5 for x in (rel_height, rel_width))
+        yield small_q[:, ::step, ::step], small_k, small_v, *tables, block_size, *rest
 
 
 def attention(

@@ -5,6 +5,7 @@ of queries, or of keys, is a box in one class. Maps of one axis are maps of one 
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import triton
@@ -21,6 +22,7 @@ from visionattn.kernels._attention_triton import (
     constant,
     unsupported_tensors,
 )
+from visionattn.kernels._proof import draw, draw_maps
 
 
 class Axis(NamedTuple):
@@ -210,6 +212,23 @@ def unsupported(
     if len(kernel_size) > 2:
         return f"the map has {len(kernel_size)} axes, 1 and 2 are supported"
     return unsupported_tensors(q, k, v)
+
+
+def problems(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    kernel_size: tuple[int, ...],
+    dilation: tuple[int, ...],
+    *rest: Any,
+) -> Iterator[tuple]:
+    """Maps a little larger than a window, and twice as large, whose dilation classes are not alike."""
+    windows = [kernel * step for kernel, step in zip(kernel_size, dilation, strict=True)]
+    for factor, more in ((1, 1), (2, 3)):
+        maps = draw_maps(q, v, tuple(factor * window + more + axis for axis, window in enumerate(windows)))
+        small_bias = None if bias is None else draw(bias, maps[0].shape[-2], *bias.shape[1:])
+        yield *maps, small_bias, kernel_size, dilation, *rest
 
 
 def attention(

@@ -8,6 +8,7 @@ Names as in `_attention_triton.py`; BLOCK_M places of the map at a time; K = ker
 BLOCK_K of them padded to a power of two.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from visionattn.kernels._attention_triton import LOG2E, MIN_BLOCK, OPTIONS, constant, tensor_map, unsupported_tensors
+from visionattn.kernels._proof import draw
 
 
 class Windows(NamedTuple):
@@ -189,6 +191,15 @@ def unsupported(logits: Tensor, v: Tensor, kernel_size: int, stride: int, paddin
     if kernel_size > 7:
         return f"kernel_size is {kernel_size}, at most 7 is supported"
     return unsupported_tensors(logits, v)
+
+
+def problems(logits: Tensor, v: Tensor, kernel_size: int, stride: int, padding: int, scale: float) -> Iterator[tuple]:
+    """Maps of a few windows, which do not fill them."""
+    for height, width in ((1, 2), (3, 5)):
+        size = [(n - 1) * stride + kernel_size - 2 * padding + n % stride for n in (height, width)]
+        windows = [(n + 2 * padding - kernel_size) // stride + 1 for n in size]
+        small_v = draw(v, 2, *size, 3, v.shape[-1])
+        yield draw(logits, 2, *windows, 3, *logits.shape[4:]), small_v, kernel_size, stride, padding, scale
 
 
 def attention(logits: Tensor, v: Tensor, kernel_size: int, stride: int, padding: int, scale: float) -> Tensor:

@@ -24,8 +24,9 @@ _kept: list[Any] = []
 
 def can_keep(x: Tensor) -> bool:
     """Whether a table for x may be kept: not where x is traced or fake, nor what CUDA graphs own."""
-    captured = x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return type(x) is Tensor and not torch.compiler.is_compiling() and not captured
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def keep(make: Callable[..., Any]) -> Callable[..., Any]:

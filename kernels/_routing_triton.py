@@ -1,5 +1,6 @@
 """Routing attention in Triton: the kernels read the table of routed regions, and its inverse in backward."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from visionattn.kernels._attention_triton import (
     fit_block,
     unsupported_tensors,
 )
+from visionattn.kernels._proof import draw, draw_maps
 
 
 class Geometry(NamedTuple):
@@ -128,6 +130,19 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: 
     if route_weights is not None:
         return "route_weights are given"
     return unsupported_tensors(q, k, v)
+
+
+def problems(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: None, grid: tuple[int, int], scale: float
+) -> Iterator[tuple]:
+    """Regions of few tokens, those of the keys perhaps of other sizes; one that all are routed to."""
+    for height, width in ((3, 1), (5, 7)):
+        small_q, small_k, small_v = draw_maps(q, v, (height * grid[0], width * grid[1]))
+        if q.shape[1:3] != k.shape[1:3]:
+            _, small_k, small_v = draw_maps(q, v, (2 * grid[0], grid[1]))
+        scores = draw(q, 2, grid[0] * grid[1], grid[0] * grid[1]).float()
+        scores[:, :, 0] = torch.inf
+        yield small_q, small_k, small_v, scores.topk(routes.shape[2]).indices, route_weights, grid, scale
 
 
 def attention(

@@ -4,6 +4,7 @@ A window of the shifted map that reaches over its end wraps around; only tokens 
 other. Sizes are rounded up to whole windows; what lies outside the map is no key.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from visionattn.kernels._attention_triton import (
     fit_block,
     unsupported_tensors,
 )
+from visionattn.kernels._proof import draw, draw_maps
 
 
 class Axis(NamedTuple):
@@ -136,6 +138,27 @@ PATTERNS["window"] = Pattern(
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str | None:
     return unsupported_tensors(q, k, v)
+
+
+def problems(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    window: tuple[int, int],
+    *rest: Any,
+) -> Iterator[tuple]:
+    """Windows that the map does not fill; with a mask, some without keys."""
+    for size in ((window[0] + 1, 2 * window[1] + 1), (2 * window[0] + 1, window[1])):
+        maps, tokens = draw_maps(q, v, size), window[0] * window[1]
+        small_bias = None if bias is None else draw(bias, maps[0].shape[3], tokens, tokens)
+        small_mask = None
+        if mask is not None:
+            small_mask = draw(q, 2, *size) > -0.5
+            small_mask[0, : window[0]] = False
+            small_mask = small_mask if len(mask) > 1 else small_mask[:1]
+        yield *maps, small_bias, small_mask, window, *rest
 
 
 def attention(

@@ -241,7 +241,8 @@ class _Tables(NamedTuple):
     outputs: Tensor  # [N * heads], rows of the output, [Q, heads * T] of them
     of_outputs: Tensor | None  # [Q * heads * T], where in the former each of these is; None if there are repeated ones
     places: Tensor  # [kinds * Q * K'], places in the bias table, K' being K rounded up
-    of_places: Tensor  # [places of the bias table, entries], where in the former they are, or one past its end
+    of_places: Tensor | None  # [places of the bias table, entries], where in the former they are, or one past its end;
+    # None for compilers, which add
     kinds: Tensor  # [T]
     of_kinds: Tensor  # [kinds, T], 1 for the kind of a tile
     sizes: tuple[int, int, int]  # T, Q, K
@@ -251,7 +252,7 @@ class _Tables(NamedTuple):
 def _tables(
     size: Axes, kernel_size: Axes, dilation: Axes, stride: Axes, heads: int, dtype: torch.dtype, device: torch.device
 ) -> _Tables:
-    tiles = _tiles(size, kernel_size, dilation, stride, device, LARGE)
+    tiles, compiling = _tiles(size, kernel_size, dilation, stride, device, LARGE), torch.compiler.is_compiling()
     (count, q_size), k_size, total = tiles.queries.shape, tiles.keys.shape[1], math.prod(size)
     head = torch.arange(heads, device=device)
     slots = torch.arange(count * q_size, device=device)
@@ -270,14 +271,13 @@ def _tables(
         outputs=(slot % q_size * (heads * count) + head * count + slot // q_size).flatten(),
         of_outputs=of_outputs,
         places=places.flatten(),
-        of_places=_entries(size, kernel_size, dilation, stride).to(device),
+        of_places=None if compiling else _entries(size, kernel_size, dilation, stride).to(device),
         kinds=tiles.kinds,
         of_kinds=(torch.arange(len(places), device=device)[:, None] == tiles.kinds).to(dtype),
         sizes=(count, q_size, k_size),
     )
 
 
-@torch.compiler.assume_constant_result
 def _entries(size: Axes, kernel_size: Axes, dilation: Axes, stride: Axes) -> Tensor:
     """Where in [kinds, Q, K'] each place of the bias table is: as many columns as the most frequent needs."""
     places = np.zeros((1, 1, 1), dtype=np.int64)
@@ -331,7 +331,8 @@ def _plain(
     k, v = together(blocks, k, v)
     if bias is None:
         bias = q.new_zeros(heads, *(2 * kernel - 1 for kernel in kernel_size))
-    added = _BiasOfTiles.apply(bias.flatten(1), *tables[6:10]).view(heads * count, q_size, k_size + -k_size % 8)
+    expand = _bias_of_tiles if tables.of_places is None else _BiasOfTiles.apply
+    added = expand(bias.flatten(1), *tables[6:10]).view(heads * count, q_size, k_size + -k_size % 8)
     output, lse = attend(queries, k, v, added[None, ..., :k_size], scale, return_lse)
 
     def join(x: Tensor) -> Tensor:
@@ -341,15 +342,18 @@ def _plain(
     return join(output) if lse is None else (join(output), join(lse[..., None])[..., 0].movedim(-1, 1))
 
 
-class _BiasOfTiles(torch.autograd.Function):
-    """[heads, places] -> [heads, T * Q * K'], -inf outside of the windows. The gradient is summed in a fixed order."""
+def _bias_of_tiles(bias: Tensor, places: Tensor, of_places: Tensor | None, kinds: Tensor, of_kinds: Tensor) -> Tensor:
+    """[heads, places] -> [heads, T * Q * K'], -inf outside of the windows."""
+    by_kind = F.pad(bias, (0, 1), value=-math.inf).index_select(1, places)
+    if len(kinds) == len(of_kinds) == 1:
+        return by_kind
+    return by_kind.view(len(bias), len(of_kinds), -1).index_select(1, kinds).flatten(1)
 
-    @staticmethod
-    def forward(bias: Tensor, places: Tensor, of_places: Tensor, kinds: Tensor, of_kinds: Tensor) -> Tensor:
-        by_kind = F.pad(bias, (0, 1), value=-math.inf).index_select(1, places)
-        if len(kinds) == len(of_kinds) == 1:
-            return by_kind
-        return by_kind.view(len(bias), len(of_kinds), -1).index_select(1, kinds).flatten(1)
+
+class _BiasOfTiles(torch.autograd.Function):
+    """The same; the gradient is summed in a fixed order, where PyTorch would add in any."""
+
+    forward = staticmethod(_bias_of_tiles)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:

@@ -58,8 +58,7 @@ class Count:
         tensors = [x for x in tree_iter((inputs, output)) if isinstance(x, Tensor)]
         name = operator.overloadpacket.__name__
         moved = sum(x.numel() * x.element_size() for x in tensors)
-        formula = flop_registry.get(operator.overloadpacket)
-        flops = 0 if formula is None else formula(*inputs[0], **inputs[1], out_val=output)
+        flops = _flops(operator, inputs, output)
         dtype = next((x.dtype for x in tensors), torch.float32)
         self.launches, self.bytes = self.launches + 1, self.bytes + moved
         self.operators[name] += 1
@@ -70,6 +69,14 @@ class Count:
     def seconds(self, device: Device) -> float:
         """What the roofline of a device gives: its host starts kernels while it computes, so the longer of the two."""
         return max(self.launches * device.launch, sum(device.seconds(*work) for work in self.work))
+
+
+def _flops(operator: torch._ops.OpOverload, inputs: tuple, output: Any) -> int:
+    if operator is aten.convolution_backward.default:  # the registry's formula leaves out groups
+        grad, _, weight, *_, wanted = inputs[0]
+        return 2 * grad.numel() * weight[0].numel() * sum(wanted[:2])
+    formula = flop_registry.get(operator.overloadpacket)
+    return 0 if formula is None else formula(*inputs[0], **inputs[1], out_val=output)
 
 
 @contextmanager

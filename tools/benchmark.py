@@ -153,6 +153,16 @@ def kernel_call(pattern: str, case: Case, candidate: str, step: str, batch: int,
     return call
 
 
+def try_kernels(device: str = "cuda", batch: int = 16) -> None:
+    """Call every pattern on the stages of models at 224 px, in all precisions and directions, so that its kernel is
+    tried."""
+    for pattern, entry in PATTERNS.items():
+        for case, step in itertools.product(entry.cases(224), PASSES):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                    kernel_call(pattern, case, "visionattn", step, batch, device)()
+
+
 def model_call(
     name: str, step: str, batch: int, size: tuple[int, int], device: str, compiled: bool = False
 ) -> Callable[[], Any]:

@@ -332,13 +332,18 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
     command = _command(
         commands, "doctor", "versions, devices, and which kernels will be used and why", "", "> doctor.txt"
     )
+    command.add_argument(
+        "--kernels",
+        action="store_true",
+        help="try the GPU kernels: right and faster here? compiled models read the answer",
+    )
     command.set_defaults(function=_doctor)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from visionattn.environment import doctor
+    from visionattn.environment import doctor, doctor_of_kernels
 
-    print(doctor())
+    print(doctor_of_kernels() if arguments.kernels else doctor())
 
 
 def _add_benchmark(commands: argparse._SubParsersAction) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from visionattn import __version__, kernels
 
-__all__ = ["describe", "doctor", "silence"]
+__all__ = ["describe", "doctor", "doctor_of_kernels", "silence"]
 
 REMARKS = (
     r".*does not have many workers.*",  # data in memory need none; `data.workers` is the user's key
@@ -90,6 +90,19 @@ def doctor() -> str:
             else "built without CUDA"
         )
         lines.append(f"  no GPU: torch {torch.__version__} is {built}")
-    lines += ["", "kernels (backend that `auto` takes)"]
+    lines += ["", "kernels (what `auto` takes)"]
     lines += [f"  {line}" for line in kernels.describe_backends()]
     return "\n".join(lines)
+
+
+def doctor_of_kernels() -> str:
+    """The text of `visionattn doctor --kernels`, which tries the Triton kernels on calls of models and keeps what came
+    of it: for each kind of call that was ever tried here, whether `auto` takes the kernel, and why not."""
+    if not torch.cuda.is_available():
+        return "no GPU: there are no kernels to try; every attention runs in PyTorch, which needs no trial"
+    from visionattn.tools.benchmark import try_kernels
+
+    try_kernels()
+    found = kernels.verdicts()
+    lines = [f"{len(found)} kinds of calls, by {kernels.verdict_file()}"]
+    return "\n".join([*lines, *(f"  {kind}: {verdict}" for kind, verdict in found.items())])

@@ -21,6 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from visionattn.kernels import _proof
+
 triton = pytest.importorskip("triton")  # has no packages for Windows and macOS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -170,6 +172,19 @@ def tiny(pattern: str) -> list:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_half_precision_matches_reference(pattern, dtype):
     check(pattern, tiny(pattern), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_proofs_find_the_kernels_right(pattern, training):
+    """Their problems, run as on a user's machine. In the interpreter all are slower."""
+    arguments, module = tiny(pattern), importlib.import_module(f"visionattn.kernels.{pattern}")
+    problems = kernels(pattern).problems(*arguments)
+    verdict = _proof.try_kernel(
+        kernels(pattern).attention, module._plain, module._reference, problems, tuple(arguments), training
+    )
+    assert verdict.status in ("ok", "slower"), verdict
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

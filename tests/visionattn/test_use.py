@@ -162,6 +162,17 @@ def test_doctor_tells_versions_devices_and_kernels(capsys):
         assert word in told
 
 
+def test_a_run_says_which_kernels_computed_its_attention(run):
+    assert "routing: on_cpu" in json.loads((run / "environment.json").read_text())["kernels"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")
+def test_doctor_of_kernels_says_in_one_line_that_there_is_no_gpu(capsys):
+    assert main(["doctor", "--kernels"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("no GPU: ")
+
+
 def test_classes_that_look_like_formulas_are_no_formulas_in_a_table(tmp_path, pictures, recipe_file):
     for split in ("train", "val"):
         for old, new in (("level", "=HYPERLINK(1)"), ("upright", "@b")):

@@ -20,6 +20,7 @@ from visionattn.data.survey import fingerprint
 from visionattn.environment import describe
 from visionattn.errors import UserError
 from visionattn.files import new_folder, write_rows, write_text
+from visionattn.kernels import bodies
 from visionattn.recipe import Recipe
 from visionattn.report.evaluation import RENAMED, Evaluation, history
 
@@ -115,7 +116,8 @@ class RunDirectory:
 
     def finish(self, seconds: float) -> None:
         facts = self.facts
-        self._write_facts(facts | {"finished": now(), "seconds": facts.get("seconds", 0) + seconds})
+        seconds += facts.get("seconds", 0)
+        self._write_facts(facts | {"finished": now(), "seconds": seconds, "kernels": bodies()})
 
     def _write_facts(self, facts: dict[str, Any]) -> None:
         write_text(self.path / "environment.json", json.dumps(facts, indent=1))
