@@ -29,25 +29,43 @@ train: {epochs: 2}
 evaluate: {bootstrap: 10, surface: false}
 trainer: {enable_progress_bar: false, accelerator: cpu}
 """
+DETECTION = """\
+task: detection
+model:
+  name: biformer_tiny
+  args: {depth: [1, 1, 1, 1], embed_dim: [8, 8, 16, 16], head_dim: 8, n_win: 2, topks: [1, 2, 4, -2]}
+  detector_args: {fpn_channels: 16, convs: 1, finest: 4, coarsest: 16}
+data: {format: coco, root: ROOT, image_size: 32, batch_size: 4, workers: 0}
+optim: {lr: 3e-3}
+train: {epochs: 2}
+evaluate: {bootstrap: 10}
+trainer: {enable_progress_bar: false, accelerator: cpu}
+"""
 TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
 
 
-@pytest.fixture(params=["classification", "segmentation"])
+@pytest.fixture(params=["classification", "segmentation", "detection"])
 def recipe(request, tmp_path, recipe_file) -> Path:
     if request.param == "classification":
         return recipe_file
     rng = np.random.default_rng(0)
     for split, count in (("train", 16), ("val", 5), ("test", 5)):
+        labels = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "square"}]}
         for i in range(count):
             mask = np.zeros((32, 32), np.uint8)
-            top, left = rng.integers(0, 16, 2)
+            top, left = rng.integers(0, 16, 2).tolist()
             mask[top : top + 16, left : left + 16] = 1
+            labels["images"].append({"id": i, "file_name": f"images/{split}/{i}.png", "height": 32, "width": 32})
+            box = {"bbox": [left, top, 16, 16], "area": 256, "iscrowd": 0}
+            labels["annotations"].append({"id": i + 1, "image_id": i, "category_id": 1} | box)
             image = (60 + 120 * mask + rng.normal(0, 20, mask.shape)).clip(0, 255).astype(np.uint8)
             for kind, pixels in (("images", image), ("masks", mask)):
                 (tmp_path / "data" / kind / split).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(tmp_path / "data" / kind / split / f"{i}.png")
-    path = tmp_path / "masks.yaml"
-    path.write_text(SEGMENTATION.replace("ROOT", str(tmp_path / "data")))
+        (tmp_path / "data" / f"instances_{split}.json").write_text(json.dumps(labels))
+    text, name = (SEGMENTATION, "masks") if request.param == "segmentation" else (DETECTION, "boxes")
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(text.replace("ROOT", str(tmp_path / "data")))
     return path
 
 
@@ -72,7 +90,7 @@ def test_a_run_on_two_processes_is_one_run(recipe, tmp_path):
     assert done.stdout.count("report: ") == 1
     assert (run / "report.html").is_file()
     assert len(rows(run)) == 2
-    samples = {"classification": 24, "segmentation": 5}
+    samples = {"classification": 24, "segmentation": 5, "detection": 5}
     assert metrics(run)["samples"] == samples[metrics(run)["task"]]
     alone = main(["evaluate", str(run), "--split", "test", "-o", str(tmp_path / "alone")])
     assert alone == 0
@@ -155,7 +173,7 @@ def test_fewer_samples_than_processes_are_refused_by_all(recipe, tmp_path):
 
 def test_each_of_two_processes_predicts_its_share(recipe, tmp_path):
     assert main(["fit", str(recipe), "--run", str(tmp_path / "run"), "train.epochs=1"]) == 0
-    masks = "masks" in recipe.name
+    masks = "stripes" not in recipe.name  # or boxes: into a folder
     images = tmp_path / "data" / "images" / "test" if masks else Path(re.search(r"root: (\S+),", recipe.read_text())[1])
     one, two = (tmp_path / (name if masks else f"{name}.csv") for name in ("one", "two"))
     assert main(["predict", str(tmp_path / "run"), str(images), "-o", str(one)]) == 0
@@ -170,3 +188,4 @@ def test_each_of_two_processes_predicts_its_share(recipe, tmp_path):
     names = sorted(path.relative_to(one) for path in one.rglob("*.png"))
     assert names == sorted(path.relative_to(two) for path in two.rglob("*.png"))
     assert all(np.array_equal(Image.open(one / name), Image.open(two / name)) for name in names)
+    assert {p.name: p.read_text() for p in one.glob("*.csv")} == {p.name: p.read_text() for p in two.glob("*.csv")}

@@ -136,8 +136,10 @@ class DenseHead(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def reached(cls, xyxy: Tensor, strides: Sequence[int], sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
-        """(N,) which of these objects a head with such maps can learn well."""
+    def reached(
+        cls, xyxy: Tensor, strides: Sequence[int], sizes: Sequence[float], ratios: Sequence[float], well: bool
+    ) -> Tensor:
+        """(N,) which of these objects a head with such maps can learn, or can learn well."""
 
     def losses(
         self, raw: dict[str, Any], sizes: Sequence[Sequence[int]], targets: Sequence[Objects]
@@ -278,9 +280,11 @@ class FCOS(DenseHead):
         return torch.where(smallest < math.inf, owner, -1)
 
     @classmethod
-    def reached(cls, xyxy: Tensor, strides: Sequence[int], sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
-        """Those of at least two places of the finest map each way."""
-        return (xyxy[:, 2:] - xyxy[:, :2] >= 2 * strides[0]).all(1)
+    def reached(
+        cls, xyxy: Tensor, strides: Sequence[int], sizes: Sequence[float], ratios: Sequence[float], well: bool
+    ) -> Tensor:
+        """Those that surely have a place of the finest map, or at least two each way."""
+        return (xyxy[:, 2:] - xyxy[:, :2] >= (2 if well else 1) * strides[0]).all(1)
 
     def box_losses(self, raw: dict[str, Tensor], chosen: Tensor, anchors: Tensor, xyxy: Tensor) -> dict[str, Tensor]:
         boxes = self.decode(raw["boxes"][chosen], anchors)
@@ -353,7 +357,9 @@ class RetinaNet(DenseHead):
         return torch.where(fits_best.any(1), owner, matched)
 
     @classmethod
-    def reached(cls, xyxy: Tensor, strides: Sequence[int], sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
+    def reached(
+        cls, xyxy: Tensor, strides: Sequence[int], sizes: Sequence[float], ratios: Sequence[float], well: bool
+    ) -> Tensor:
         """Those with which an anchor of the grid has the IoU of a positive one."""
         sides, centre = xyxy[:, None, 2:] - xyxy[:, None, :2], (xyxy[:, :2] + xyxy[:, 2:]) / 2
         fits = torch.zeros(len(xyxy), dtype=torch.bool)

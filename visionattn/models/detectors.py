@@ -19,7 +19,7 @@ from visionattn.models.networks import refuse_unknown
 from visionattn.models.pyramids import Pyramid, make_pyramid
 from visionattn.models.two_stage import FasterRCNN, MaskRCNN
 
-__all__ = ["DETECTORS", "Detections", "Detector", "Levels", "Objects", "make_detector", "measured_levels"]
+__all__ = ["DETECTORS", "MISSED", "Detections", "Detector", "Levels", "Objects", "make_detector", "measured_levels"]
 
 COMMON = ("overlap", "agnostic", "limit")  # arguments of every head
 MISSED = 0.02  # share of a class that may be out of reach
@@ -168,14 +168,14 @@ def measured_levels(
     sizes: Sequence[float] | None = None,
     ratios: Sequence[float] = (0.5, 1.0, 2.0),
 ) -> tuple[Levels, dict[int, float]]:
-    """Maps for these objects: the cheapest that miss less than 2 % of each class, else those that miss least.
+    """Maps for these objects: the cheapest that reach all but 2 % of each class well, else those that reach most.
 
     Args:
         objects: of the training images, as the network sees them.
         finest, coarsest, sizes: where they are given.
 
     Returns:
-        the maps, and of each class the share of objects that they do not reach.
+        the maps, and of each class the share of objects that they do not reach at all.
     """
     kind = DETECTORS[detector]
     longest = (objects.xyxy[:, 2:] - objects.xyxy[:, :2]).amax(1) if len(objects.xyxy) else objects.xyxy.new_ones(1)
@@ -188,16 +188,20 @@ def measured_levels(
             levels = levels._replace(sizes=list(sizes or [factor * float(stride) for stride in levels.strides]))
             if len(levels.sizes) != len(levels.strides):
                 continue
-            reached = kind.head.reached(objects.xyxy, levels.strides, levels.sizes, ratios)
-            missed = {
-                k: 1 - reached[objects.labels == k].float().mean().item() for k in objects.labels.unique().tolist()
-            }
-            if max(missed.values(), default=0.0) < MISSED:
-                return levels, missed
-            tried.append((levels, missed))
+            well, at_all = (_missed(kind, objects, levels, ratios, well) for well in (True, False))
+            if max(well.values(), default=0.0) < MISSED:
+                return levels, at_all
+            tried.append((max(well.values()), levels, at_all))
     if not tried:
         raise UserError(f"model.detector_args.sizes has {len(sizes or ())} sizes: expected one for each stride")
-    return min(tried, key=lambda pair: max(pair[1].values(), default=0.0))
+    _, levels, missed = min(tried, key=lambda one: one[0])
+    return levels, missed
+
+
+def _missed(kind: Kind, objects: Objects, levels: Levels, ratios: Sequence[float], well: bool) -> dict[int, float]:
+    """The share of each class that is not reached."""
+    reached = kind.head.reached(objects.xyxy, levels.strides, levels.sizes, ratios, well)
+    return {k: 1 - reached[objects.labels == k].float().mean().item() for k in objects.labels.unique().tolist()}
 
 
 def make_detector(

@@ -30,7 +30,7 @@ def _turned(boxes: tv_tensors.BoundingBoxes, turns: int) -> tv_tensors.BoundingB
         left, top, right, bottom = top, width - right, bottom, width - left
         height, width = width, height
     turned = torch.stack([left, top, right, bottom], 1)
-    return tv_tensors.BoundingBoxes(turned, format="XYXY", canvas_size=(height, width))  # type: ignore[call-overload]
+    return tv_tensors.BoundingBoxes(turned, format="XYXY", canvas_size=(height, width))
 
 
 class GainAndOffset(v2.Transform):

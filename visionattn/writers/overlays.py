@@ -1,7 +1,7 @@
 """Objects as a folder to look at: objects.csv, counts.csv with their number in each image, and overlays/NAME.png."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -32,23 +32,29 @@ class Counts(Table):
         write_table(self.stream, [[file_name(case[0]), *map(str, counts.tolist())]])
 
 
+TABLES = {"objects.csv": boxes_csv.open, "counts.csv": Counts}
+
+
 class Overlays(Writer):
     def __init__(self, out: Path, classes: Sequence[str]) -> None:
         if out.is_file():
             raise Unwritable(f"{out} is a file; tables and pictures are written into a folder: give another --out")
         self.out, self.classes = out, classes
-        self.tables = boxes_csv.open(out / "objects.csv", classes), Counts(out / "counts.csv", classes)
+        self.tables: tuple[Table, ...] = ()
 
     def refuse(self, samples: Sequence[Sample]) -> None:
-        there = [path for path in map(self._picture, samples) if path.exists()]
+        tables = [self.out / name for name in TABLES]
+        there = [path for path in (*tables, *map(self._picture, samples)) if path.exists()]
         if there:
             raise Unwritable(f"{there[0]} exists; predictions are never overwritten: give another --out")
 
     @contextmanager
     def share(self, process: int, processes: int) -> Iterator[Self]:
         self.out.mkdir(exist_ok=True)
-        one, other = self.tables
-        with one.share(process, processes), other.share(process, processes):
+        with ExitStack() as stack:
+            self.tables = tuple(make(self.out / name, self.classes) for name, make in TABLES.items())
+            for table in self.tables:
+                stack.enter_context(table.share(process, processes))
             yield self
 
     def write(self, case: Sequence[Sample], predictions: Iterable[Prediction]) -> None:

@@ -64,8 +64,8 @@ def find(section: Section) -> Found:
         digits = scene.digits.copy()
         digits[left_out] = 0
         name = f"{section.name}[{number}]"
-        about = {"name": name, "case": name, "group": name, "channels": 1, "size": scene.size}
-        samples.append(BoxedScene(**about, digits=digits, numbers=scene.numbers, places=scene.places, seed=number))
+        where = "", None, digits, scene.numbers, scene.places  # no split, no class
+        samples.append(BoxedScene(name, name, name, 1, scene.size, *where, seed=number))
     return Found(samples, section.classes, [])
 
 

@@ -58,7 +58,7 @@ def _rare(dataset: Dataset, counts: dict[str, np.ndarray]) -> list[str]:
 
 def _worth_a_note(name: str, dataset: Dataset, readings: Sequence[Reading], spec: Recipe) -> list[str]:
     """Boxes over the border, of a few pixels, long ones, and the same object twice."""
-    cut, small, odd, twice = [], [], [], []
+    cut, small, odd, twice = list[str](), list[str](), list[str](), list[str]()
     for sample, reading in zip(dataset.splits[name], readings, strict=True):
         if reading.boxes is None:
             continue

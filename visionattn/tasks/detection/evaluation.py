@@ -21,6 +21,7 @@ from visionattn.report.evaluation import Evaluation
 from visionattn.tasks.detection.metrics import (
     FROC_RATES,
     KINDS,
+    Pair,
     Precisions,
     best_scores,
     coco,
@@ -73,9 +74,10 @@ class _Measured:
 
     def __init__(self, predictions: Sequence[Prediction], samples: Sequence[Sample], spec: Recipe) -> None:
         evaluate, self.samples, self.classes = spec.evaluate, samples, spec.data.classes
-        by_index = {prediction.index: prediction.value for prediction in predictions}
-        self.found: list[Boxes] = [by_index[i] for i in range(len(samples))]
+        by_index = {p.index: p.value for p in predictions if isinstance(p.value, Boxes)}
+        self.found = [by_index[i] for i in range(len(samples))]
         self.truths = [clipped(sample.target(), sample.size) for sample in samples]
+        assert isinstance(evaluate.max_objects, int)  # once the recipe is resolved
         self.limit, self.rule = evaluate.max_objects, evaluate.match
         pairs = progress(zip(self.found, self.truths, strict=True), "matching", len(samples))
         self.matchings = [match(*pair, len(self.classes), self.rule) for pair in pairs]
@@ -127,13 +129,12 @@ class _Measured:
     def objects(self) -> Iterator[dict[str, Any]]:
         """A row per detection that reaches its score, with the object that it is about, and per missed object."""
         for sample, found, truth, rows in zip(self.samples, self.found, self.truths, self.rows, strict=True):
-            for row in rows:
-                d, o = row["found"], row["object"]
-                cells = {"image": sample.name, "kind": row["kind"]}
+            for d, o, iou, kind, _ in rows:
+                cells = {"image": sample.name, "kind": kind}
                 cells |= {"class": "" if d is None else self.classes[found.labels[d]]}
-                cells |= {"score": "" if d is None else f"{found.scores[d]:.6f}"}
+                cells |= {"score": "" if d is None else f"{_score(found, d):.6f}"}
                 cells |= {"true_class": "" if o is None else self.classes[truth.labels[o]]}
-                cells |= {"iou": "" if d is None or o is None else f"{row['iou']:.4f}"}
+                cells |= {"iou": "" if d is None or o is None else f"{iou:.4f}"}
                 for key, boxes, n in (("", found, d), ("true_", truth, o)):
                     sides = [""] * 4 if n is None else [f"{value:.2f}" for value in boxes.xyxy[n]]
                     cells |= {f"{key}{side}": value for side, value in zip(SIDES, sides, strict=True)}
@@ -142,7 +143,7 @@ class _Measured:
     def more(self) -> dict[str, Any]:
         """What only a detector's report has."""
         wrong, right = froc(self.matchings)
-        kinds = [row["kind"] for rows in self.rows for row in rows]
+        kinds = [row.kind for rows in self.rows for row in rows]
         return {
             "scores": self.scores,
             "chosen_here": self.chosen_here,
@@ -164,9 +165,8 @@ class _Measured:
         counts = np.zeros((size + 1, size + 1), np.int64)
         for found, truth, rows in zip(self.found, self.truths, self.rows, strict=True):
             for row in rows:
-                taken = row["kind"] in ("right", "missed") or row.get("takes")
-                true = truth.labels[row["object"]] if taken else size
-                counts[true, size if row["found"] is None else found.labels[row["found"]]] += 1
+                true = truth.labels[row.object] if row.takes else size
+                counts[true, size if row.found is None else found.labels[row.found]] += 1
         return counts
 
     def _curve(self, label: int) -> dict[str, list[float]]:
@@ -211,16 +211,17 @@ class _Measured:
         for sample, truth, rows in zip(self.samples, self.truths, self.rows, strict=True):
             centres = (truth.xyxy[:, [1, 0]] + truth.xyxy[:, [3, 2]]) / 2 / np.array(sample.size)
             cells = (centres * BINS).astype(int).clip(0, BINS - 1)
-            missed = [row["object"] for row in rows if row["kind"] == "missed"]
+            missed = [row.object for row in rows if row.kind == "missed"]
             for plane, chosen in ((0, cells[missed]), (1, cells[~truth.ignore])):
                 np.add.at(counts[plane], tuple(chosen.T), 1)
         return counts
 
     def pictures(self) -> tuple[dict[str, Image.Image], list[dict[str, Any]]]:
         """Images of the lowest, median and highest F1, and crops; with a row about each."""
-        pictures, rows = {}, []
-        rated = [(of_image(m, self.scores), i) for i, m in enumerate(self.matchings)]
-        rated = sorted(((2 * r / (2 * r + w + n), -w - n, i) for (r, w, n), i in rated if r + w + n))
+        pictures: dict[str, Image.Image] = {}
+        rows: list[dict[str, Any]] = []
+        counts = [(*of_image(m, self.scores), i) for i, m in enumerate(self.matchings)]
+        rated = sorted((2 * r / (2 * r + w + n), -w - n, i) for r, w, n, i in counts if r + w + n)
         middle = max(0, len(rated) // 2 - SHOWN // 2)
         chosen = {"worst": rated[:SHOWN], "median": rated[middle : middle + SHOWN], "best": rated[::-1][:SHOWN]}
         seen: set[int] = set()
@@ -242,25 +243,29 @@ class _Measured:
         """Truth beside what is found."""
         image, step = _reduced(self.samples[i])
         scale, colors = SIDE / max(image.shape[1:]), box_colors(len(self.classes))
-        found = self.found[i][[row["found"] for row in self.rows[i] if row["found"] is not None]]
+        kept = np.array([row.found for row in self.rows[i] if row.found is not None], np.int64)
+        found = self.found[i][kept]
         panels = [draw_boxes(image, _scaled(boxes, 1 / step), colors, scale) for boxes in (self.truths[i], found)]
         sheet = Image.new("RGB", (2 * panels[0].width + 4, panels[0].height), "white")
         for n, panel in enumerate(panels):
             sheet.paste(panel, (n * (panel.width + 4), 0))
         return sheet
 
-    def _surest_wrong(self) -> list[tuple[int, dict[str, Any]]]:
-        rows = [(i, row) for i, part in enumerate(self.rows) for row in part if row["kind"] in KINDS]
-        return sorted(rows, key=lambda pair: -self.found[pair[0]].scores[pair[1]["found"]])[:CROPS]
+    def _surest_wrong(self) -> list[tuple[int, Pair]]:
+        rows = [(_score(self.found[i], row.found), i, row) for i, row in self._all() if row.kind in KINDS]
+        return [(i, row) for _, i, row in sorted(rows, key=lambda item: -item[0])[:CROPS]]
 
-    def _largest_missed(self) -> list[tuple[int, dict[str, Any]]]:
-        rows = [(i, row) for i, part in enumerate(self.rows) for row in part if row["kind"] == "missed"]
-        return sorted(rows, key=lambda pair: -self.truths[pair[0]].areas[pair[1]["object"]])[:CROPS]
+    def _largest_missed(self) -> list[tuple[int, Pair]]:
+        rows = [(self.truths[i].areas[row.object], i, row) for i, row in self._all() if row.kind == "missed"]
+        return [(i, row) for _, i, row in sorted(rows, key=lambda item: -item[0])[:CROPS]]
 
-    def _crop(self, i: int, row: dict[str, Any]) -> tuple[Image.Image, str]:
+    def _all(self) -> Iterator[tuple[int, Pair]]:
+        return ((i, row) for i, rows in enumerate(self.rows) for row in rows)
+
+    def _crop(self, i: int, row: Pair) -> tuple[Image.Image, str]:
         """What is around a wrong detection or a missed object, and what is to be said of it."""
-        missed = row["found"] is None
-        boxes, n = (self.truths[i], row["object"]) if missed else (self.found[i], row["found"])
+        missed = row.found is None
+        boxes, n = (self.truths[i], row.object) if missed else (self.found[i], row.found)
         box, sample = boxes.xyxy[n], self.samples[i]
         margin = MARGIN * max(box[2:] - box[:2]) + 2
         rows, columns = (
@@ -270,10 +275,15 @@ class _Measured:
         window = rows, columns
         image = sample.image(window)
         corner = np.array([window[1].start, window[0].start] * 2, np.float32)
-        shown = Boxes((box - corner)[None], boxes.labels[n : n + 1], np.zeros(1, bool))
+        shown = Boxes((box - corner)[None], boxes.labels[[n]], np.zeros(1, bool))
         picture = draw_boxes(image, shown, box_colors(len(self.classes)), CROP_SIDE / max(image.shape[1:]))
         name = self.classes[boxes.labels[n]]
-        return picture, name if missed else f"{name} {boxes.scores[n]:.2f}: {row['kind']}"
+        return picture, name if missed else f"{name} {_score(boxes, n):.2f}: {row.kind}"
+
+
+def _score(boxes: Boxes, n: int | None) -> float:
+    assert boxes.scores is not None  # of what is predicted
+    return float(boxes.scores[n])
 
 
 def _each(spec: Recipe) -> list[float]:

@@ -12,7 +12,7 @@ image, of all images, those without objects too.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "KINDS",
     "METRICS",
     "Matching",
+    "Pair",
     "Precisions",
     "average_precision",
     "best_scores",
@@ -150,7 +151,7 @@ def match(
     """
     assert prediction.scores is not None
     order = np.argsort(-prediction.scores, kind="stable")
-    prediction = prediction[order]
+    scores, prediction = prediction.scores[order], prediction[order]
     fit = _fit(prediction.xyxy, truth.xyxy, rule)
     fit = np.where((prediction.labels[:, None] == truth.labels) & ~truth.ignore, fit, -1.0)
     owner = np.full(len(prediction), -1)
@@ -161,7 +162,7 @@ def match(
             owner[d], free[best] = best, False
     counts = (owner >= 0) | ~_in_ignored(prediction, truth, ignored)
     objects = np.bincount(truth.labels[~truth.ignore], minlength=classes)
-    return Matching(prediction.scores, prediction.labels, owner >= 0, counts, owner, order, objects)
+    return Matching(scores, prediction.labels, owner >= 0, counts, owner, order, objects)
 
 
 def ious_of(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -188,17 +189,31 @@ def _in_ignored(prediction: Boxes, truth: Boxes, share: float) -> np.ndarray:
     return ((shared >= share * prediction.areas[:, None]) & fits).any(1)
 
 
-def pair_up(prediction: Boxes, truth: Boxes, matching: Matching, kept: np.ndarray, least: float) -> Iterator[dict]:
-    """A row for each detection that is kept and counts, and for each object that none of them has found.
+class Pair(NamedTuple):
+    """A detection with the object that it is about, or one of the two alone.
+
+    Attributes:
+        found: position among the predictions; None for a missed object.
+        object: None where nothing is near.
+        kind: "right", one of KINDS, or "missed".
+        takes: the object is this detection's alone, or missed.
+    """
+
+    found: int | None
+    object: int | None
+    iou: float
+    kind: str
+    takes: bool
+
+
+def pair_up(prediction: Boxes, truth: Boxes, matching: Matching, kept: np.ndarray, least: float) -> Iterator[Pair]:
+    """Each detection that is kept and counts, and each object that none of them has found.
+
+    A detection of a wrong class takes its object, if that is free, so that each object is taken once.
 
     Args:
         kept: (D,) of the matching's detections.
         least: IoU from which a detection is of an object.
-
-    Yields:
-        `found`: position among the predictions, None for a missed object; `object`, None where nothing fits; `iou`;
-        `kind`: "right", one of KINDS, or "missed". A wrong class takes its object, if that is free, so that each
-        detection and each object is in one row.
     """
     prediction = prediction[matching.order]
     iou = ious_of(prediction.xyxy, truth.xyxy)
@@ -206,37 +221,29 @@ def pair_up(prediction: Boxes, truth: Boxes, matching: Matching, kept: np.ndarra
     right = kept & matching.right
     taken = np.zeros(len(truth), bool)
     taken[matching.owner[right]] = True
-    for d in np.flatnonzero(right):
+    for d in np.flatnonzero(right).tolist():
         o = int(matching.owner[d])
-        yield {"found": int(matching.order[d]), "object": o, "iou": iou[d, o], "kind": "right"}
-    for d in np.flatnonzero(kept & matching.counts & ~matching.right):
-        kind, o = _kind(prediction.labels[d], iou[d], truth.labels, taken, least)
-        other = o is not None and kind == "class"
-        if other:
-            taken[o] = True
-        yield {
-            "found": int(matching.order[d]),
-            "object": o,
-            "iou": 0.0 if o is None else iou[d, o],
-            "kind": kind,
-            "takes": other,
-        }
-    for o in np.flatnonzero(~taken & ~truth.ignore):
-        yield {"found": None, "object": int(o), "iou": 0.0, "kind": "missed"}
+        yield Pair(int(matching.order[d]), o, float(iou[d, o]), "right", True)
+    for d in np.flatnonzero(kept & matching.counts & ~matching.right).tolist():
+        kind, near = _kind(int(prediction.labels[d]), iou[d], truth.labels, taken, least)
+        if near is not None and kind == "class":
+            taken[near] = True
+        yield Pair(int(matching.order[d]), near, 0.0 if near is None else float(iou[d, near]), kind, kind == "class")
+    for o in np.flatnonzero(~taken & ~truth.ignore).tolist():
+        yield Pair(None, o, 0.0, "missed", True)
 
 
 def _kind(label: int, iou: np.ndarray, labels: np.ndarray, taken: np.ndarray, least: float) -> tuple[str, int | None]:
     """What is wrong with a detection, and the object that it is about."""
-    of_class, others = (np.where(labels == label, iou, 0.0), np.where(labels != label, iou, 0.0))
     if not len(iou) or iou.max() < NEAR:
         return "nothing there", None
+    of_class, others = (np.where(labels == label, iou, 0.0), np.where(labels != label, iou, 0.0))
     free = np.where(taken, 0.0, others)
     if free.max() >= least:
         return "class", int(free.argmax())
-    if of_class.max() >= least:
-        return "duplicate", int(of_class.argmax())
-    if others.max() >= least:
-        return "duplicate", int(others.argmax())
+    for near in (of_class, others):
+        if near.max() >= least:
+            return "duplicate", int(near.argmax())
     if of_class.max() >= NEAR:
         return "place", int(of_class.argmax())
     return "class and place", int(others.argmax())

@@ -41,8 +41,8 @@ def sections(evaluation: Evaluation) -> str:
 def _rules(evaluation: Evaluation) -> str:
     """How the numbers are to be read."""
     more = evaluation.more
-    fits = "its centre is inside" if more["match"] == "centre" else f"its IoU with it is at least {more['match']:g}"
-    text = f"A detection is right where {fits} a free object of its class. "
+    fits = "its centre is inside it" if more["match"] == "centre" else f"their IoU is at least {more['match']:g}"
+    text = f"A detection is right that finds a free object of its class where {fits}. "
     if more["chosen_here"]:
         text += "The scores of the classes are those with the best F1 on these images themselves. "
     else:
@@ -53,13 +53,13 @@ def _rules(evaluation: Evaluation) -> str:
 
 
 def _per_class(evaluation: Evaluation) -> str:
-    heads = ["Class", "Objects", "Images", "AP", "AP50", "Precision", "Recall", "F1", "Count bias", "Score"]
+    heads = ["Class", "Objects", "AP", "AP50", "Precision", "Recall", "F1", "Count bias", "Score"]
     head = "".join(f'<th scope="col">{text}</th>' for text in heads)
     body = ""
     for row in evaluation.per_class:
         name = escape(row["class"])
         body += f'<tr><th scope="row" data-v="{name}">{name}</th>'
-        body += "".join(f'<td data-v="{row[key]}">{row[key]:,}</td>' for key in ("objects", "images"))
+        body += f'<td data-v="{row["objects"]}">{row["objects"]:,}</td>'
         for metric in SHARES:
             value = row[metric]
             bar = "" if value is None else f' class="bar" data-v="{value}" style="--v:{value:.3f}"'
@@ -95,7 +95,7 @@ def _missed_at(evaluation: Evaluation) -> str:
             body += f'<td{css} title="{n} of {of}">{f"{100 * share:.0f}" if of else ""}</td>'
         body += "</tr>"
     note = "Per cent of the objects whose centre is in this part of the image; missed ones at its border are a warning."
-    return f'<h3>Where objects are missed</h3><p class="note">{note}</p>{framed("matrix dense", "", body)}'
+    return f'<h3>Where objects are missed</h3><p class="note">{note}</p>{framed("matrix", "", body)}'
 
 
 def _precision(evaluation: Evaluation) -> str:
@@ -160,7 +160,7 @@ def _sizes(evaluation: Evaluation) -> str:
     if not thirds:
         return ""
     chart = Chart((thirds[0]["from"] - 1, thirds[-1]["to"] + 1), height=236)
-    chart.axes("size of the object in pixels (root of its area)")
+    chart.axes("size in pixels (root of the area)")
     for third in thirds:
         chart.bar((third["from"], max(third["to"], third["from"] + 0.5)), third["recall"], "share")
     about = ", ".join(f"{t['from']:.0f} to {t['to']:.0f}: {number(False, t['recall'])}" for t in thirds)
@@ -192,8 +192,6 @@ def _legend(evaluation: Evaluation) -> str:
     """Which colour stands for which class in the pictures."""
     if len(evaluation.classes) > LEGEND_CLASSES:
         return ""
-    items = "".join(
-        '<li><span style="background:#{:02x}{:02x}{:02x}"></span>{}</li>'.format(*color, escape(name))
-        for name, color in zip(evaluation.classes, box_colors(len(evaluation.classes)), strict=True)
-    )
+    pairs = zip(evaluation.classes, map(bytes, box_colors(len(evaluation.classes))), strict=True)
+    items = "".join(f'<li><span style="background:#{color.hex()}"></span>{escape(name)}</li>' for name, color in pairs)
     return f'<h3>Pictures</h3><ul class="swatches">{items}</ul>'

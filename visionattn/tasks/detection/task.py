@@ -22,7 +22,7 @@ from visionattn.data.survey import mean_std
 from visionattn.errors import UserError, listed, nearest
 from visionattn.inference.fusion import fuse
 from visionattn.inference.views import View, views
-from visionattn.models.detectors import DETECTORS, Detector, Objects, make_detector, measured_levels
+from visionattn.models.detectors import DETECTORS, MISSED, Detector, Objects, make_detector, measured_levels
 from visionattn.models.networks import arguments_of, refuse_unknown, statistics_of
 from visionattn.models.weights import start_from
 from visionattn.tasks import base
@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+LOGGED = ("map", "map_50", "map_75", "f1", "froc")  # after each epoch
 LEAST_LIMIT = 100  # COCO's number of detections in an image
 PROVED = 100  # images whose truth goes through the network's codes and the metric before training
 FUSED = 0.55  # IoU from which detections of several views are of one object
@@ -98,7 +99,7 @@ class DetectorTask(Task):
         network: Any = self.network
         losses, found = network.measured(batch["image"], batch["objects"])
         found = self._in_native(batch, self._fused(batch["image"]) if len(self.views) > 1 else found)
-        truths = (_boxes(*truth[:2], ignore=truth.ignore) for truth in batch["truth"])
+        truths = (_boxes(truth.xyxy, truth.labels, ignore=truth.ignore) for truth in batch["truth"])
         self._seen += zip(batch["index"].tolist(), found, truths, strict=True)
         self.log_validation_loss(self.loss(losses), len(found))
 
@@ -115,7 +116,7 @@ class DetectorTask(Task):
         matchings = [match(*pair, len(self.classes), self.rule) for pair in zip(found, truths, strict=True)]
         self.chosen = self.score or best_scores(matchings, len(self.classes))
         values |= overall(matchings, self.chosen)
-        known = {f"val/{name}": value for name, value in values.items() if value is not None}
+        known = {f"val/{name}": values[name] for name in LOGGED if values[name] is not None}
         self.log_dict(known, sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int = 0) -> list[Prediction]:
@@ -158,9 +159,12 @@ class DetectorTask(Task):
 
 def _boxes(xyxy: Tensor, labels: Tensor, scores: Tensor | None = None, ignore: Tensor | None = None) -> Boxes:
     """On the CPU, as numpy has it."""
-    arrays = (None if x is None else x.cpu().numpy() for x in (xyxy, labels, ignore, scores))
-    box, label, region, score = arrays
-    return Boxes(box, label, np.zeros(len(box), bool) if region is None else region, score)
+    return Boxes(
+        xyxy.cpu().numpy(),
+        labels.cpu().numpy(),
+        np.zeros(len(xyxy), bool) if ignore is None else ignore.cpu().numpy(),
+        None if scores is None else scores.cpu().numpy(),
+    )
 
 
 def refuse_names(spec: Recipe) -> None:
@@ -249,11 +253,11 @@ def _unreached(spec: Recipe, dataset: Dataset) -> list[str]:
     sizes = ", ".join(f"{size:g}" for size in levels.sizes)
     strides = ", ".join(map(str, levels.strides))
     log.info("%s: maps at strides %s for objects of %s pixels", spec.model.detector, strides, sizes)
-    shares = [f"{share:.0%} of {dataset.classes[k]}" for k, share in missed.items() if share >= 0.02]
+    shares = [f"{share:.0%} of {dataset.classes[k]}" for k, share in missed.items() if share >= MISSED]
     if not shares:
         return []
     return [
-        f"training objects are too small or of too odd a shape to be learned well: {listed(shares)}; enlarge "
+        f"training objects are too small or of too odd a shape to be learned: {listed(shares)}; enlarge "
         "data.image_size, or see model.detector_args"
     ]
 

@@ -196,12 +196,12 @@ def test_each_detection_and_object_is_in_one_row(seed):
         matching = match(prediction, truth, CLASSES, 0.5)
         kept = kept_at(matching, [0.3] * CLASSES)
         rows = list(pair_up(prediction, truth, matching, kept, 0.5))
-        named = [row["found"] for row in rows if row["found"] is not None]
+        named = [row.found for row in rows if row.found is not None]
         assert sorted(named) == sorted(matching.order[kept & matching.counts].tolist())
-        taken = [row["object"] for row in rows if row["kind"] in ("right", "missed") or row.get("takes")]
+        taken = [row.object for row in rows if row.takes]
         assert sorted(taken) == np.flatnonzero(~truth.ignore).tolist()
-        assert {row["kind"] for row in rows} <= {"right", "missed", *KINDS}
-        right = sum(row["kind"] == "right" for row in rows)
+        assert {row.kind for row in rows} <= {"right", "missed", *KINDS}
+        right = sum(row.kind == "right" for row in rows)
         assert right == of_image(matching, [0.3] * CLASSES)[0]
 
 
@@ -227,5 +227,5 @@ def test_what_is_wrong_is_told_apart():
     )
     matching = match(prediction, truth, CLASSES, 0.5)
     rows = list(pair_up(prediction, truth, matching, np.ones(6, bool), 0.5))
-    assert [row["kind"] for row in sorted(rows[:6], key=lambda row: row["found"])] == list(kinds)
-    assert [(row["kind"], row["object"]) for row in rows[6:]] == [("missed", 2)]
+    assert [row.kind for row in sorted(rows[:6], key=lambda row: row.found)] == list(kinds)
+    assert [(row.kind, row.object) for row in rows[6:]] == [("missed", 2)]
