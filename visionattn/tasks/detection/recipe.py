@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from visionattn.data import formats
 from visionattn.data.boxes import BoxSection
 from visionattn.recipe import sections
-from visionattn.recipe.sections import AbovePositive, NotNegative, Positive, Probability, Rate, Section
+from visionattn.recipe.sections import AbovePositive, NotNegative, Positive, Probability, Section
 
 __all__ = ["DATA", "EXAMPLE", "AnyData", "Augment", "Data", "DetectorArgs", "Loss", "Recipe"]
 
@@ -121,7 +121,6 @@ class Evaluate(sections.Evaluate):
     max_objects: Literal["auto"] | Positive = Field(
         "auto", description="most objects found in an image; auto: twice those of the densest one, at least 100"
     )
-    overlap: Rate = Field(0.25, description="share of a window that the next one covers again, of larger images")
 
 
 DATA = formats.sections("boxes", Data)
