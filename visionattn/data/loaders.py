@@ -108,7 +108,8 @@ class SplitDataModule(pl.LightningDataModule):
     Args:
         dataset: with train, val and perhaps test.
         data: the resolved section of the recipe.
-        training_set: of training samples; has `weights`, chances to draw each, or None.
+        training_set: of training samples; has `weights`, chances to draw each, or None, and where its items are not
+            all of one shape `collate`.
         evaluation_set: makes one of samples as they are measured.
         collate: of batches of an evaluation set.
         seed: the order of epoch e and the augmentation of sample i in it depend on (seed, e, i) only.
