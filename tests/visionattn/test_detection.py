@@ -276,3 +276,71 @@ def test_an_unknown_format_is_named(trained, squares, tmp_path, refused):
     message = refused("predict", trained, squares / "images", "-o", tmp_path / "p", "--format", "cocoa")
     assert "coco" in message
     assert "geojson" in message
+
+
+# Scenes
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    """Scenes of 4 bands, larger than the tiles, in train/ and val/, with GeoPackages in another coordinate system."""
+    pytest.importorskip("pyogrio")
+    import rasterio
+    import shapely
+    from pyogrio import raw
+    from rasterio.warp import transform
+
+    root, rng = tmp_path_factory.mktemp("scenes"), np.random.default_rng(0)
+    place = rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000)
+    for name in ("train/a", "train/b", "val/c"):
+        pixels, polygons = rng.normal(128, 8, (4, 60, 75)), []
+        for left, top in ((4, 5), (25, 26), (50, 10), (8, 40), (52, 38)):
+            side = int(rng.integers(8, 11))
+            pixels[:, top : top + side, left : left + side] = 230
+            polygons.append(shapely.box(left, top, left + side, top + side))
+        image = root / f"{name}.tif"
+        image.parent.mkdir(exist_ok=True)
+        profile = {"driver": "GTiff", "count": 4, "height": 60, "width": 75, "dtype": "uint8", "crs": "EPSG:32633"}
+        with rasterio.open(image, "w", **profile, transform=place) as sink:
+            sink.write(pixels.clip(1, 255).astype(np.uint8))
+        in_metres = shapely.transform(np.array(polygons, object), lambda xy, at=place: np.stack(at @ xy.T, axis=1))
+        shapes = shapely.transform(in_metres, lambda xy: np.stack(transform("EPSG:32633", "EPSG:4326", *xy.T), axis=1))
+        place = place @ place.translation(200, 0)  # no ground in common
+        classes = [np.array(["roof"] * len(polygons), object)]
+        raw.write(
+            image.with_suffix(".gpkg"),
+            shapely.to_wkb(shapes),
+            classes,
+            ["class"],
+            crs="EPSG:4326",
+            geometry_type="Polygon",
+        )
+    return root
+
+
+SCENES = ["data.format=geotiff", "data.batch_size=2", "data.overlap=0.4", "data.image_size=32"]
+
+
+def test_scenes_are_trained_on_by_crops_and_measured_and_predicted_whole(recipe, scenes, tmp_path):
+    run = fit(recipe, tmp_path / "run", f"data.root={scenes}", *SCENES, "data.crops_per_image=4")
+    found = metrics(run, "val")
+    assert found["samples"] == 1
+    assert found["per_class"][0]["objects"] == 5
+    (row,) = table(run / "evaluation" / "val" / "images.csv")
+    assert row["image"] == "val/c"
+    assert main(["predict", str(run), str(scenes / "val"), "-o", str(tmp_path / "out"), "--score", "0.02"]) == 0
+    from pyogrio import raw
+
+    meta, _, geometry, _ = raw.read(next((tmp_path / "out").rglob("*.gpkg")), layer="objects")
+    assert meta["crs"] == "EPSG:32633"
+    import shapely
+
+    left, bottom, right, top = shapely.total_bounds(shapely.from_wkb(geometry))
+    assert 504_000 - 1e-6 <= left < right <= 504_750 + 1e-6
+    assert 4_999_400 - 1e-6 <= bottom < top <= 5_000_000 + 1e-6
+
+
+def test_tiles_that_share_less_than_an_object_are_refused(recipe, scenes, tmp_path, refused):
+    message = refused("fit", recipe, "--run", tmp_path / "run", f"data.root={scenes}", *SCENES, "data.overlap=0.1")
+    assert "data.overlap 0.1 of tiles of 32 pixels is 3 pixels" in message
+    assert "set data.overlap to 0.3" in message

@@ -111,9 +111,11 @@ class FasterRCNN(nn.Module):
         return self.regions.box_predictor.cls_score
 
     @classmethod
-    def reached(cls, xyxy: Tensor, strides: Sequence[int], sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
+    def reached(
+        cls, xyxy: Tensor, strides: Sequence[int], sizes: Sequence[float], ratios: Sequence[float], well: bool
+    ) -> Tensor:
         """See `RetinaNet.reached`, which has the same anchors."""
-        return RetinaNet.reached(xyxy, strides, sizes, ratios)
+        return RetinaNet.reached(xyxy, strides, sizes, ratios, well)
 
     def losses(self, maps: Sequence[Tensor], sizes: Sequence[Any], targets: Sequence[Objects]) -> dict[str, Tensor]:
         """`class` and `box` of the regions, `objectness` and `proposal` of the anchors, `mask` where there are masks.

@@ -43,6 +43,7 @@ class Section(BoxSection):
     layer: str | None = Field(None, description="of the vector files; unset: the only one, or `objects`")
     bands: list[Positive] | None = Field(None, description="bands to read, from 1; unset: all")
     nodata: float | None = Field(None, description="value of missing pixels; unset: as the file says")
+    resize: Literal["none"] = "none"
 
     def at(self, root: Path) -> Self:
         other = super().at(root)  # type: ignore[misc]  # of the task's section, which is the next base

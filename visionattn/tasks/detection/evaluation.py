@@ -27,12 +27,14 @@ from visionattn.tasks.detection.metrics import (
     coco,
     froc,
     kept_at,
+    limit_of,
     match,
     of_image,
     overall,
     pair_up,
 )
 from visionattn.tasks.detection.recipe import Recipe
+from visionattn.tasks.detection.task import whole
 from visionattn.tasks.detection.transforms import clipped
 
 __all__ = ["measure"]
@@ -49,7 +51,8 @@ BINS = 8  # of places in the image, each way
 def measure(predictions: Sequence[Prediction], samples: Sequence[Sample], spec: Recipe, split: str) -> Evaluation:
     """Everything that is reported about the predictions of a split, in any order."""
     measured = _Measured(predictions, samples, spec)
-    values, per_class = coco(measured.found, measured.truths, len(measured.classes), measured.limit)
+    limit = limit_of(measured.truths, measured.limit)
+    values, per_class = coco(measured.found, measured.truths, len(measured.classes), limit)
     values |= overall(measured.matchings, measured.scores)
     monitor = spec.train.monitor
     pictures, rows = measured.pictures()
@@ -74,8 +77,10 @@ class _Measured:
 
     def __init__(self, predictions: Sequence[Prediction], samples: Sequence[Sample], spec: Recipe) -> None:
         evaluate, self.samples, self.classes = spec.evaluate, samples, spec.data.classes
-        by_index = {p.index: p.value for p in predictions if isinstance(p.value, Boxes)}
-        self.found = [by_index[i] for i in range(len(samples))]
+        by_index: dict[int, list[Prediction]] = {}
+        for prediction in predictions:
+            by_index.setdefault(prediction.index, []).append(prediction)
+        self.found = [whole(by_index[i], sample, spec) for i, sample in enumerate(samples)]
         self.truths = [clipped(sample.target(), sample.size) for sample in samples]
         assert isinstance(evaluate.max_objects, int)  # once the recipe is resolved
         self.limit, self.rule = evaluate.max_objects, evaluate.match
@@ -266,6 +271,7 @@ class _Measured:
         """What is around a wrong detection or a missed object, and what is to be said of it."""
         missed = row.found is None
         boxes, n = (self.truths[i], row.object) if missed else (self.found[i], row.found)
+        assert n is not None  # of either
         box, sample = boxes.xyxy[n], self.samples[i]
         margin = MARGIN * max(box[2:] - box[:2]) + 2
         rows, columns = (

@@ -33,6 +33,7 @@ __all__ = [
     "best_scores",
     "coco",
     "froc",
+    "limit_of",
     "match",
     "overall",
     "pair_up",
@@ -98,6 +99,11 @@ def coco(
     for n, k in enumerate(results["classes"].reshape(-1).tolist()):
         rows[k] = {"map": _measured(precision[:, :, n, 0]), "map_50": _measured(precision[0, :, n, 0])}
     return values | {"mar": _measured(results["recall"][..., 0, -1].numpy())}, rows
+
+
+def limit_of(truths: Sequence[Boxes], limit: int) -> int:
+    """How many detections of an image count: what a network finds at once, and at least twice the most objects."""
+    return max(limit, 2 * max((len(truth) for truth in truths), default=0))
 
 
 def _for_each_class(truth: Boxes, classes: int) -> Boxes:

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from visionattn.data import formats
 from visionattn.data.boxes import BoxSection
 from visionattn.recipe import sections
-from visionattn.recipe.sections import AbovePositive, NotNegative, Positive, Probability, Section
+from visionattn.recipe.sections import AbovePositive, NotNegative, Positive, Probability, Rate, Section
 
 __all__ = ["DATA", "EXAMPLE", "AnyData", "Augment", "Data", "DetectorArgs", "Loss", "Recipe"]
 
@@ -78,6 +78,10 @@ class Data(sections.Data):
         "pixels, larger images cut into crops for training",
     )
     crops_per_image: Positive = Field(1, description="training crops of an image in each epoch")
+    overlap: Rate = Field(
+        0.25,
+        description="share of a tile of image_size that the next one covers again, where larger images are not fitted",
+    )
     object_crops: Probability = Field(
         0.5, description="share of crops around an object, each class as often, where images are larger than crops"
     )

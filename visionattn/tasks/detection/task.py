@@ -1,10 +1,12 @@
 """The detection task: one step for training and validation, views fused, scores chosen on validation."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from visionattn.data import formats
 from visionattn.data.boxes import Boxes
 from visionattn.data.loaders import default_workers
 from visionattn.data.prediction import Prediction
-from visionattn.data.sample import Dataset, Reading, Sample
+from visionattn.data.sample import Dataset, Reading, Sample, Window
 from visionattn.data.survey import mean_std
 from visionattn.errors import UserError, listed, nearest
 from visionattn.inference.fusion import fuse
@@ -28,9 +30,9 @@ from visionattn.models.weights import start_from
 from visionattn.tasks import base
 from visionattn.tasks.base import Task, predict_in_batches
 from visionattn.tasks.detection.losses import DetectionLoss
-from visionattn.tasks.detection.metrics import best_scores, coco, match, overall
+from visionattn.tasks.detection.metrics import best_scores, coco, limit_of, match, overall
 from visionattn.tasks.detection.recipe import Data, Recipe
-from visionattn.tasks.detection.transforms import TrainingCrops, WholeImages, collate, factor_of
+from visionattn.tasks.detection.transforms import TrainingCrops, WholeImages, collate, factor_of, merged, tiles_of
 from visionattn.writers import Writer, of_objects
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "resolve",
     "training_objects",
     "training_set",
+    "whole",
 ]
 
 log = logging.getLogger(__name__)
@@ -87,7 +90,7 @@ class DetectorTask(Task):
         super().__init__(network, **task)
         self.loss, self.classes, self.rule, self.score, self.limit = loss, classes, rule, score, limit
         self.views, self.chosen = views(tta), score
-        self._seen: list[tuple[int, Boxes, Boxes]] = []  # index, found, truth
+        self._seen: list[_Seen] = []
 
     def forward(self, image: Tensor | Sequence[Tensor], **options: Any) -> Any:
         return self.network(image, **options)
@@ -99,8 +102,9 @@ class DetectorTask(Task):
         network: Any = self.network
         losses, found = network.measured(batch["image"], batch["objects"])
         found = self._in_native(batch, self._fused(batch["image"]) if len(self.views) > 1 else found)
-        truths = (_boxes(truth.xyxy, truth.labels, ignore=truth.ignore) for truth in batch["truth"])
-        self._seen += zip(batch["index"].tolist(), found, truths, strict=True)
+        for n, (index, boxes, truth) in enumerate(zip(batch["index"].tolist(), found, batch["truth"], strict=True)):
+            known = truth and _boxes(truth.xyxy, truth.labels, ignore=truth.ignore)
+            self._seen.append(_Seen(index, _window(batch, n), batch["whole"][n], boxes, known))
         self.log_validation_loss(self.loss(losses), len(found))
 
     def on_validation_epoch_end(self) -> None:
@@ -109,20 +113,30 @@ class DetectorTask(Task):
         if dist.is_initialized():
             shares = [[]] * dist.get_world_size()
             dist.all_gather_object(shares, self._seen)
-        seen = sorted((item for share in shares for item in share), key=lambda item: item[0])
+        seen: dict[int, list[_Seen]] = {}
+        for part in sorted((part for share in shares for part in share), key=lambda part: part.index):
+            seen.setdefault(part.index, []).append(part)
         self._seen = []
-        found, truths = [item[1] for item in seen], [item[2] for item in seen]
-        values, _ = coco(found, truths, len(self.classes), self.limit)
+        network: Any = self.network
+        found = [
+            merged([(part.window, part.found) for part in parts], parts[0].size, network.head.agnostic)
+            for parts in seen.values()
+        ]
+        truths = [truth for parts in seen.values() for *_, truth in parts if truth is not None]
+        values, _ = coco(found, truths, len(self.classes), limit_of(truths, self.limit))
         matchings = [match(*pair, len(self.classes), self.rule) for pair in zip(found, truths, strict=True)]
         self.chosen = self.score or best_scores(matchings, len(self.classes))
         values |= overall(matchings, self.chosen)
-        known = {f"val/{name}": values[name] for name in LOGGED if values[name] is not None}
+        known = {f"val/{name}": value for name in LOGGED if (value := values[name]) is not None}
         self.log_dict(known, sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int = 0) -> list[Prediction]:
         """Everything that is found, however unsure."""
         found = self._in_native(batch, self._fused(batch["image"]))
-        return [Prediction(int(index), boxes) for index, boxes in zip(batch["index"], found, strict=True)]
+        return [
+            Prediction(int(index), boxes, _window(batch, n))
+            for n, (index, boxes) in enumerate(zip(batch["index"], found, strict=True))
+        ]
 
     def _fused(self, images: list[Tensor]) -> list[Any]:
         """Boxes, labels and scores of each image, of all views of it."""
@@ -142,7 +156,7 @@ class DetectorTask(Task):
     def _in_native(self, batch: dict[str, Any], found: Sequence[Any]) -> list[Boxes]:
         """In the pixels of the images as they are stored."""
         results = []
-        for image, size, (xyxy, labels, scores) in zip(batch["image"], batch["size"], found, strict=True):
+        for image, size, (xyxy, labels, scores, *_) in zip(batch["image"], batch["size"], found, strict=True):
             across, along = size[1] / image.shape[-1], size[0] / image.shape[-2]
             scale = torch.tensor([across, along, across, along], device=xyxy.device)
             results.append(_boxes(xyxy.float() * scale, labels, scores=scores.float()))
@@ -155,6 +169,21 @@ class DetectorTask(Task):
             scores = {"evaluate.score": [float(f"{score:.6g}") for score in self.chosen]}
             text = recipes.dump(recipes.loads(self.provenance["recipe"], "recipe", scores))
             checkpoint["visionattn"] = self.provenance | {"recipe": text}
+
+
+class _Seen(NamedTuple):
+    """What is found in a tile of a validation image."""
+
+    index: int  # type: ignore[assignment]  # in place of tuple.index, which nobody calls
+    window: Window
+    size: tuple[int, int]
+    found: Boxes
+    truth: Boxes | None
+
+
+def _window(batch: dict[str, Any], n: int) -> Window:
+    top, bottom, left, right = batch["window"][n]
+    return slice(top, bottom), slice(left, right)
 
 
 def _boxes(xyxy: Tensor, labels: Tensor, scores: Tensor | None = None, ignore: Tensor | None = None) -> Boxes:
@@ -200,6 +229,7 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
     _refuse_scores(spec)
     if dataset.readings:
         _refuse_absent(dataset)
+        _refuse_overlap(spec, dataset)
         dataset = replace(dataset, warnings=[*dataset.warnings, *_unreached(spec, dataset)])
     return _with_levels(_with_limit(spec, dataset), dataset), dataset
 
@@ -264,12 +294,41 @@ def _unreached(spec: Recipe, dataset: Dataset) -> list[str]:
 
 def _with_limit(spec: Recipe, dataset: Dataset) -> Recipe:
     limit = spec.evaluate.max_objects
-    densest = max((int(r.counts.sum()) for part in dataset.readings.values() for r in part), default=0)
+    densest = max((_densest(r, spec.data) for part in dataset.readings.values() for r in part), default=0)
     if limit == "auto":
         limit = max(LEAST_LIMIT, 2 * densest)
     elif limit < densest:
         raise UserError(f"evaluate.max_objects is {limit}, but an image has {densest} objects")
     return spec.model_copy(update={"evaluate": spec.evaluate.model_copy(update={"max_objects": limit})})
+
+
+def _densest(reading: Reading, data: Data) -> int:
+    """Most objects that the network sees at once of an image."""
+    if reading.boxes is None:
+        return 0
+    x, y = ((reading.boxes.xyxy[:, :2] + reading.boxes.xyxy[:, 2:]) / 2).T
+    inside = (
+        (y >= rows.start) & (y < rows.stop) & (x >= columns.start) & (x < columns.stop)
+        for rows, columns in tiles_of(reading.size, data)
+    )
+    return max((int(there.sum()) for there in inside), default=0)
+
+
+def _refuse_overlap(spec: Recipe, dataset: Dataset) -> None:
+    """Raises UserError where tiles share less than the size of objects: those on a border would not be whole in any."""
+    data, least = spec.data, min(spec.data.side)
+    cut = any(len(tiles_of(r.size, data)) > 1 for part in dataset.readings.values() for r in part if r.sound)
+    xyxy = training_objects(dataset.readings["train"], data).xyxy.numpy()
+    if not cut or not len(xyxy):
+        return
+    largest = float(np.percentile((xyxy[:, 2:] - xyxy[:, :2]).max(1), 99))
+    if largest > data.overlap * least:
+        share = math.ceil(100 * largest / least) / 100
+        mend = f"set data.overlap to {share:.2f}" if share <= 0.5 else "enlarge data.image_size"
+        raise UserError(
+            f"data.overlap {data.overlap:g} of tiles of {least} pixels is {data.overlap * least:.0f} pixels, but the "
+            f"larger training objects have {largest:.0f}: {mend}"
+        )
 
 
 def make(spec: Recipe, dataset: Dataset | None = None) -> DetectorTask:
@@ -366,12 +425,23 @@ def reported(boxes: Boxes, spec: Recipe) -> Boxes:
     return boxes[boxes.scores >= least[boxes.labels]]
 
 
+def whole(parts: Sequence[Prediction], sample: Sample, spec: Recipe) -> Boxes:
+    """What is found in a sample, from the predictions of its tiles."""
+    tiles = [(part.window, part.value) for part in parts if part.window and isinstance(part.value, Boxes)]
+    return merged(tiles, sample.size, spec.model.detector_args.agnostic)
+
+
 def predictions(task: DetectorTask, samples: Sequence[Sample], spec: Recipe, fabric: Fabric) -> Iterator[Prediction]:
     """The objects of unlabelled samples, in order: those that reach the scores chosen on validation."""
     data = spec.data
     workers = default_workers(samples) if data.workers is None else data.workers
-    for found in predict_in_batches(task, WholeImages(samples, data), collate, data.batch_size, workers, fabric):
-        yield found._replace(value=reported(found.value, spec)) if isinstance(found.value, Boxes) else found
+    predicted = predict_in_batches(task, WholeImages(samples, data), collate, data.batch_size, workers, fabric)
+    for index, tiles in groupby(predicted, key=lambda prediction: prediction.index):
+        parts = list(tiles)
+        if error := next((part.error for part in parts if part.error), None):
+            yield Prediction(index, error=error)
+        else:
+            yield Prediction(index, reported(whole(parts, samples[index], spec), spec))
 
 
 def open_writer(spec: Recipe, out: Path, polygons: bool = False, format: str | None = None) -> Writer:

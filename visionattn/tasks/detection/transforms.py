@@ -5,6 +5,8 @@ An image is scaled by one factor (`data.resize`) and keeps its shape:
 - fit: it fits into `data.image_size`, whichever way round.
 - none: native pixels.
 
+Larger images than `image_size` are then looked at tile by tile, and what the tiles show is merged.
+
 A training crop is a random window of what `image_size` frames, zoomed by `augment.scale`. Bands are normalised before
 they are resized, so that missing values (NaN) are the mean.
 """
@@ -23,12 +25,24 @@ from torchvision.transforms import InterpolationMode, v2
 
 from visionattn.data.boxes import Boxes
 from visionattn.data.loaders import seeded
-from visionattn.data.sample import Reading, Sample, unit_range
+from visionattn.data.sample import Reading, Sample, Window, unit_range
+from visionattn.inference.merging import merge, rows_of_tiles
 from visionattn.models.detectors import Objects
 from visionattn.tasks.augmentation import BandDropout, GainAndOffset, QuarterTurns
 from visionattn.tasks.detection.recipe import Augment, Data
 
-__all__ = ["TrainingCrops", "WholeImages", "augmentation", "clipped", "collate", "factor_of", "frame", "network_input"]
+__all__ = [
+    "TrainingCrops",
+    "WholeImages",
+    "augmentation",
+    "clipped",
+    "collate",
+    "factor_of",
+    "frame",
+    "merged",
+    "network_input",
+    "tiles_of",
+]
 
 LEAST = 1e-3  # pixels of a side: what a border leaves less of is ignored
 
@@ -151,35 +165,67 @@ def _start(side: int, extent: int, centre: int | None) -> int:
     return int(torch.randint(low, high + 1, (1,)).item())
 
 
+def tiles_of(size: tuple[int, int], data: Data) -> list[Window]:
+    """What is looked at of an image of (H, W) pixels, row by row: all of it, or tiles of native pixels."""
+    tile = data.side if data.resize == "none" else size
+    return [window for row in rows_of_tiles(size, tile, data.overlap) for window in row]
+
+
+def merged(parts: Sequence[tuple[Window, Boxes]], size: tuple[int, int], agnostic: bool = False) -> Boxes:
+    """The objects of an image of (H, W) pixels from those of its tiles, in any order."""
+    rows: dict[int, list[tuple[Window, Boxes]]] = {}
+    for window, boxes in sorted(parts, key=lambda part: (part[0][0].start, part[0][1].start)):
+        rows.setdefault(window[0].start, []).append((window, boxes))
+    if len(parts) == 1:
+        return parts[0][1]
+    found = list(merge(rows.values(), size, agnostic=agnostic))
+    return Boxes.joined(found) if found else parts[0][1][np.zeros(0, np.int64)]
+
+
 class WholeImages(Dataset):
-    """Images as they are evaluated; item (epoch, i), or i, is a dict of
+    """Images, or their tiles, as they are evaluated; item (epoch, i), or i, is a dict of
 
     - image: (C, h, w) normalised and scaled;
     - objects: `Objects` in its pixels, absent where there is no label;
-    - truth: the same in native pixels;
-    - index: of the image; size: native (H, W).
+    - truth: those of the whole image in native pixels, with its first tile, else None;
+    - index: of the image; whole: its native (H, W); size: that of the tile; window: its top, bottom, left and right.
+
+    A file that is not read by windows is kept decoded for its next tile.
     """
 
     def __init__(self, samples: Sequence[Sample], data: Data) -> None:
         self.samples, self.data = samples, data
+        self.parts = [(i, window) for i, sample in enumerate(samples) for window in tiles_of(sample.size, data)]
+        self._decoded: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.parts)
 
     def sample_of(self, number: int) -> int:
         """The sample that an item is of."""
-        return number
+        return self.parts[number][0]
 
     def __getitem__(self, number: tuple[int, int] | int) -> dict[str, Any]:
-        index = number[1] if isinstance(number, tuple) else number
+        index, window = self.parts[number[1] if isinstance(number, tuple) else number]
         sample = self.samples[index]
-        pixels, truth = sample.image(), sample.target()
+        pixels, truth = self._read(index, window), sample.target(window)
         size = pixels.shape[1], pixels.shape[2]
-        new = [max(1, round(side * factor_of(size, self.data))) for side in size]
-        item = {"image": network_input(pixels, self.data, new), "index": index, "size": size}
+        new = [max(1, round(side * factor_of(sample.size, self.data))) for side in size]
+        item = {"image": network_input(pixels, self.data, new), "index": index, "size": size, "whole": sample.size}
+        item["window"] = [edge for side in window for edge in (side.start, side.stop)]
         if truth is None:
             return item
-        return item | {"objects": objects_of(truth, size, new), "truth": objects_of(truth, size, size)}
+        first = window[0].start == window[1].start == 0
+        whole = objects_of(sample.target(), sample.size, sample.size) if first else None
+        return item | {"objects": objects_of(truth, size, new), "truth": whole}
+
+    def _read(self, index: int, window: Window) -> np.ndarray:
+        sample = self.samples[index]
+        if sample.windowed:
+            return sample.image(window)
+        if self._decoded is None or self._decoded[0] != index:
+            self._decoded = index, sample.image()
+        return self._decoded[1][:, window[0], window[1]]
 
 
 def augmentation(augment: Augment) -> v2.Transform:

@@ -13,7 +13,15 @@ from visionattn.data.sample import Reading, Sample
 from visionattn.inference.fusion import fuse
 from visionattn.inference.views import views
 from visionattn.tasks.detection.recipe import DATA, Augment
-from visionattn.tasks.detection.transforms import TrainingCrops, WholeImages, augmentation, collate, factor_of, frame
+from visionattn.tasks.detection.transforms import (
+    TrainingCrops,
+    WholeImages,
+    augmentation,
+    collate,
+    factor_of,
+    frame,
+    merged,
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,32 @@ def test_whole_images_have_their_objects_in_both_scales():
     batch = collate([one, one])
     assert batch["index"].tolist() == [0, 0]
     assert batch["size"] == [(48, 64)] * 2
+
+
+def test_what_tiles_show_is_merged_to_what_the_image_has():
+    """Every tile finds all that it shows; squares lie across its borders and in corners of four tiles."""
+    rng = np.random.default_rng(0)
+    corners = np.stack(np.meshgrid(np.arange(4, 300, 37), np.arange(5, 200, 29)), -1).reshape(-1, 2)
+    sides = rng.integers(9, 15, corners.shape)
+    xyxy = np.concatenate([corners, corners + sides], 1).clip(max=[300, 200] * 2)
+    scene = sample((200, 300), xyxy=xyxy.astype(np.float32))
+    dataset = WholeImages([scene, sample()], section(image_size=64, resize="none", overlap=0.25))
+    assert {dataset.sample_of(n) for n in range(len(dataset))} == {0, 1}
+    found, truths = {0: [], 1: []}, {0: [], 1: []}
+    for n in np.random.default_rng(1).permutation(len(dataset)).tolist():  # as processes give them
+        tile = dataset[n]
+        top, bottom, left, right = tile["window"]
+        if tile["index"] == 0:
+            assert np.array_equal(tile["image"] > 0.5, scene.image()[:, top:bottom, left:right] > 0)
+        shown = tile["objects"]
+        boxes = Boxes(*(part.numpy() for part in shown[:3]), scores=np.full(len(shown.labels), 0.9, np.float32))
+        found[tile["index"]].append(((slice(top, bottom), slice(left, right)), boxes))
+        truths[tile["index"]] += [tile["truth"]] if tile["truth"] is not None else []
+    for index, one in enumerate((scene, sample())):
+        (truth,) = truths[index]
+        together = merged(found[index], one.size)
+        assert sorted(together.xyxy.tolist()) == sorted(truth.xyxy.tolist()) == sorted(one.xyxy.tolist())
+    assert len(merged([(window, boxes[np.zeros(0, int)]) for window, boxes in found[0]], scene.size)) == 0
 
 
 def test_boxes_over_the_border_are_clipped_and_what_is_outside_is_ignored():
