@@ -83,6 +83,7 @@ def coco(
         class_metrics=True,
         extended_summary=True,
         backend="faster_coco_eval",
+        sync_on_compute=False,  # what it is given is of all processes
     )
     metric.warn_on_many_detections = False
     for prediction, truth in zip(predictions, truths, strict=True):
