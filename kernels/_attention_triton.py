@@ -360,7 +360,14 @@ def unsupported_tensors(*tensors: Tensor) -> str | None:
     dim = max(x.shape[-1] for x in tensors)
     if dim > MAX_DIM:
         return f"head_dim is {dim}, at most {MAX_DIM} is supported"
-    if tensors[0].is_cuda and torch.cuda.get_device_capability(tensors[0].device) < (8, 0):
+    return _unsupported_device(tensors[0].device) if tensors[0].is_cuda else None
+
+
+@torch.compiler.assume_constant_result
+def _unsupported_device(device: torch.device) -> str | None:
+    if torch.version.hip:
+        return "the device is AMD's, whose Triton has no options of these kernels"
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return "the device is older than compute capability 8.0"
     return None
 

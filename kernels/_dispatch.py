@@ -12,6 +12,7 @@ Triton code goes to `kernels/_<pattern>_triton.py`, imported when a CUDA tensor 
 - `attention(*arguments) -> output`, behind a torch.library operator;
 - `unsupported(*arguments) -> str | None`: None, or the reason why this call cannot run, as a clause ("head_dim is 200,
   at most 128 is supported");
+- `unsuited(*arguments) -> str | None`: None, or the reason why the plain body is the better one and nothing is tried;
 - `problems(*arguments)`: yields the arguments of a few small calls of the same kind, on which it is proved, see
   `_proof.py`.
 Its tests are an entry in `tests/kernels/test_contract.py`, and the definition as loops in `test_<pattern>.py`.
@@ -153,9 +154,13 @@ def _unproved(pattern: str, forms: Forms, arguments: tuple) -> str | None:
     mode = _mode()
     if mode != "check":
         return None if mode == "trust" else "VISIONATTN_KERNELS=off"
+    sibling = _sibling(pattern)
+    reason = sibling.unsuited(*arguments)
+    if reason is not None:
+        return reason
     if torch.compiler.is_compiling():
         return _unproved_when_compiled(*_proof.facts_of(pattern, arguments))
-    kind, sibling = _proof.kind_of(pattern, arguments), _sibling(pattern)
+    kind = _proof.kind_of(pattern, arguments)
     if not can_keep(arguments[0].detach()):  # fake, or being captured, when no kernel can be compiled
         return None if kind in _taken else "it has not run before the capture"
     verdict = _proof.prove(

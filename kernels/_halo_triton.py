@@ -226,6 +226,19 @@ def unsupported(
     return unsupported_tensors(q, k, v)
 
 
+def unsuited(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_height: Tensor | None,
+    rel_width: Tensor | None,
+    block_size: int,
+    *_: Any,
+) -> str | None:
+    whole = block_size >= max(k.shape[1:3])
+    return "one block is the whole map, for which PyTorch has its own kernel" if whole else None
+
+
 def problems(
     q: Tensor,
     k: Tensor,

@@ -214,6 +214,11 @@ def unsupported(
     return unsupported_tensors(q, k, v)
 
 
+def unsuited(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernel_size: tuple[int, ...], *_: Any) -> str | None:
+    whole = tuple(q.shape[1:-2]) == kernel_size
+    return "a window is the whole map, for which PyTorch has its own kernel" if whole else None
+
+
 def problems(
     q: Tensor,
     k: Tensor,

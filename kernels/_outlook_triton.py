@@ -193,6 +193,10 @@ def unsupported(logits: Tensor, v: Tensor, kernel_size: int, stride: int, paddin
     return unsupported_tensors(logits, v)
 
 
+def unsuited(*_: Any) -> str | None:
+    return None
+
+
 def problems(logits: Tensor, v: Tensor, kernel_size: int, stride: int, padding: int, scale: float) -> Iterator[tuple]:
     """Maps of a few windows, which do not fill them."""
     for height, width in ((1, 2), (3, 5)):

@@ -74,7 +74,7 @@ def _step(first: Tensor, *others: Tensor) -> int:
         and x.storage_offset() == first.storage_offset() + i * step
         for i, x in enumerate(others, 1)
     )
-    return step if alike else 0
+    return int(step) if alike else 0
 
 
 class _Packed(torch.autograd.Function):
@@ -129,7 +129,10 @@ def attend(
     if q.shape[1] > HEADS:
         parts = [x.split(HEADS, 1) for x in (q, k, v)]
         biases = [bias] * len(parts[0]) if bias is None or bias.shape[1] == 1 else bias.split(HEADS, 1)
-        results = [attend(*part, scale, return_lse) for part in zip(*parts, biases, strict=True)]
+        results = [
+            attend(*part, bias=added, scale=scale, return_lse=return_lse)
+            for *part, added in zip(*parts, biases, strict=True)
+        ]
         output, lse = zip(*results, strict=True)
         return torch.cat(output, 1), torch.cat(lse, 1) if return_lse else None
     if not return_lse:

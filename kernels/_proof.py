@@ -101,10 +101,11 @@ def path() -> Path:
 def kind_of(pattern: str, arguments: tuple) -> Kind:
     """Of a call with a pattern's canonical arguments."""
     q = arguments[0]
-    return Kind(*facts_of(pattern, arguments), (_rounded(len(q) * q.shape[-2]), _rounded(q.shape[1:-2].numel())))
+    sizes = _rounded(len(q) * q.shape[-2]), _rounded(q.shape[1:-2].numel())
+    return Kind(*facts_of(pattern, arguments), sizes=sizes)
 
 
-def facts_of(pattern: str, arguments: tuple) -> tuple:
+def facts_of(pattern: str, arguments: tuple) -> tuple[torch.device, str, torch.dtype, tuple[int, ...], tuple, bool]:
     """What a `Kind` of calls of any sizes is made of."""
     tensors = [x for x in arguments if isinstance(x, Tensor)]
     maps = [x for x in tensors if x.ndim >= 4 and x.is_floating_point()]

@@ -132,6 +132,13 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: 
     return unsupported_tensors(q, k, v)
 
 
+def unsuited(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: None, grid: tuple[int, int], *_: Any
+) -> str | None:
+    whole = routes.shape[2] == grid[0] * grid[1]
+    return "all regions are routed to, for which PyTorch has its own kernel" if whole else None
+
+
 def problems(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: None, grid: tuple[int, int], scale: float
 ) -> Iterator[tuple]:

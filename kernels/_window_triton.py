@@ -140,6 +140,13 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str | None:
     return unsupported_tensors(q, k, v)
 
 
+def unsuited(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, window: tuple[int, int], *_: Any
+) -> str | None:
+    whole = window[0] >= q.shape[1] and window[1] >= q.shape[2]
+    return "one window is the whole map, for which PyTorch has its own kernel" if whole else None
+
+
 def problems(
     q: Tensor,
     k: Tensor,

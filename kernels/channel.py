@@ -66,7 +66,7 @@ class _GroupProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(q: Tensor, k: Tensor) -> Tensor:
-        if q.is_cuda and q.dtype != precise(q):
+        if q.is_cuda and q.dtype != precise(q) and not torch.version.hip:
             return torch.bmm(q.mT, k, out_dtype=torch.float32)
         return q.to(precise(q)).mT @ k.to(precise(q))
 

@@ -43,6 +43,8 @@ def _reference(
 
 def _plain(logits: Tensor, v: Tensor, kernel_size: int, stride: int, padding: int, scale: float) -> Tensor:
     """Neighbours by one copy of a view of the padded map, a matmul, and the copy's transpose on each axis."""
+    if v.device.type not in ("cpu", "cuda"):  # some of which have no such transpose
+        return _Outlook.apply(logits, v, kernel_size, stride, padding, scale)
     b, height, width, heads, dim = v.shape
     h, w = logits.shape[1:3]
     rows, columns = ((n - 1) * stride + kernel_size for n in (h, w))  # of the padded map, all that is in windows
@@ -50,11 +52,16 @@ def _plain(logits: Tensor, v: Tensor, kernel_size: int, stride: int, padding: in
     v = F.pad(v, (0, 0, 0, 0, padding, right, padding, below))
     v = v.unfold(1, kernel_size, stride).unfold(2, kernel_size, stride)  # [B, h, w, heads, D, y, x]
     v = v.permute(0, 1, 2, 3, 5, 6, 4).flatten(4, 5)
-    mixed = ((logits * scale).softmax(-1).to(v.dtype) @ v).unflatten(4, (kernel_size, kernel_size))
-    mixed = mixed.permute(0, 1, 2, 3, 6, 4, 5)
-    size = [b, h, columns, heads, dim, kernel_size]
-    mixed = torch.ops.aten.unfold_backward(mixed, size, 2, kernel_size, stride)
-    mixed = torch.ops.aten.unfold_backward(mixed, [b, rows, *size[2:5]], 1, kernel_size, stride)
+    mixed = (logits * scale).softmax(-1).to(v.dtype) @ v
+    if torch.compiler.is_compiling():  # ONNX knows this transpose
+        mixed = mixed.permute(0, 3, 5, 4, 1, 2).flatten(4).flatten(1, 3)
+        mixed = F.fold(mixed, (rows, columns), kernel_size, stride=stride).unflatten(1, (heads, dim))
+        mixed = mixed.permute(0, 3, 4, 1, 2)
+    else:
+        mixed = mixed.unflatten(4, (kernel_size, kernel_size)).permute(0, 1, 2, 3, 6, 4, 5)
+        size = [b, h, columns, heads, dim, kernel_size]
+        mixed = torch.ops.aten.unfold_backward(mixed, size, 2, kernel_size, stride)
+        mixed = torch.ops.aten.unfold_backward(mixed, [b, rows, *size[2:5]], 1, kernel_size, stride)
     return F.pad(mixed, (0, 0, 0, 0, -padding, -right, -padding, -below))
 
 

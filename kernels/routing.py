@@ -59,7 +59,7 @@ def _by_region(x: Tensor, grid: Grid) -> Tensor:
     return _split(x, grid).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def _positions(size: torch.Size, grid: Grid, device: torch.device) -> Tensor:
+def _positions(size: tuple[int, ...], grid: Grid, device: torch.device) -> Tensor:
     """Flat positions, in a map of this size, of the tokens of each region: [R, T]"""
     return _by_region(torch.arange(size[0] * size[1], device=device).view(1, *size), grid)[0]
 

@@ -145,7 +145,8 @@ def _plain(
         if len(added) == 1:  # for all images: windows join the heads, so that it is not copied for each image
             first, added = 1, added.expand(-1, -1, q.shape[3], -1, -1)
         bias = added.flatten(first, first + 1)
-    output, lse = attend(*(tile.flatten(first, first + 1) for tile in tiles), bias, scale, return_lse)
+    q_tiles, k_tiles, v_tiles = (tile.flatten(first, first + 1) for tile in tiles)
+    output, lse = attend(q_tiles, k_tiles, v_tiles, bias, scale, return_lse)
     output = output.unflatten(first, tiles[0].shape[first : first + 2])
     if empty is not None:
         output = output.masked_fill(empty, 0)

@@ -95,12 +95,13 @@ def fake_cuda() -> Iterator[None]:
 def to_fake_cuda(model: nn.Module) -> nn.Module:
     """The model, its parameters and buffers made fake CUDA tensors, inside of `fake_cuda`."""
     for module in model.modules():
-        for name, x in module._parameters.items():
-            if x is not None:
-                module._parameters[name] = nn.Parameter(torch.empty_like(x, device=CUDA), x.requires_grad)
-        for name, x in module._buffers.items():
-            if x is not None:
-                module._buffers[name] = torch.empty_like(x, device=CUDA)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                x = torch.empty_like(parameter, device=CUDA)
+                module._parameters[name] = nn.Parameter(x, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device=CUDA)
     return model
 
 
@@ -133,7 +134,8 @@ def count(forward: Callable[[], Tensor], inputs: list[Tensor], dtype: torch.dtyp
         with torch.no_grad(), autocast(dtype):
             forward()
         counter.engine = True
-        accumulators = [x.view_as(x).grad_fn.next_functions[0][0] for x in inputs]  # made, and kept, beforehand
+        views: Any = [x.view_as(x) for x in inputs]
+        accumulators = [view.grad_fn.next_functions[0][0] for view in views]  # made, and kept, beforehand
         counter.engine, counter.count = False, Count()
         with torch.set_grad_enabled(bool(inputs)), autocast(dtype):
             output = forward()
@@ -211,7 +213,9 @@ def _fused_attention(
     device = q.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        q, k, v, attn_mask = (x if x is None or x.dtype == torch.bool else x.to(dtype) for x in (q, k, v, attn_mask))
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        if attn_mask is not None and attn_mask.dtype != torch.bool:
+            attn_mask = attn_mask.to(dtype)
     if attn_mask is None and q.dtype != torch.float32 and k.shape[-1] == v.shape[-1]:
         dim = q.shape[-1]
         scale = dim**-0.5 if scale is None else scale

@@ -85,6 +85,7 @@ def sibling(monkeypatch):
     module.unsupported = lambda tensor, number: (
         f"number is {number}, only even ones are supported" if number % 2 else None
     )
+    module.unsuited = lambda tensor, number: None
     module.attention = lambda tensor, number: "triton"
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)

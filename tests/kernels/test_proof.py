@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from visionattn.kernels import _dispatch, _proof, bodies, set_backend, window
-from visionattn.kernels._window_triton import problems
+from visionattn.kernels._window_triton import problems, unsuited
 from visionattn.tools import benchmark
 
 window_attention = window.window_attention
@@ -88,7 +88,9 @@ def machine(monkeypatch, tmp_path):
             return kernel(*arguments)
 
         speedup[0] = faster
-        module = types.SimpleNamespace(attention=attention, problems=problems, unsupported=lambda *_: None)
+        module = types.SimpleNamespace(
+            attention=attention, problems=problems, unsuited=unsuited, unsupported=lambda *_: None
+        )
         monkeypatch.setattr(_dispatch, "_sibling", lambda pattern: module)
         return calls
 
@@ -375,6 +377,14 @@ def test_autocast_is_tried_in_its_dtype(machine):
         call()
     (key,) = _proof._read()
     assert " bfloat16 " in key
+
+
+def test_attention_over_the_whole_map_is_left_to_pytorch_untried(machine):
+    calls = machine(right)
+    q = torch.randn(1, 3, 3, 2, 16)
+    window_attention(q, q, q, 3)
+    assert not calls
+    assert "PyTorch has its own kernel" in list(_dispatch._ran)[-1][2]
 
 
 def test_describing_the_bodies_that_ran(machine):

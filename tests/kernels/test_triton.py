@@ -298,6 +298,15 @@ def test_reasons_for_what_is_not_supported():
     assert "at most 7" in kernels("outlook").unsupported(*outlook(size=(9, 9), kernel=9, padding=4))
 
 
+def test_devices_of_amd_and_old_ones_are_refused_by_name(monkeypatch):
+    from visionattn.kernels import _attention_triton
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "older than compute capability 8.0" in _attention_triton._unsupported_device(torch.device("cuda"))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "AMD" in _attention_triton._unsupported_device(torch.device("cuda"))
+
+
 dims = st.sampled_from([16, 24, 32, 48, 64])
 sides = st.integers(1, 13)
 
