@@ -344,3 +344,58 @@ def test_tiles_that_share_less_than_an_object_are_refused(recipe, scenes, tmp_pa
     message = refused("fit", recipe, "--run", tmp_path / "run", f"data.root={scenes}", *SCENES, "data.overlap=0.1")
     assert "data.overlap 0.1 of tiles of 32 pixels is 3 pixels" in message
     assert "set data.overlap to 0.3" in message
+
+
+# Masks
+
+
+@pytest.fixture(scope="module")
+def discs(tmp_path_factory) -> Path:
+    """Bright discs that touch each other, with label images of 16 bits."""
+    root, rng = tmp_path_factory.mktemp("discs"), np.random.default_rng(0)
+    rows, columns = np.mgrid[:32, :32]
+    for i in range(24):
+        image, numbers = rng.normal(100, 8, (32, 32)), np.zeros((32, 32), np.uint16)
+        for n, x in enumerate((8, 22), 1):
+            disc = (rows - rng.integers(9, 22)) ** 2 + (columns - x) ** 2 < rng.integers(6, 8) ** 2
+            image[disc], numbers[disc] = 220, n * 300
+        split = "train" if i < 16 else "val"
+        for kind, pixels in (("images", image.clip(0, 255).astype(np.uint8)), ("masks", numbers)):
+            (root / split / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(root / split / kind / f"{i}.png")
+    return root
+
+
+MASKS = ["data.format=instances", "data.classes=[disc]", "model.detector=mask_rcnn", "optim.lr=3e-3"]
+
+
+@pytest.mark.slow
+def test_instances_are_learned_measured_and_written_as_they_are_read(recipe, discs, tmp_path):
+    run = fit(recipe, tmp_path / "run", f"data.root={discs}", *MASKS, "train.epochs=12")
+    overall = metrics(run, "val")["overall"]
+    assert overall["map_50"] > 0.5
+    assert overall["mask_map_50"] > 0.5
+    assert "mask AP50" in (run / "report.html").read_text()
+    out = tmp_path / "out"
+    assert main(["predict", str(run), str(discs / "val/images"), "-o", str(out), "--format", "labels"]) == 0
+    shared = [len(table(out / f"{i}.csv")) for i in range(16, 24)]
+    assert sum(shared) > 8
+    found, truth = (np.array(Image.open(p)) > 0 for p in (out / "16.tif", discs / "val/masks/16.png"))
+    assert (found & truth).sum() / (found | truth).sum() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["data.instances=boxes"], "data.instances is boxes, but mask_rcnn learns masks; others: fcos, retinanet"),
+        (["model.detector=fcos", "data.instances=masks"], "fcos learns boxes; others: mask_rcnn"),
+        (["evaluate.tta=[hflip]"], "the masks of mask_rcnn are not averaged over views"),
+    ],
+)
+def test_masks_that_cannot_be_learned_are_refused(recipe, discs, tmp_path, refused, keys, message):
+    assert message in refused("fit", recipe, "--run", tmp_path / "run", f"data.root={discs}", *MASKS, *keys)
+
+
+def test_boxes_without_masks_are_refused_by_a_detector_of_masks(recipe, tmp_path, refused):
+    message = refused("fit", recipe, "--run", tmp_path / "run", "model.detector=mask_rcnn")
+    assert "mask_rcnn learns masks, but the objects are boxes only: choose faster_rcnn" in message

@@ -54,6 +54,9 @@ def measure(predictions: Sequence[Prediction], samples: Sequence[Sample], spec: 
     limit = limit_of(measured.truths, measured.limit)
     values, per_class = coco(measured.found, measured.truths, len(measured.classes), limit)
     values |= overall(measured.matchings, measured.scores)
+    if spec.data.instances == "masks":
+        of_masks = Precisions(measured.found, measured.truths, len(measured.classes), masks=True)
+        values |= {f"mask_{name}": value for name, value in of_masks(np.ones(len(samples))).items()}
     monitor = spec.train.monitor
     pictures, rows = measured.pictures()
     return Evaluation(

@@ -19,7 +19,7 @@ import torch
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
-from visionattn.data.boxes import Boxes
+from visionattn.data.boxes import Boxes, pixels_of
 from visionattn.report.evaluation import LOSS, Metric
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "coco",
     "froc",
     "limit_of",
+    "mask_ious",
     "match",
     "overall",
     "pair_up",
@@ -53,6 +54,8 @@ METRICS = {
     "f1": Metric("F1", "of all classes together, at their scores"),
     "precision": Metric("precision", "of all classes together, at their scores"),
     "recall": Metric("recall", "of all classes together, at their scores"),
+    "mask_map": Metric("mask AP", "average precision of masks, mean over IoU 0.5 to 0.95 and over classes"),
+    "mask_map_50": Metric("mask AP50", "average precision of masks at IoU 0.5, mean over classes"),
     "froc": Metric("FROC", "mean sensitivity at 1/8 to 8 false positives per image"),
     "count_error": Metric("count error", "mean absolute difference of found and true objects per image"),
     "count_bias": Metric("count bias", "found minus true objects, of true ones"),
@@ -149,17 +152,23 @@ class Matching:
 
 
 def match(
-    prediction: Boxes, truth: Boxes, classes: int, rule: float | Literal["centre"], ignored: float = IGNORED
+    prediction: Boxes,
+    truth: Boxes,
+    classes: int,
+    rule: float | Literal["centre"],
+    ignored: float = IGNORED,
+    masks: bool = False,
 ) -> Matching:
     """The detections of an image, each with the object that it has found; see the module.
 
     Args:
         ignored: share of a detection inside what is ignored, from which it does not count.
+        masks: the IoU is that of masks.
     """
     assert prediction.scores is not None
     order = np.argsort(-prediction.scores, kind="stable")
     scores, prediction = prediction.scores[order], prediction[order]
-    fit = _fit(prediction.xyxy, truth.xyxy, rule)
+    fit = mask_ious(prediction, truth) if masks else _fit(prediction.xyxy, truth.xyxy, rule)
     fit = np.where((prediction.labels[:, None] == truth.labels) & ~truth.ignore, fit, -1.0)
     owner = np.full(len(prediction), -1)
     free = np.ones(len(truth), bool)
@@ -175,6 +184,28 @@ def match(
 def ious_of(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """(N, M) IoU of boxes (N, 4) and (M, 4)."""
     return box_iou(*(torch.from_numpy(np.ascontiguousarray(x, np.float64)) for x in (one, other))).numpy()
+
+
+def mask_ious(one: Boxes, other: Boxes) -> np.ndarray:
+    """(N, M) IoU of the masks of objects of one image."""
+    assert one.masks is not None  # of what is asked for
+    assert other.masks is not None
+    places = [[pixels_of(box) for box in boxes.xyxy] for boxes in (one, other)]
+    low = np.maximum(np.floor(one.xyxy[:, None, :2]), np.floor(other.xyxy[None, :, :2]))
+    high = np.minimum(np.ceil(one.xyxy[:, None, 2:]), np.ceil(other.xyxy[None, :, 2:]))
+    shared = np.zeros((len(one), len(other)))
+    for n, m in np.argwhere((high > low).all(2)).tolist():
+        common = [
+            slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(places[0][n], places[1][m], strict=True)
+        ]
+        parts = [
+            mask[tuple(slice(c.start - p.start, c.stop - p.start) for c, p in zip(common, place, strict=True))]
+            for mask, place in ((one.masks[n], places[0][n]), (other.masks[m], places[1][m]))
+        ]
+        shared[n, m] = (parts[0] & parts[1]).sum()
+    sizes = [np.array([mask.sum() for mask in boxes.masks or ()], np.float64) for boxes in (one, other)]
+    union = sizes[0][:, None] + sizes[1][None] - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
 def _fit(found: np.ndarray, objects: np.ndarray, rule: float | Literal["centre"]) -> np.ndarray:
@@ -362,11 +393,14 @@ class Precisions:
 
     Args:
         predictions, truths: of each image.
+        masks: the IoU is that of masks.
     """
 
-    def __init__(self, predictions: Sequence[Boxes], truths: Sequence[Boxes], classes: int) -> None:
+    def __init__(
+        self, predictions: Sequence[Boxes], truths: Sequence[Boxes], classes: int, masks: bool = False
+    ) -> None:
         pairs = list(zip(predictions, truths, strict=True))
-        self.at = [[match(p, t, classes, iou, ignored=iou) for p, t in pairs] for iou in IOUS]
+        self.at = [[match(p, t, classes, iou, iou, masks) for p, t in pairs] for iou in IOUS]
         self.objects = np.array([m.objects for m in self.at[0]]).reshape(-1, classes)
         scores = np.concatenate([m.scores for m in self.at[0]])
         labels = np.concatenate([m.labels for m in self.at[0]])

@@ -78,6 +78,9 @@ class Data(sections.Data):
         "pixels, larger images cut into crops for training",
     )
     crops_per_image: Positive = Field(1, description="training crops of an image in each epoch")
+    instances: Literal["boxes", "masks"] | None = Field(
+        None, description="what of the objects is learned; unset: masks by a detector of masks, else boxes"
+    )
     overlap: Rate = Field(
         0.25,
         description="share of a tile of image_size that the next one covers again, where larger images are not fitted",

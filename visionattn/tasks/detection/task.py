@@ -23,6 +23,7 @@ from visionattn.data.sample import Dataset, Reading, Sample, Window
 from visionattn.data.survey import mean_std
 from visionattn.errors import UserError, listed, nearest
 from visionattn.inference.fusion import fuse
+from visionattn.inference.masks import pasted
 from visionattn.inference.views import View, views
 from visionattn.models.detectors import DETECTORS, MISSED, Detector, Objects, make_detector, measured_levels
 from visionattn.models.networks import arguments_of, refuse_unknown, statistics_of
@@ -54,6 +55,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 LOGGED = ("map", "map_50", "map_75", "f1", "froc")  # after each epoch
 LEAST_LIMIT = 100  # COCO's number of detections in an image
+LOOKED_AT = 20  # images that are asked whether objects have masks
 PROVED = 100  # images whose truth goes through the network's codes and the metric before training
 FUSED = 0.55  # IoU from which detections of several views are of one object
 
@@ -139,10 +141,10 @@ class DetectorTask(Task):
         ]
 
     def _fused(self, images: list[Tensor]) -> list[Any]:
-        """Boxes, labels and scores of each image, of all views of it."""
+        """What is found in each image; of several views their boxes, labels and scores together."""
+        if len(self.views) == 1:
+            return self(images)
         seen = [self._viewed(images, view) for view in self.views]
-        if len(seen) == 1:
-            return seen[0]
         fused = (fuse(of_image, FUSED) for of_image in zip(*seen, strict=True))
         return [tuple(values[: self.limit] for values in found) for found in fused]
 
@@ -156,10 +158,13 @@ class DetectorTask(Task):
     def _in_native(self, batch: dict[str, Any], found: Sequence[Any]) -> list[Boxes]:
         """In the pixels of the images as they are stored."""
         results = []
-        for image, size, (xyxy, labels, scores, *_) in zip(batch["image"], batch["size"], found, strict=True):
+        for image, size, (xyxy, labels, scores, *shapes) in zip(batch["image"], batch["size"], found, strict=True):
             across, along = size[1] / image.shape[-1], size[0] / image.shape[-2]
             scale = torch.tensor([across, along, across, along], device=xyxy.device)
-            results.append(_boxes(xyxy.float() * scale, labels, scores=scores.float()))
+            boxes = _boxes(xyxy.float() * scale, labels, scores=scores.float())
+            if shapes and shapes[0] is not None:
+                boxes = replace(boxes, masks=pasted(shapes[0].cpu(), boxes.xyxy))
+            results.append(boxes)
         return results
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -224,7 +229,8 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
     for key, values in resolved.items():
         if len(values) != channels:
             raise UserError(f"data.{key} has {len(values)} values, but the images have {channels} channels")
-    data = data.model_copy(update=resolved | {"classes": dataset.classes})
+    resolved |= {"classes": dataset.classes, "instances": _instances(spec, dataset)}
+    data = data.model_copy(update=resolved)
     spec = spec.model_copy(update={"data": data})
     _refuse_scores(spec)
     if dataset.readings:
@@ -232,6 +238,27 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
         _refuse_overlap(spec, dataset)
         dataset = replace(dataset, warnings=[*dataset.warnings, *_unreached(spec, dataset)])
     return _with_levels(_with_limit(spec, dataset), dataset), dataset
+
+
+def _instances(spec: Recipe, dataset: Dataset) -> str:
+    """What the detector learns of objects: boxes, or masks.
+
+    Raises:
+        UserError: the other is asked for, or objects have no masks.
+    """
+    name, masks = spec.model.detector, DETECTORS[spec.model.detector].head.masks
+    learned = "masks" if masks else "boxes"
+    if spec.data.instances not in (None, learned):
+        others = [other for other, kind in DETECTORS.items() if kind.head.masks != masks]
+        raise UserError(
+            f"data.instances is {spec.data.instances}, but {name} learns {learned}; others: {listed(others)}"
+        )
+    if masks and spec.evaluate.tta:
+        raise UserError(f"evaluate.tta is {spec.evaluate.tta}, but the masks of {name} are not averaged over views")
+    targets = (sample.target() for sample in dataset.splits["train"][:LOOKED_AT]) if masks else ()
+    if any(len(target) and target.masks is None for target in targets):
+        raise UserError(f"model.detector {name} learns masks, but the objects are boxes only: choose faster_rcnn")
+    return learned
 
 
 def _refuse_scores(spec: Recipe) -> None:

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
-from visionattn.data.boxes import Boxes
+from visionattn.data.boxes import Boxes, pixels_of
 from visionattn.data.loaders import seeded
 from visionattn.data.sample import Reading, Sample, Window, unit_range
 from visionattn.inference.merging import merge, rows_of_tiles
@@ -79,11 +80,26 @@ def clipped(boxes: Boxes, size: Sequence[int]) -> Boxes:
     return replace(boxes, xyxy=xyxy, ignore=boxes.ignore | (xyxy[:, 2:] - xyxy[:, :2] < LEAST).any(1))
 
 
-def objects_of(boxes: Boxes, old: Sequence[int], new: Sequence[int]) -> Objects:
+def objects_of(boxes: Boxes, old: Sequence[int], new: Sequence[int], masks: bool = False) -> Objects:
     """Objects of an image of `old` (h, w) as they are when it is resized to `new`, clipped to it."""
     inside = clipped(boxes, old)
     scale = np.array([new[1] / old[1], new[0] / old[0]] * 2, np.float32)
-    return Objects(*map(torch.from_numpy, (inside.xyxy * scale, inside.labels, inside.ignore)))
+    objects = Objects(*map(torch.from_numpy, (inside.xyxy * scale, inside.labels, inside.ignore)))
+    return objects._replace(masks=_painted(boxes, old, new)) if masks else objects
+
+
+def _painted(boxes: Boxes, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """(N, *new) uint8, the mask of each object of an image of `old` (h, w); of objects without one the box."""
+    canvas = np.zeros((len(boxes), *old), np.uint8)
+    for k, picture in enumerate(canvas):
+        rows, columns = pixels_of(boxes.xyxy[k])
+        top, left = max(rows.start, 0), max(columns.start, 0)
+        here = picture[top : max(rows.stop, 0), left : max(columns.stop, 0)]
+        mask = np.ones((rows.stop - rows.start, columns.stop - columns.start), bool)
+        mask = mask if boxes.masks is None else boxes.masks[k]
+        here[:] = mask[top - rows.start :, left - columns.start :][: here.shape[0], : here.shape[1]]
+    painted = torch.from_numpy(canvas)
+    return painted if tuple(old) == tuple(new) else F.interpolate(painted[None], tuple(new), mode="nearest-exact")[0]
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -122,10 +138,13 @@ class TrainingCrops(Dataset):
                 "image": tv_tensors.Image(image),
                 "boxes": tv_tensors.BoundingBoxes(objects.xyxy, format="XYXY", canvas_size=tuple(image.shape[1:])),
             }
+            if objects.masks is not None:
+                seen["masks"] = tv_tensors.Mask(objects.masks)
             seen = self.augmentation(seen)
         xyxy = seen["boxes"].as_subclass(Tensor)
         flat = ~(xyxy[:, 2:] > xyxy[:, :2]).all(1)  # turned out of the picture
-        objects = Objects(xyxy[~flat], objects.labels[~flat], objects.ignore[~flat])
+        masks = seen["masks"].as_subclass(Tensor)[~flat] if "masks" in seen else None
+        objects = Objects(xyxy[~flat], objects.labels[~flat], objects.ignore[~flat], masks)
         return {"image": seen["image"].as_subclass(Tensor), "objects": objects, "index": index}
 
     def _crop(self, index: int) -> tuple[Tensor, Objects]:
@@ -143,7 +162,7 @@ class TrainingCrops(Dataset):
         new = [max(1, round(extent * scale)) for extent in extents]
         return (
             network_input(sample.image((rows, columns)), self.data, new),
-            objects_of(sample.target((rows, columns)), extents, new),
+            objects_of(sample.target((rows, columns)), extents, new, self.data.instances == "masks"),
         )
 
     def _object(self, index: int) -> tuple[int, int] | None:
@@ -217,7 +236,7 @@ class WholeImages(Dataset):
             return item
         first = window[0].start == window[1].start == 0
         whole = objects_of(sample.target(), sample.size, sample.size) if first else None
-        return item | {"objects": objects_of(truth, size, new), "truth": whole}
+        return item | {"objects": objects_of(truth, size, new, self.data.instances == "masks"), "truth": whole}
 
     def _read(self, index: int, window: Window) -> np.ndarray:
         sample = self.samples[index]

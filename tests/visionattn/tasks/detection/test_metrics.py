@@ -5,7 +5,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from visionattn.data.boxes import Boxes
+from visionattn.data.boxes import Boxes, pixels_of
 from visionattn.tasks.detection.metrics import (
     FROC_RATES,
     KINDS,
@@ -15,6 +15,7 @@ from visionattn.tasks.detection.metrics import (
     froc,
     ious_of,
     kept_at,
+    mask_ious,
     match,
     of_image,
     overall,
@@ -229,3 +230,32 @@ def test_what_is_wrong_is_told_apart():
     rows = list(pair_up(prediction, truth, matching, np.ones(6, bool), 0.5))
     assert [row.kind for row in sorted(rows[:6], key=lambda row: row.found)] == list(kinds)
     assert [(row.kind, row.object) for row in rows[6:]] == [("missed", 2)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_iou_of_masks_is_that_of_their_pixels(seed):
+    rng, sets, canvases = np.random.default_rng(seed), [], []
+    for count in (9, 7):
+        corners, sides = rng.uniform(0, 30, (count, 2)), rng.uniform(1, 15, (count, 2))
+        xyxy = np.concatenate([corners, corners + sides], 1).astype(np.float32)
+        canvas, masks = np.zeros((count, 48, 48), bool), []
+        for k, box in enumerate(xyxy):
+            here = pixels_of(box)
+            masks.append(rng.random(canvas[k][here].shape) < 0.6)
+            canvas[k][here] = masks[-1]
+        sets.append(Boxes(xyxy, np.zeros(count, np.int64), np.zeros(count, bool), masks=masks))
+        canvases.append(canvas.reshape(count, -1).astype(float))
+    shared = canvases[0] @ canvases[1].T
+    union = canvases[0].sum(1)[:, None] + canvases[1].sum(1) - shared
+    np.testing.assert_allclose(mask_ious(*sets), shared / np.maximum(union, 1))
+
+
+def test_masks_decide_where_boxes_are_equal():
+    """Two objects with one box and the two halves of it as masks: each has its own detection."""
+    box, half = np.array([[2, 2, 10, 10]] * 2, np.float32), np.arange(8)[None] < 4
+    masks = [np.repeat(half, 8, 0), np.repeat(~half, 8, 0)]
+    labels, none = np.zeros(2, np.int64), np.zeros(2, bool)
+    truth = Boxes(box, labels, none, masks=masks)
+    found = Boxes(box, labels, none, np.array([0.9, 0.8], np.float32), masks=masks[::-1])
+    assert match(found, truth, 1, 0.5, masks=True).owner.tolist() == [1, 0]
+    assert Precisions([found], [truth], 1, masks=True)(np.ones(1)) == {"map": 1.0, "map_50": 1.0}
