@@ -41,6 +41,7 @@ REFERENCES = {
     "dinat_s_*": ["DiNAT_s"],
     "dinat_*": ["DiNAT"],
     "nat_*": ["NAT"],
+    "patchconvnet_*": ["PatchConvnet"],
     "ninformer_*": ["train.NiNformerImageClassification"],
 }
 

@@ -15,7 +15,7 @@ from golden_records import NAMES, assert_same, case_input, filled_state_dict, lo
 from torch import Tensor, nn
 
 import visionattn  # noqa: F401 - registers the models
-from visionattn.backbones import biformer, crossformer, nat, nat_isotropic, ninformer
+from visionattn.backbones import biformer, crossformer, nat, nat_isotropic, ninformer, patchconvnet
 from visionattn.kernels import record_attention, set_backend, window_attention
 
 # Whole networks that the default run affords, one a family; micro ones all run
@@ -62,6 +62,11 @@ def _ninformer(kwargs: dict) -> tuple[str, dict]:
     return "ninformer_tiny_patch4_32", {ours.get(key, key): kwargs[key] for key in kwargs if key != "seq_len"}
 
 
+def _patchconvnet(kwargs: dict) -> tuple[str, dict]:
+    always = ("patch_size", "dpr_constant", "norm_layer", "Attention_block_token_only")
+    return "patchconvnet_s60", {key: value for key, value in kwargs.items() if key not in always}
+
+
 MODELS: dict[str, Callable[[dict], tuple[str, dict]]] = {
     "BiFormer": _biformer,
     "BiFormerSTL": _biformer_stl("biformer_stl"),
@@ -74,6 +79,7 @@ MODELS: dict[str, Callable[[dict], tuple[str, dict]]] = {
     "DiNAT_s": _nat("dinat_s_tiny"),
     "NATIsotropic": _nat_isotropic,
     "train.NiNformerImageClassification": _ninformer,
+    "PatchConvnet": _patchconvnet,
 }
 
 
@@ -120,6 +126,17 @@ def _cross_block(kwargs: dict) -> nn.Module:
     return Tokens(block, kwargs["input_resolution"])
 
 
+class ClassToken(nn.Module):
+    """A layer of class tokens and the keys they attend to, for a record that has tokens (B, 1 + N, C), theirs first."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x[:, :1], x)
+
+
 LAYERS: dict[str, Callable[[dict], nn.Module]] = {
     "ops.bra_legacy.BiLevelRoutingAttention": _bra,
     "ops.bra_nchw.nchwBRA": _bra_nchw,
@@ -148,6 +165,12 @@ LAYERS: dict[str, Callable[[dict], nn.Module]] = {
     ),
     "ninformer.NiNBlock": lambda kwargs: Tokens(ninformer.Block(kwargs["d_model"], kwargs["d_ffn"], (7, 7)), (7, 7)),
     "NeighborhoodAttention2D": lambda kwargs: nat.NeighborhoodAttention(**kwargs),
+    "Conv_blocks_se": lambda kwargs: Tokens(patchconvnet.ConvBranch(**kwargs), (6, 6)),
+    "Learned_Aggregation_Layer": lambda kwargs: ClassToken(patchconvnet.Aggregation(**kwargs)),
+}
+RENAMED: dict[str, Callable[[dict, nn.Module], dict]] = {  # how others than BiFormer's layers get our key names
+    ninformer.__name__: ninformer.checkpoint_filter_fn,
+    patchconvnet.__name__: lambda state_dict, layer: patchconvnet.in_our_names(state_dict),
 }
 
 
@@ -199,27 +222,45 @@ def network_outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
     if not hasattr(model, "forward_features"):  # features_only
         return {f"feat{i}": feature for i, feature in enumerate(model(image))}
     features, stages = model.forward_intermediates(image)
-    outputs = {f"feat{i}": stage for i, stage in enumerate(stages)}
+    outputs = {f"{name}{i}": stage for i, stage in enumerate(stages) for name in ("feat", "block")}
     outputs |= {"norm": features, "logits": model.forward_head(features)}
     if isinstance(model, nat.NAT):
         outputs["stem"] = model.patch_embed(image).permute(0, 3, 1, 2)
         outputs["pooled"] = model.forward_head(features, pre_logits=True)
-        if isinstance(model, nat_isotropic.NATIsotropic):
-            outputs |= {f"block{i}": stage for i, stage in enumerate(stages)}
-        else:
+        if not isinstance(model, nat_isotropic.NATIsotropic):
             outputs["norm"] = features.permute(0, 2, 3, 1)
     elif isinstance(model, ninformer.NiNformer):
         outputs["patches"] = model.patch_embed(image).permute(0, 3, 1, 2)
+    elif isinstance(model, patchconvnet.PatchConvNet):
+        outputs |= patchconvnet_outputs(model, image)
     return outputs
+
+
+def patchconvnet_outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """What the records have of layers: the stem, the branch of the first block, and class tokens with their maps."""
+    outputs: dict[str, Tensor] = {}
+    handles = []
+    layers = {"stem": model.patch_embed, "block0_conv": model.blocks[0].attn}
+    for i, block in enumerate(model.blocks_token_only):
+        layers |= {f"token{i}": block, f"token{i}_attn_out": block.attn}
+    for key, layer in layers.items():
+        handles.append(layer.register_forward_hook(lambda _, __, output, key=key: outputs.update({key: output})))
+    with record_attention(model) as record:
+        model(image)
+    for handle in handles:
+        handle.remove()
+    for i in range(len(model.blocks_token_only)):
+        outputs[f"token{i}_attn_map"] = record[f"blocks_token_only.{i}.attn"][0].weights
+    return {key: x.permute(0, 3, 1, 2) if key in ("stem", "block0_conv") else x for key, x in outputs.items()}
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if reference_class(name) in LAYERS])
 def test_layer(name):
     record = load_record(name)
     layer = LAYERS[reference_class(name)](record["reference"]["kwargs"]).eval()
-    inner = layer.layer if isinstance(layer, ChannelsLast | Tokens) else layer
-    family = ninformer if type(inner).__module__ == ninformer.__name__ else biformer
-    inner.load_state_dict(family.checkpoint_filter_fn(filled_state_dict(record), inner))
+    inner = layer.layer if isinstance(layer, ChannelsLast | Tokens | ClassToken) else layer
+    rename = RENAMED.get(type(inner).__module__, biformer.checkpoint_filter_fn)
+    inner.load_state_dict(rename(filled_state_dict(record), inner))
     for case in record["cases"]:
         outputs = layer_outputs(layer, case_input(case))
         for key in case["outputs"]:
@@ -271,6 +312,8 @@ def layer_outputs(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
             outputs["pos"] = layer.layer.pos(torch.cartesian_prod(*[torch.arange(-6.0, 7.0)] * 2))
         elif isinstance(layer, Tokens) and isinstance(layer.layer, crossformer.Block):
             outputs |= cross_groups(layer.layer.attn, layer.layer.norm1(x.unflatten(1, layer.size)))
+        elif isinstance(layer, ClassToken):
+            outputs["map"] = attention.weights
         elif isinstance(layer, nat.NeighborhoodAttention):
             height, width = (max(side, layer.kernel_size * layer.dilation) for side in x.shape[1:3])
             attn = attention.weights.unflatten(2, (height, width))

@@ -34,6 +34,7 @@ SHORTER = {  # arguments by family: fewer blocks test as much, in less time
     "xcit": {"depth": 3},
     "convit": {"depth": 4, "local_up_to_layer": 2},
     "nat_isotropic": {"depth": 4},
+    "patchconvnet": {"depth": 4},
 }
 NARROWER = {  # the same for widths, of the models that are tested by default
     "biformer": {"embed_dim": (32, 64, 128, 256)},
@@ -42,17 +43,20 @@ NARROWER = {  # the same for widths, of the models that are tested by default
     "nat": {"embed_dim": 32, "num_heads": (1, 2, 4, 8)},
     "davit": {"embed_dims": (48, 96, 192, 384), "num_heads": (2, 4, 8, 16)},
     "nat_isotropic": {"embed_dim": 96, "num_heads": 3},
+    "patchconvnet": {"embed_dim": 96},
 }
 STRIDES = {  # by family or model, of the maps that `features_only` gives; all others are pyramids
     "volo": [8, 16, 16, 16],
     "nat_isotropic": [16, 16, 16],
     "convit": [16, 16, 16],
+    "patchconvnet": [16, 16, 16],
     "xcit": [16, 16, 16],
     **{name: [8, 8, 8] for name in timm.list_models("va_xcit_*_p8_*")},
     "ninformer_tiny_patch4_32": [4, 4, 4],
     "ninformer_small_patch16_224": [16, 16, 16],
 }
-TOKENS = {"volo", "xcit", "convit"}  # families whose features are tokens (B, 1 + H * W, C), a class token first
+TOKENS = {"volo", "xcit", "convit", "patchconvnet"}  # families of tokens (B, 1 + H * W, C), a class token first
+TOKEN_PER_CLASS = {"patchconvnet_s60_multi"}  # models that have one for each class, and their logits from these
 NORM_IN_HEAD = {"davit"}  # families whose head normalises what it pooled, and maps that are not to be pooled
 SMALL = 64  # pixels
 
@@ -254,7 +258,8 @@ def test_maps_at_the_default_size(name):
     with torch.no_grad():
         features = ready(name).forward_features(images(name, *cfg["input_size"][1:], batch=1))
     channels, (h, w) = ready(name).num_features, cfg["pool_size"]
-    assert features.shape == ((1, 1 + h * w, channels) if family(name) in TOKENS else (1, channels, h, w))
+    tokens = 10 if name in TOKEN_PER_CLASS else 1
+    assert features.shape == ((1, tokens + h * w, channels) if family(name) in TOKENS else (1, channels, h, w))
 
 
 @models
@@ -266,7 +271,7 @@ def test_head(name):
     assert_close(model.forward_head(features), logits)
     pooled = model.forward_head(features, pre_logits=True)
     assert pooled.shape == (2, model.head_hidden_size)
-    if len(classifiers(name)) == 1:
+    if len(classifiers(name)) == 1 and name not in TOKEN_PER_CLASS:
         assert_close(model.get_classifier()(pooled), logits)
 
 
@@ -294,8 +299,8 @@ def test_classifier_can_be_changed(name):
 def test_model_without_classifier_or_pooling(name):
     x = images(name)
     assert create(name, num_classes=0).eval()(x).shape == (2, ready(name).head_hidden_size)
-    maps = create(name, num_classes=0, global_pool="").eval()(x)
-    assert maps.shape == ready(name).forward_features(x).shape
+    model = create(name, num_classes=0, global_pool="").eval()
+    assert model(x).shape == model.forward_features(x).shape
 
 
 @models
