@@ -1,8 +1,8 @@
 """What is measured of a detector on held-out images.
 
 Tables: images.csv (a row per image: right, wrong and missed), objects.csv (a row per detection that reaches its score
-and per missed object), pictures.csv and pictures/*.png: the worst, median and best images, the surest wrong detections
-and missed objects.
+and per missed object), detections.csv (everything that is found, however unsure, for other tools), pictures.csv and
+pictures/*.png: the worst, median and best images, the surest wrong detections and missed objects.
 """
 
 from collections.abc import Iterator, Sequence
@@ -70,7 +70,12 @@ def measure(predictions: Sequence[Prediction], samples: Sequence[Sample], spec: 
         intervals=measured.intervals(spec.evaluate.bootstrap),
         per_class=measured.per_class(per_class),
         more=measured.more() | {"bootstrap": {"resamples": spec.evaluate.bootstrap, "groups": len(measured.groups)}},
-        tables={"images.csv": measured.images(), "objects.csv": measured.objects(), "pictures.csv": rows},
+        tables={
+            "images.csv": measured.images(),
+            "objects.csv": measured.objects(),
+            "detections.csv": measured.detections(),
+            "pictures.csv": rows,
+        },
         pictures=pictures,
     )
 
@@ -147,6 +152,13 @@ class _Measured:
                     sides = [""] * 4 if n is None else [f"{value:.2f}" for value in boxes.xyxy[n]]
                     cells |= {f"{key}{side}": value for side, value in zip(SIDES, sides, strict=True)}
                 yield cells
+
+    def detections(self) -> Iterator[dict[str, Any]]:
+        """A row for everything that is found."""
+        for sample, found in zip(self.samples, self.found, strict=True):
+            for d, (box, label) in enumerate(zip(found.xyxy, found.labels, strict=True)):
+                row = {"image": sample.name, "class": self.classes[label], "score": f"{_score(found, d):.6f}"}
+                yield row | {side: f"{value:.2f}" for side, value in zip(SIDES, box, strict=True)}
 
     def more(self) -> dict[str, Any]:
         """What only a detector's report has."""
