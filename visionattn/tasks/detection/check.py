@@ -10,6 +10,7 @@ from visionattn.data.boxes import Boxes
 from visionattn.data.sample import Dataset, Reading
 from visionattn.errors import listed
 from visionattn.tasks.detection.recipe import Recipe
+from visionattn.tasks.detection.task import unreached
 from visionattn.tasks.detection.transforms import factor_of
 
 __all__ = ["findings"]
@@ -32,7 +33,7 @@ def findings(dataset: Dataset, spec: Recipe) -> tuple[list[list[str]], list[str]
     objects = [n[:, :-1].sum(1) for n in counts.values()]
     rows.append(["objects in an image, median and most", *(f"{np.median(n):.0f}, {n.max():,}" for n in objects)])
     rows.append(["size in pixels, 5, 50 and 95 %", *(_sizes(part) for part in readings.values())])
-    notes = [*_rare(dataset, counts)]
+    notes = [*_rare(dataset, counts), *unreached(spec, dataset)]
     for name, part in readings.items():
         notes += _worth_a_note(name, dataset, part, spec)
     return rows, _absent(dataset, counts), notes

@@ -49,6 +49,7 @@ __all__ = [
     "resolve",
     "training_objects",
     "training_set",
+    "unreached",
     "whole",
 ]
 
@@ -236,7 +237,7 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
     if dataset.readings:
         _refuse_absent(dataset)
         _refuse_overlap(spec, dataset)
-        dataset = replace(dataset, warnings=[*dataset.warnings, *_unreached(spec, dataset)])
+        dataset = replace(dataset, warnings=[*dataset.warnings, *unreached(spec, dataset)])
     return _with_levels(_with_limit(spec, dataset), dataset), dataset
 
 
@@ -300,16 +301,16 @@ def _levels(spec: Recipe, dataset: Dataset) -> tuple[Any, dict[int, float]]:
 
 def _with_levels(spec: Recipe, dataset: Dataset) -> Recipe:
     levels, _ = _levels(spec, dataset)
+    if dataset.readings:
+        sizes, strides = (", ".join(f"{x:g}" for x in values) for values in (levels.sizes, levels.strides))
+        log.info("%s: maps at strides %s for objects of %s pixels", spec.model.detector, strides, sizes)
     args = spec.model.detector_args.model_copy(update=levels._asdict())
     return spec.model_copy(update={"model": spec.model.model_copy(update={"detector_args": args})})
 
 
-def _unreached(spec: Recipe, dataset: Dataset) -> list[str]:
-    """Says which maps the detector has, and gives a line where they do not reach some objects."""
-    levels, missed = _levels(spec, dataset)
-    sizes = ", ".join(f"{size:g}" for size in levels.sizes)
-    strides = ", ".join(map(str, levels.strides))
-    log.info("%s: maps at strides %s for objects of %s pixels", spec.model.detector, strides, sizes)
+def unreached(spec: Recipe, dataset: Dataset) -> list[str]:
+    """A line where the maps of the detector do not reach some training objects."""
+    _, missed = _levels(spec, dataset)
     shares = [f"{share:.0%} of {dataset.classes[k]}" for k, share in missed.items() if share >= MISSED]
     if not shares:
         return []

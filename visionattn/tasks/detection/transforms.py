@@ -75,9 +75,10 @@ def network_input(image: np.ndarray, data: Data, size: Sequence[int]) -> Tensor:
 
 
 def clipped(boxes: Boxes, size: Sequence[int]) -> Boxes:
-    """Inside an image of (h, w) pixels; what the border leaves nearly nothing of is ignored."""
+    """Inside an image of (h, w) pixels, without masks; what the border leaves nearly nothing of is ignored."""
     xyxy = boxes.xyxy.clip(0, [size[1], size[0]] * 2).astype(np.float32)
-    return replace(boxes, xyxy=xyxy, ignore=boxes.ignore | (xyxy[:, 2:] - xyxy[:, :2] < LEAST).any(1))
+    cut = (xyxy[:, 2:] - xyxy[:, :2] < LEAST).any(1)
+    return replace(boxes, xyxy=xyxy, ignore=boxes.ignore | cut, masks=None)
 
 
 def objects_of(boxes: Boxes, old: Sequence[int], new: Sequence[int], masks: bool = False) -> Objects:
