@@ -6,6 +6,7 @@ together. Nothing waits for the device. Index tables that depend on sizes alone 
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -127,12 +128,10 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of (B, heads, N, dim), with what is added to the logits, that broadcasts to (B, heads, N, N')."""
     if q.shape[1] > HEADS:
-        parts = [x.split(HEADS, 1) for x in (q, k, v)]
-        biases = [bias] * len(parts[0]) if bias is None or bias.shape[1] == 1 else bias.split(HEADS, 1)
-        results = [
-            attend(*part, bias=added, scale=scale, return_lse=return_lse)
-            for *part, added in zip(*parts, biases, strict=True)
-        ]
+        parts = zip(q.split(HEADS, 1), k.split(HEADS, 1), v.split(HEADS, 1), strict=True)
+        wide = bias is not None and bias.shape[1] > 1
+        biases = bias.split(HEADS, 1) if bias is not None and wide else itertools.repeat(bias)
+        results = [attend(*part, added, scale, return_lse) for part, added in zip(parts, biases, strict=False)]
         output, lse = zip(*results, strict=True)
         return torch.cat(output, 1), torch.cat(lse, 1) if return_lse else None
     if not return_lse:

@@ -30,7 +30,7 @@ SETTINGS = settings(  # the same calls everywhere
 )
 
 
-@pytest.fixture(params=["on a CPU", "plain"])
+@pytest.fixture(params=["on_cpu", "plain"])
 def form(request, monkeypatch):
     """The two bodies of backend="torch": that of a CPU, and that of GPUs and compilers."""
     if request.param == "plain":
@@ -412,6 +412,12 @@ def test_torch_form_agrees_with_the_reference(pattern, data):
 def test_chunks_of_any_size_give_the_same(pattern, sizes, share, monkeypatch):
     for name, most in PATTERNS[pattern].budgets.items():
         limit(monkeypatch, pattern, name, int(share * most))
+    agree(pattern, sizes, torch.float64)
+
+
+@each("forms", "more", without=("channel", "cross_covariance", "gated", "outlook"))
+def test_more_windows_than_a_launch_can_have_are_done_in_parts(pattern, sizes, form, monkeypatch):
+    monkeypatch.setattr("visionattn.kernels._plain.HEADS", 3)
     agree(pattern, sizes, torch.float64)
 
 

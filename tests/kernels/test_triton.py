@@ -452,7 +452,7 @@ def compiled(pattern: str, capability: int, dims: list[int]) -> list[dict]:
         kernel = run(self, *arguments, **options | {"warmup": True})
         registers, spills = registers_and_spills(kernel.asm["ptx"], capability)
         call = {"dtype": str(dtype), "dim": dim, "kernel": self.__name__}
-        launches.append({**call, "registers": registers, "spills": spills})
+        launches.append({**call, "registers": registers, "spills": spills, "shared": kernel.metadata.shared})
 
     triton.JITFunction.run = warm_up
     for dtype in (torch.bfloat16, torch.float32):
