@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from visionattn.kernels import _proof, _record
 from visionattn.kernels._check import autocasting, transforms
@@ -139,6 +139,8 @@ def _choose(pattern: str, backend: str, forms: Forms, arguments: tuple) -> tuple
     ours = "plain" if takes_plain(arguments[0]) else "on_cpu"
     if backend == "torch" or (backend == "auto" and device not in TRITON_DEVICES):
         return ours, ""
+    if backend == "auto" and type(arguments[0]) not in (Tensor, nn.Parameter):
+        return ours, "the tensors are fake, or of a class of their own"
     reason = _no_triton(pattern, device) or _sibling(pattern).unsupported(*arguments)
     if reason is None and backend == "auto":
         reason = _unproved(pattern, forms, arguments)

@@ -24,8 +24,8 @@ _kept: list[Any] = []
 
 
 def can_keep(x: Tensor) -> bool:
-    """Whether a table for x may be kept: not where x is traced or fake, nor what CUDA graphs own."""
-    if type(x) is not Tensor or torch.compiler.is_compiling():
+    """Whether a table for x may be kept: not where x is traced, transformed or fake, nor what CUDA graphs own."""
+    if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms():
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -71,12 +71,6 @@ def test_triton_by_name_says_why_it_cannot_run(qkv):
         routing_attention(*qkv, 3, 2)
 
 
-class FakeCuda:
-    """Stands for a CUDA tensor where only its device is asked for."""
-
-    device = torch.device("cuda")
-
-
 @pytest.fixture
 def sibling(monkeypatch):
     """A pattern `fake` with a Triton sibling that runs calls with an even number."""
@@ -88,23 +82,23 @@ def sibling(monkeypatch):
     module.unsuited = lambda tensor, number: None
     module.attention = lambda tensor, number: "triton"
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(_dispatch, "TRITON_DEVICES", {"cpu"})
     monkeypatch.setenv("VISIONATTN_KERNELS", "trust")  # proofs are in test_proof.py
 
 
 def run(number: int, backend: str = "auto"):
     forms = _dispatch.Forms(lambda *_: ("reference", None, None), lambda *_: "on a CPU", lambda *_: "plain")
-    return _dispatch.dispatch("fake", backend, forms, FakeCuda(), number)
+    return _dispatch.dispatch("fake", backend, forms, torch.empty(()), number)
 
 
 def test_a_triton_sibling_is_found_and_used_where_it_supports_the_call(sibling):
     assert run(2) == "triton"
     assert run(2, "triton") == "triton"
-    assert run(2, "torch") == "plain"
+    assert run(2, "torch") == "on a CPU"
 
 
-def test_auto_falls_back_to_the_plain_body(sibling):
-    assert run(1) == "plain"
+def test_auto_falls_back_to_pytorch(sibling):
+    assert run(1) == "on a CPU"
     with pytest.raises(ValueError, match="number is 1, only even ones are supported; use backend='auto' or 'torch'"):
         run(1, "triton")
 
