@@ -83,9 +83,14 @@ class Detector(OverEncoder):
     def measured(
         self, images: Tensor | Sequence[Tensor], targets: Sequence[Objects]
     ) -> tuple[dict[str, Tensor], list[Detections]]:
-        """The losses, and what is found, at once."""
-        raw, sizes = self.predicted(images), _sizes(images)
-        return self.head.losses(raw, sizes, targets), self.head.found(raw, sizes)
+        """The mean losses, and what is found, image by image, so that neither depends on the batch or its padding."""
+        losses: list[dict[str, Tensor]] = []
+        found: list[Detections] = []
+        for image, target in zip(images, targets, strict=True):
+            raw, sizes = self.predicted([image]), _sizes([image])
+            losses.append(self.head.losses(raw, sizes, [target]))
+            found += self.head.found(raw, sizes)
+        return {name: torch.stack([one[name] for one in losses]).mean() for name in losses[0]}, found
 
     def padded(self, images: Tensor | Sequence[Tensor]) -> Tensor:
         """One batch (B, C, h, w), sides a multiple of what the encoder takes."""
