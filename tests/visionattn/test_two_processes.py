@@ -36,7 +36,7 @@ model:
   args: {depth: [1, 1, 1, 1], embed_dim: [8, 8, 16, 16], head_dim: 8, n_win: 2, topks: [1, 2, 4, -2]}
   detector_args: {fpn_channels: 16, convs: 1, finest: 4, coarsest: 16}
 data: {format: coco, root: ROOT, image_size: 32, batch_size: 4, workers: 0}
-optim: {lr: 3e-3}
+optim: {lr: 3e-3, warmup_epochs: 0}
 train: {epochs: 2}
 evaluate: {bootstrap: 10}
 trainer: {enable_progress_bar: false, accelerator: cpu}
