@@ -35,6 +35,7 @@ SHORTER = {  # arguments by family: fewer blocks test as much, in less time
     "convit": {"depth": 4, "local_up_to_layer": 2},
     "nat_isotropic": {"depth": 4},
     "patchconvnet": {"depth": 4},
+    "transnext": {"depths": (1, 1, 2, 1)},
 }
 NARROWER = {  # the same for widths, of the models that are tested by default
     "biformer": {"embed_dim": (32, 64, 128, 256)},
@@ -44,6 +45,7 @@ NARROWER = {  # the same for widths, of the models that are tested by default
     "davit": {"embed_dims": (48, 96, 192, 384), "num_heads": (2, 4, 8, 16)},
     "nat_isotropic": {"embed_dim": 96, "num_heads": 3},
     "patchconvnet": {"embed_dim": 96},
+    "transnext": {"embed_dims": (24, 48, 96, 192), "num_heads": (1, 2, 4, 8)},
 }
 STRIDES = {  # by family or model, of the maps that `features_only` gives; all others are pyramids
     "volo": [8, 16, 16, 16],
