@@ -169,8 +169,8 @@ class AggregatedAttention(CosineAttention):
         self.learnable_bias = nn.Parameter(torch.zeros(num_heads, 1, window))
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = size = x.shape[1], x.shape[2]
-        keys = tuple(self._pooled(length) for length in size)
+        height, width = x.shape[1], x.shape[2]
+        keys = self._pooled(height), self._pooled(width)
         q = linear(self.q, x).unflatten(-1, (self.num_heads, -1)).movedim(3, 1)
         k, v = linear(self.kv, x).unflatten(-1, (2, self.num_heads, -1)).movedim(4, 1).unbind(4)
         pooled = self.norm(F.adaptive_avg_pool2d(self.act(self.sr(x.permute(0, 3, 1, 2))), keys).permute(0, 2, 3, 1))
@@ -182,13 +182,15 @@ class AggregatedAttention(CosineAttention):
         bias, rows, columns = self.distances(x, keys)
 
         def attend(first: int, last: int) -> Tensor:
-            added = position_bias(bias, rows[first * keys[0] : last * keys[0]], columns, keys)
+            with_margin = slice(first, last + self.window_size - 1)
             return self._attend(
                 q[:, :, first:last],
-                *(y[:, :, first : last + self.window_size - 1] for y in (k, v)),
-                *(y.flatten(2, 3) for y in (pooled_k, pooled_v)),
+                k[:, :, with_margin],
+                v[:, :, with_margin],
+                pooled_k.flatten(2, 3),
+                pooled_v.flatten(2, 3),
                 inside[first:last],
-                added.to(q.dtype),
+                position_bias(bias, rows[first * keys[0] : last * keys[0]], columns, keys).to(q.dtype),
             )
 
         step = height
