@@ -41,7 +41,6 @@ from visionattn.backbones.backbone import MapClassifier, create
 from visionattn.backbones.layers import Mlp, check_in_chans, init_linear, linear, pad_to_multiple
 from visionattn.kernels import window_attention
 from visionattn.kernels._check import autocasting
-from visionattn.kernels._dispatch import takes_plain
 from visionattn.kernels._plain import keep
 
 __all__ = ["CrossFormer"]
@@ -216,7 +215,7 @@ class GroupAttention(nn.Module):
             return None
         offsets, pairs = _offsets(like, group, torch.float32 if autocasting(like) else like.dtype)
         tokens = group[0] * group[1]
-        with torch.autocast(like.device.type, enabled=False) if takes_plain(like) else nullcontext():
+        with torch.autocast(like.device.type, enabled=False) if autocasting(like) else nullcontext():
             table = self.pos(offsets)  # of few numbers: casts would take longer
         return table.T.index_select(1, pairs).unflatten(1, (tokens, tokens))
 

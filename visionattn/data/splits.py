@@ -125,7 +125,7 @@ def _listed_splits(samples: list[Sample], lists: dict[str, Path]) -> tuple[dict[
         if lines and not known.keys() & set(lines):
             raise UserError(
                 f"data.lists.{name}: {path} names no image of the data: {listed(lines, most=5)}; expected names such "
-                f"as {listed(list(known), most=3)}"
+                f"as {listed([sample.name for sample in samples], most=3)}"
             )
         problems += [f"{path}: no image called {line}" for line in lines if line not in known]
         splits[name] = [sample for line in lines for sample in known.get(line, [])]

@@ -69,7 +69,7 @@ def test_every_parameter_gets_a_gradient(detector, encoder, args, strides):
         network.zero_grad()
 
 
-@every_detector
+@dense_detector  # of two-stage ones: with the shapes, below
 def test_labels_begin_at_0_and_each_has_a_channel(detector):
     """Learned by heart, two images of the first and the last class are told apart."""
     network = small(detector, finest=8, coarsest=8, sizes=[24.0])
