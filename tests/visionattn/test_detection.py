@@ -272,6 +272,14 @@ def test_formats_of_objects_are_refused_elsewhere(run, pictures, tmp_path, refus
     )
 
 
+def test_what_a_detector_of_boxes_cannot_do_is_refused_before_work(trained, squares, tmp_path, refused):
+    words = ["predict", trained, squares / "images", "-o", tmp_path / "out"]
+    assert "--format labels is for masks, but fcos finds boxes" in refused(*words, "--format", "labels")
+    for score in ("7", "-1", "nan"):
+        assert f"--score is {score}, expected 0 to 1" in refused(*words, f"--score={score}")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unknown_format_is_named(trained, squares, tmp_path, refused):
     message = refused("predict", trained, squares / "images", "-o", tmp_path / "p", "--format", "cocoa")
     assert "coco" in message

@@ -27,6 +27,7 @@ from visionattn.data.sample import Reading, Sample
 __all__ = ["keep", "keys_of", "recall"]
 
 log = logging.getLogger(__name__)
+FORMAT = 1  # of what is read from a sample, and of the keys
 NOT_READ = {"split", "group", "case"}  # fields of a sample that no reading depends on
 PLAIN = (str, bytes, int, float, np.generic, list, tuple, dict, set, Path, type(None))  # all else is in the files
 AT_ONCE = 500  # keys of a query
@@ -43,7 +44,8 @@ def keys_of(samples: Sequence[Sample], classes: int) -> list[bytes | None]:
         files = sample.files
         if files not in stamps:
             stamps[files] = _stamp(files)
-        stamp, key = stamps[files], hashlib.blake2b(f"{__version__} {classes}".encode(), digest_size=16)
+        start = f"{__version__} {FORMAT} {classes}"
+        stamp, key = stamps[files], hashlib.blake2b(start.encode(), digest_size=16)
         if stamp is not None:
             key.update(stamp)
             _add(key, sample, digests)
@@ -69,7 +71,9 @@ def _add(digest: Any, value: Any, digests: dict[int, bytes]) -> None:
     """All fields of a sample or of a part of it; parts that samples share are looked through once."""
     kind: Any = type(value)
     plain: list[Any] = [kind]
-    for content in (getattr(value, name) for name in _fields(kind)):
+    for name in _fields(kind):
+        content = getattr(value, name)
+        plain.append(name)
         for part in content if isinstance(content, list | tuple) else (content,):
             if isinstance(part, np.ndarray):
                 plain.append(f"{part.dtype}{part.shape}")
@@ -109,6 +113,9 @@ def keep(readings: Mapping[bytes, Reading]) -> None:
         table.execute("DELETE FROM readings WHERE used < ?", [today - UNUSED])
 
 
+_warn_once = cache(log.warning)
+
+
 class Unusable(Exception):
     """The file cannot be read or written: everything is then read anew."""
 
@@ -125,7 +132,7 @@ def _table() -> Iterator[sqlite3.Connection]:
             )
             yield connection
     except (sqlite3.Error, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s: cannot be used, so images are read anew (%s)", path, error)
+        _warn_once("%s: cannot be used, so images are read anew (%s)", path, str(error))
         if not isinstance(error, sqlite3.OperationalError | OSError | RuntimeError):  # locked, full, no home
             path.unlink(missing_ok=True)
         raise Unusable from None

@@ -68,6 +68,8 @@ def predict(
     if (format or score is not None) and formats.module_of(data).KIND.target != "boxes":
         raise UserError("--format and --score are for objects, which this model does not predict")
     if score is not None:
+        if not 0 <= score <= 1:
+            raise UserError(f"--score is {score:g}, expected 0 to 1")
         evaluate = trained.recipe.evaluate.model_copy(update={"score": score})
         trained = trained._replace(recipe=trained.recipe.model_copy(update={"evaluate": evaluate}))
     options: dict[str, Any] = {"polygons": polygons} | ({"class_numbers": True} if class_numbers else {})

@@ -34,13 +34,16 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Dataset as TorchDataset
 from torchmetrics import MeanMetric
 
+from visionattn.data import formats
 from visionattn.data.loaders import make_loader, seed_of
 from visionattn.data.prediction import Prediction
+from visionattn.data.sample import Dataset
+from visionattn.data.survey import mean_std
 from visionattn.errors import UserError
-from visionattn.models.networks import freeze, refuse_unknown
+from visionattn.models.networks import freeze, refuse_unknown, statistics_of
 from visionattn.recipe.sections import Optim, Recipe, Train
 
-__all__ = ["Task", "predict_in_batches", "refuse_names"]
+__all__ = ["Task", "predict_in_batches", "refuse_few_crops", "refuse_names", "statistics"]
 
 CHECKED_EVERY = 20  # steps: where losses lie on a GPU or in several processes, looking at each would stop all of them
 
@@ -193,6 +196,40 @@ def refuse_names(spec: Recipe) -> None:
     """Raises UserError for a model or an optimizer that there is not."""
     refuse_unknown("model.name", spec.model.name, timm.list_models(), "visionattn list, timm.list_models()")
     refuse_unknown("optim.name", spec.optim.name, list(map(str, list_optimizers())), "timm.optim.list_optimizers()")
+
+
+def statistics(spec: Recipe, dataset: Dataset) -> dict[str, list[float]]:
+    """`mean` and `std` of each channel: the recipe's, else those of published weights, else as measured.
+
+    0 and 1 stand for what would be measured as long as the samples have not been read.
+
+    Raises:
+        UserError: for another number of channels than the images have.
+    """
+    data, channels = spec.data, dataset.channels
+    resolved = {"mean": [0.0] * channels, "std": [1.0] * channels}
+    if dataset.readings:
+        mean, std = mean_std(dataset.readings["train"])
+        resolved = {key: [float(f"{v:.7g}") for v in values] for key, values in (("mean", mean), ("std", std))}
+    if data.mean is None and formats.module_of(data).KIND.unit_range:
+        resolved |= statistics_of(spec.model, channels)
+    resolved |= {key: given for key in ("mean", "std") if (given := getattr(data, key)) is not None}
+    for key, values in resolved.items():
+        if len(values) != channels:
+            raise UserError(f"data.{key} has {len(values)} values, but the images have {channels} channels")
+    return resolved
+
+
+def refuse_few_crops(data: Any, dataset: Dataset) -> None:
+    """Raises UserError where an epoch has not enough training crops for a batch."""
+    images = len(dataset.splits["train"])
+    crops, enough = images * data.crops_per_image, -(-data.batch_size // images)
+    if crops < data.batch_size:
+        raise UserError(
+            f"data.batch_size is {data.batch_size}, but an epoch has only {crops} training crops ({images} images, "
+            f"data.crops_per_image {data.crops_per_image}): set data.batch_size to at most {crops}, or "
+            f"data.crops_per_image to at least {enough}"
+        )
 
 
 def _optimizer(network: nn.Module, spec: Optim) -> torch.optim.Optimizer:

@@ -18,9 +18,10 @@ from visionattn.files import new_file, write_table
 from visionattn.writers import FilePerCase
 from visionattn.writers._objects import grid, number, objects
 
-__all__ = ["TARGET", "open"]
+__all__ = ["NEEDS_MASKS", "TARGET", "open"]
 
 TARGET = "boxes"
+NEEDS_MASKS = True
 
 STRIP = 512  # rows
 COLUMNS = ["number", "class", "score", "xmin", "ymin", "xmax", "ymax"]

@@ -2,6 +2,7 @@
 
 import os
 import sqlite3
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 from PIL import Image
 
 from visionattn.data import formats, survey
+from visionattn.data.images import ImageFile
+from visionattn.data.kept import keys_of
 from visionattn.data.sample import Dataset, Reading
 from visionattn.data.splits import split
 from visionattn.data.survey import fingerprint, mean_std, read_through
@@ -143,6 +146,21 @@ def test_a_file_of_readings_that_cannot_be_used_costs_time_only(tmp_path, read, 
     if damage != "no folder":
         read_through(folder(tmp_path / "a"))
         assert len(read) == 24
+
+
+def test_the_keys_tell_fields_apart_whatever_stands_in_them(tmp_path):
+    @dataclass(frozen=True)
+    class Odd(ImageFile):
+        bands: tuple[int, ...] = ()
+        more: tuple[int, ...] = ()
+
+    path = tmp_path / "a"
+    path.write_bytes(b"a")
+    samples = [
+        Odd("a", "a", "a", path=path, bands=b, more=m) for b, m in (((1, 2), (3,)), ((1,), (2, 3)), ((), (1, 2, 3)))
+    ]
+    assert len(set(keys_of(samples, 2))) == 3
+    assert len(set(keys_of([samples[0], replace(samples[0], group="b", split="val")], 2))) == 1
 
 
 def test_of_a_set_that_is_too_large_some_are_looked_at(tmp_path, read, monkeypatch):

@@ -20,13 +20,12 @@ from visionattn.data.boxes import Boxes
 from visionattn.data.loaders import default_workers
 from visionattn.data.prediction import Prediction
 from visionattn.data.sample import Dataset, Reading, Sample, Window
-from visionattn.data.survey import mean_std
 from visionattn.errors import UserError, listed, nearest
 from visionattn.inference.fusion import fuse
 from visionattn.inference.masks import pasted
 from visionattn.inference.views import View, views
 from visionattn.models.detectors import DETECTORS, MISSED, Detector, Objects, make_detector, measured_levels
-from visionattn.models.networks import arguments_of, refuse_unknown, statistics_of
+from visionattn.models.networks import arguments_of, refuse_unknown
 from visionattn.models.weights import start_from
 from visionattn.tasks import base
 from visionattn.tasks.base import Task, predict_in_batches
@@ -219,20 +218,8 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
     Raises:
         UserError: the data set cannot be trained on.
     """
-    data, channels = spec.data, dataset.channels
-    resolved: dict[str, Any] = {"mean": [0.0] * channels, "std": [1.0] * channels}
-    if dataset.readings:
-        mean, std = mean_std(dataset.readings["train"])
-        resolved = {key: [float(f"{v:.7g}") for v in values] for key, values in (("mean", mean), ("std", std))}
-    if data.mean is None and formats.module_of(data).KIND.unit_range:
-        resolved |= statistics_of(spec.model, channels)
-    resolved |= {key: given for key in ("mean", "std") if (given := getattr(data, key)) is not None}
-    for key, values in resolved.items():
-        if len(values) != channels:
-            raise UserError(f"data.{key} has {len(values)} values, but the images have {channels} channels")
-    resolved |= {"classes": dataset.classes, "instances": _instances(spec, dataset)}
-    data = data.model_copy(update=resolved)
-    spec = spec.model_copy(update={"data": data})
+    resolved = {"classes": dataset.classes, "instances": _instances(spec, dataset), **base.statistics(spec, dataset)}
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update=resolved)})
     _refuse_scores(spec)
     if dataset.readings:
         _refuse_absent(dataset)
@@ -369,7 +356,7 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> DetectorTask:
     assert isinstance(limit, int)  # once the recipe is resolved
     network = _network(spec, limit)
     if dataset:
-        _refuse_untrainable(spec, dataset)
+        base.refuse_few_crops(data, dataset)
         _prove(network, spec, dataset)
     score = evaluate.score
     return DetectorTask(
@@ -399,17 +386,6 @@ def _network(spec: Recipe, limit: int) -> Detector:
     if model.checkpoint is not None:
         start_from(network, model.checkpoint, model.name)
     return network
-
-
-def _refuse_untrainable(spec: Recipe, dataset: Dataset) -> None:
-    data, images = spec.data, len(dataset.splits["train"])
-    crops, enough = images * data.crops_per_image, -(-data.batch_size // images)
-    if crops < data.batch_size:
-        raise UserError(
-            f"data.batch_size is {data.batch_size}, but an epoch has only {crops} training crops ({images} images, "
-            f"data.crops_per_image {data.crops_per_image}): set data.batch_size to at most {crops}, or "
-            f"data.crops_per_image to at least {enough}"
-        )
 
 
 def _prove(network: Detector, spec: Recipe, dataset: Dataset) -> None:
@@ -484,6 +460,8 @@ def open_writer(spec: Recipe, out: Path, polygons: bool = False, format: str | N
     known = of_objects()
     if writer not in known:
         raise UserError(f"--format {writer}: unknown format{nearest(writer, known)}; there are {', '.join(known)}")
+    if getattr(known[writer], "NEEDS_MASKS", False) and spec.data.instances != "masks":
+        raise UserError(f"--format {writer} is for masks, but {spec.model.detector} finds boxes: choose another format")
     if format is None and writer == "csv" and not out.suffix:
         writer = "overlays"
     return known[writer].open(out, spec.data.classes)

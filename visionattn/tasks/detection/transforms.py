@@ -216,7 +216,7 @@ class WholeImages(Dataset):
     def __init__(self, samples: Sequence[Sample], data: Data) -> None:
         self.samples, self.data = samples, data
         self.parts = [(i, window) for i, sample in enumerate(samples) for window in tiles_of(sample.size, data)]
-        self._decoded: tuple[int, np.ndarray] | None = None
+        self._decoded: tuple[int, np.ndarray, Boxes | None] | None = None
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -228,24 +228,26 @@ class WholeImages(Dataset):
     def __getitem__(self, number: tuple[int, int] | int) -> dict[str, Any]:
         index, window = self.parts[number[1] if isinstance(number, tuple) else number]
         sample = self.samples[index]
-        pixels, truth = self._read(index, window), sample.target(window)
+        pixels, truth, all_of_it = self._read(index, window)
         size = pixels.shape[1], pixels.shape[2]
         new = [max(1, round(side * factor_of(sample.size, self.data))) for side in size]
         item = {"image": network_input(pixels, self.data, new), "index": index, "size": size, "whole": sample.size}
         item["window"] = [edge for side in window for edge in (side.start, side.stop)]
         if truth is None:
             return item
-        first = window[0].start == window[1].start == 0
-        whole = objects_of(sample.target(), sample.size, sample.size) if first else None
+        whole = None if all_of_it is None else objects_of(all_of_it, sample.size, sample.size)
         return item | {"objects": objects_of(truth, size, new, self.data.instances == "masks"), "truth": whole}
 
-    def _read(self, index: int, window: Window) -> np.ndarray:
-        sample = self.samples[index]
+    def _read(self, index: int, window: Window) -> tuple[np.ndarray, Boxes | None, Boxes | None]:
+        """The pixels and objects of a tile, and with the first one the objects of the whole image."""
+        sample, first = self.samples[index], window[0].start == window[1].start == 0
         if sample.windowed:
-            return sample.image(window)
+            return sample.image(window), sample.target(window), sample.target() if first else None
         if self._decoded is None or self._decoded[0] != index:
-            self._decoded = index, sample.image()
-        return self._decoded[1][:, window[0], window[1]]
+            self._decoded = index, sample.image(), sample.target()
+        _, pixels, truth = self._decoded
+        part = None if truth is None else truth.within(window)
+        return pixels[:, window[0], window[1]], part, truth if first else None
 
 
 def augmentation(augment: Augment) -> v2.Transform:

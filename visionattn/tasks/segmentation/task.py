@@ -21,12 +21,11 @@ from visionattn.data.labels import MaskCode
 from visionattn.data.loaders import default_workers
 from visionattn.data.prediction import PackedMask, Prediction
 from visionattn.data.sample import IGNORE, Dataset, Sample, Window, cases, unit_range
-from visionattn.data.survey import mean_std
 from visionattn.errors import UserError, listed
 from visionattn.files import Unwritable
 from visionattn.inference.sliding import predict_windows, slide, strips
 from visionattn.inference.views import views
-from visionattn.models.networks import arguments_of, refuse_unknown, statistics_of
+from visionattn.models.networks import arguments_of, refuse_unknown
 from visionattn.models.segmenters import DECODERS, make_segmenter
 from visionattn.models.weights import start_from
 from visionattn.tasks import base
@@ -187,31 +186,14 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
     Raises:
         UserError: the data set cannot be trained on.
     """
-    data, channels = spec.data, dataset.channels
-    resolved: dict[str, Any] = {"mean": [0.0] * channels, "std": [1.0] * channels}
+    data = spec.data.model_copy(update={"classes": dataset.classes, **base.statistics(spec, dataset)})
     if dataset.readings:
-        mean, std = mean_std(dataset.readings["train"])
-        resolved = {key: [float(f"{v:.7g}") for v in values] for key, values in (("mean", mean), ("std", std))}
         dataset = replace(dataset, warnings=[*dataset.warnings, *_doubts(spec, dataset)])
-    if data.mean is None and formats.module_of(data).KIND.unit_range:
-        resolved |= statistics_of(spec.model, channels)
-    resolved |= {key: given for key in ("mean", "std") if (given := getattr(data, key)) is not None}
-    for key, values in resolved.items():
-        if len(values) != channels:
-            raise UserError(f"data.{key} has {len(values)} values, but the images have {channels} channels")
-    data = data.model_copy(update=resolved | {"classes": dataset.classes})
     return spec.model_copy(update={"data": data}), dataset
 
 
 def _refuse_untrainable(spec: Recipe, dataset: Dataset) -> None:
-    data, images = spec.data, len(dataset.splits["train"])
-    crops, enough = images * data.crops_per_image, -(-data.batch_size // images)
-    if crops < data.batch_size:
-        raise UserError(
-            f"data.batch_size is {data.batch_size}, but an epoch has only {crops} training crops ({images} images, "
-            f"data.crops_per_image {data.crops_per_image}): set data.batch_size to at most {crops}, or "
-            f"data.crops_per_image to at least {enough}"
-        )
+    base.refuse_few_crops(spec.data, dataset)
     if dataset.readings and not _pixels(dataset).any():
         raise UserError("data: no training mask has a labelled pixel")
 
