@@ -19,7 +19,7 @@ from torch import Tensor
 from visionattn.data.sample import Window
 from visionattn.errors import UserError
 
-__all__ = ["Predict", "Read", "ahead", "predict_windows", "slide", "strips"]
+__all__ = ["Predict", "Read", "predict_windows", "slide", "strips"]
 
 Predict = Callable[[Tensor], Tensor]  # images (B, C, h, w) -> probabilities (B, classes, h, w)
 Read = Callable[[Window], np.ndarray | None]  # -> (C, h, w) float32, as the network wants it; None: nothing there
@@ -73,7 +73,7 @@ def slide(
         return [(i, image) for i, image in windows if image is not None]
 
     band = torch.zeros(classes, height, columns.stop - columns.start, device=device)
-    with closing(ahead(images, [(top, group) for top in tops for group in groups])) as coming:
+    with closing(_ahead(images, [(top, group) for top in tops for group in groups])) as coming:
         for weights, (top, end) in zip(down, pairwise([*tops, size[0]]), strict=True):
             for _ in groups:
                 if batch := next(coming):
@@ -113,7 +113,7 @@ def predict_windows(
     return total
 
 
-def ahead(work: Callable[..., Any], calls: Sequence[tuple]) -> Generator[Any, None, None]:
+def _ahead(work: Callable[..., Any], calls: Sequence[tuple]) -> Generator[Any, None, None]:
     """Results of the calls in order; each call runs in another thread while its predecessor's result is used."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(work, *calls[0])

@@ -24,7 +24,7 @@ from torchvision.ops import (
     sigmoid_focal_loss,
 )
 
-__all__ = ["FCOS", "OCTAVES", "DenseHead", "Detections", "Objects", "RetinaNet", "inside"]
+__all__ = ["FCOS", "FLOOR", "OCTAVES", "DenseHead", "Detections", "Objects", "RetinaNet", "inside"]
 
 IGNORED = 0.5  # of an anchor inside a region that is not labelled: nothing is learned there
 OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))  # of RetinaNet's anchors, in `sizes`

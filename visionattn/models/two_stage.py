@@ -4,6 +4,7 @@ Faster R-CNN (Ren et al. 2015, arXiv 1506.01497) and, with masks, Mask R-CNN (He
 torchvision's parts. What torchvision does not know is added here: regions that are ignored, classes numbered from 0.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +18,9 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, maskrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign, nms
+from torchvision.ops.poolers import initLevelMapper
 
-from visionattn.models.dense_heads import OCTAVES, Detections, Objects, RetinaNet, inside
+from visionattn.models.dense_heads import FLOOR, OCTAVES, Detections, Objects, RetinaNet, inside
 
 __all__ = ["FasterRCNN", "MaskRCNN"]
 
@@ -65,7 +67,6 @@ class FasterRCNN(nn.Module):
         overlap: IoU above which the less sure of two detections is a duplicate.
         agnostic: detections of different classes can be duplicates of each other too.
         limit: most objects that are found in an image.
-        floor: lower scores are no detections.
     """
 
     masks = False
@@ -81,7 +82,6 @@ class FasterRCNN(nn.Module):
         overlap: float = 0.5,
         agnostic: bool = False,
         limit: int = 100,
-        floor: float = 0.02,
     ) -> None:
         super().__init__()
         self.strides, self.overlap, self.agnostic, self.limit = tuple(strides), overlap, agnostic, limit
@@ -91,13 +91,12 @@ class FasterRCNN(nn.Module):
         self.proposals = Proposals(
             anchors, RPNHead(channels, len(OCTAVES) * len(ratios)), 0.7, 0.3, SAMPLED[0], 0.5, kept, kept, 0.7
         )
-        names = [str(i) for i in range(len(of_maps))]
         self.regions = Regions(
-            MultiScaleRoIAlign(names, POOLED, 2),
+            _pool(POOLED, strides),
             TwoMLPHead(channels * POOLED**2, HIDDEN),
             FastRCNNPredictor(HIDDEN, classes + 1),
-            *(0.5, 0.5, SAMPLED[1], 0.25, None, floor, overlap, limit),
-            mask_roi_pool=MultiScaleRoIAlign(names, MASK, 2) if self.masks else None,
+            *(0.5, 0.5, SAMPLED[1], 0.25, None, FLOOR, overlap, limit),
+            mask_roi_pool=_pool(MASK, strides) if self.masks else None,
             mask_head=MaskRCNNHeads(channels, (channels,) * 4, 1) if self.masks else None,
             mask_predictor=MaskRCNNPredictor(channels, channels, classes + 1) if self.masks else None,
         )
@@ -131,7 +130,7 @@ class FasterRCNN(nn.Module):
         sure, proposal = self.proposals.compute_loss(objectness.float(), deltas.float(), labels, list(codes))
         self.regions.ignored = [target["ignored"] for target in given]
         regions, owners, classes, codes = self.regions.select_training_samples(proposed, given)
-        logits, boxes = self._looked_at(maps, regions, sizes)
+        logits, boxes = self._looked_at(maps, regions)
         named, box = fastrcnn_loss(logits.float(), boxes.float(), classes, codes)
         if not len(torch.cat(classes)):  # all is ignored: means of nothing
             named, box = logits.sum() * 0.0, boxes.sum() * 0.0
@@ -142,7 +141,7 @@ class FasterRCNN(nn.Module):
             chosen = [torch.where(label > 0)[0] for label in classes]
             of_objects = [region[i] for region, i in zip(regions, chosen, strict=True)]
             owner = [own[i] for own, i in zip(owners, chosen, strict=True)]
-            shapes = self._shapes(maps, of_objects, sizes).float()
+            shapes = self._shapes(maps, of_objects).float()
             truth = [target["masks"] for target in given], [target["labels"] for target in given]
             losses["mask"] = maskrcnn_loss(shapes, of_objects, *truth, owner)
         return losses
@@ -150,7 +149,7 @@ class FasterRCNN(nn.Module):
     def found(self, maps: Sequence[Tensor], sizes: Sequence[Any]) -> list[Detections]:
         """What is found in each image, the surest first."""
         *_, proposed = self._propose(maps, sizes)
-        logits, codes = self._looked_at(maps, proposed, sizes)
+        logits, codes = self._looked_at(maps, proposed)
         sizes = [tuple(size) for size in sizes]
         boxes, scores, labels = self.regions.postprocess_detections(logits.float(), codes.float(), proposed, sizes)
         if self.agnostic:
@@ -159,7 +158,8 @@ class FasterRCNN(nn.Module):
         parts = [None] * len(boxes)
         if self.masks:
             wanted = torch.cat(labels)
-            shapes = self._shapes(maps, boxes, sizes).float().sigmoid()[torch.arange(len(wanted)), wanted]
+            places = torch.arange(len(wanted), device=wanted.device)
+            shapes = self._shapes(maps, boxes).float().sigmoid()[places, wanted]
             parts = list(shapes.split([len(label) for label in labels]))
         return [Detections(*of_image) for of_image in zip(boxes, [n - 1 for n in labels], scores, parts, strict=True)]
 
@@ -185,9 +185,8 @@ class FasterRCNN(nn.Module):
         self, maps: Sequence[Tensor], sizes: Sequence[Any]
     ) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor]]:
         """The anchors of each image, what is said of all of them together, and the proposals of each image."""
-        padded = maps[0].shape[-2] * self.strides[0], maps[0].shape[-1] * self.strides[0]
+        maps, padded = list(maps), [side * self.strides[0] for side in maps[0].shape[-2:]]
         images = ImageList(maps[0].new_empty(len(maps[0]), 0, *padded), [tuple(size) for size in sizes])
-        maps = list(maps)
         anchors = self.proposals.anchor_generator(images, maps)
         objectness, deltas = self.proposals.head(maps)
         counts = [x[0].numel() for x in objectness]
@@ -196,13 +195,13 @@ class FasterRCNN(nn.Module):
         proposed, _ = self.proposals.filter_proposals(boxes, sure.detach().float(), images.image_sizes, counts)
         return anchors, sure, codes, proposed
 
-    def _looked_at(self, maps: Sequence[Tensor], regions: list[Tensor], sizes: Sequence[Any]) -> Any:
-        pooled = self.regions.box_roi_pool(_named(maps), regions, [tuple(size) for size in sizes])
+    def _looked_at(self, maps: Sequence[Tensor], regions: list[Tensor]) -> Any:
+        pooled = self.regions.box_roi_pool(_named(maps), regions, [])
         return self.regions.box_predictor(self.regions.box_head(pooled))
 
-    def _shapes(self, maps: Sequence[Tensor], regions: list[Tensor], sizes: Sequence[Any]) -> Tensor:
+    def _shapes(self, maps: Sequence[Tensor], regions: list[Tensor]) -> Tensor:
         """(N, classes + 1, 28, 28) logits of masks."""
-        pooled = self.regions.mask_roi_pool(_named(maps), regions, [tuple(size) for size in sizes])
+        pooled = self.regions.mask_roi_pool(_named(maps), regions, [])
         return self.regions.mask_predictor(self.regions.mask_head(pooled))
 
 
@@ -210,6 +209,14 @@ class MaskRCNN(FasterRCNN):
     """With the mask of each object."""
 
     masks = True
+
+
+def _pool(side: int, strides: Sequence[int]) -> MultiScaleRoIAlign:
+    """Of maps of these strides, which torchvision would guess from the sizes of the first images, without padding."""
+    pool = MultiScaleRoIAlign([str(i) for i in range(len(strides))], side, 2)
+    pool.scales = [1 / stride for stride in strides]
+    pool.map_levels = initLevelMapper(round(math.log2(strides[0])), round(math.log2(strides[-1])))
+    return pool
 
 
 def _named(maps: Sequence[Tensor]) -> dict[str, Tensor]:

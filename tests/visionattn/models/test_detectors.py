@@ -131,6 +131,18 @@ def test_regions_inside_what_is_ignored_are_not_learned(detector):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("size", [(32, 32), (40, 33), (70, 100)])
+def test_regions_are_looked_at_where_they_are_however_much_is_padded(size):
+    """Torchvision would guess strides from the sizes of the first images."""
+    network = small("mask_rcnn", finest=8, coarsest=64, sizes=[32.0, 64.0, 128.0, 256.0]).eval()
+    torch.nn.init.zeros_(network.get_classifier().weight)
+    torch.nn.init.zeros_(network.get_classifier().bias)
+    assert len(network(torch.randn(1, 3, *size))[0].scores) > 0
+    for pool in (network.head.regions.box_roi_pool, network.head.regions.mask_roi_pool):
+        assert pool.scales == [1 / 8, 1 / 16, 1 / 32, 1 / 64]
+
+
+@torch.no_grad()
 def test_mask_rcnn_learns_the_shape_of_an_object():
     """By heart: a disc, and two bars."""
     network, image = small("mask_rcnn", finest=8, coarsest=8, sizes=[32.0]), torch.zeros(1, 3, 64, 64)
