@@ -289,40 +289,39 @@ def test_an_unknown_format_is_named(trained, squares, tmp_path, refused):
 # Scenes
 
 
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> Path:
-    """Scenes of 4 bands, larger than the tiles, in train/ and val/, with GeoPackages in another coordinate system."""
-    pytest.importorskip("pyogrio")
+def write_scene(image: Path, boxes: list[list[int]], size: tuple[int, int], east: float = 500_000) -> None:
+    """4 bands with bright boxes (left, top, right, bottom) and their GeoPackage in another coordinate system."""
     import rasterio
     import shapely
     from pyogrio import raw
     from rasterio.warp import transform
 
+    pixels = np.random.default_rng(0).normal(128, 8, (4, *size))
+    for left, top, right, bottom in boxes:
+        pixels[:, top:bottom, left:right] = 230
+    image.parent.mkdir(exist_ok=True, parents=True)
+    place = rasterio.Affine(10, 0, east, 0, -10, 5_000_000)
+    profile = {"driver": "GTiff", "count": 4, "height": size[0], "width": size[1], "dtype": "uint8"}
+    with rasterio.open(image, "w", **profile, crs="EPSG:32633", transform=place) as sink:
+        sink.write(pixels.clip(1, 255).astype(np.uint8))
+    polygons = np.array([shapely.box(*box) for box in boxes], object)
+    in_metres = shapely.transform(polygons, lambda xy: np.stack(place @ xy.T, axis=1))
+    shapes = shapely.transform(in_metres, lambda xy: np.stack(transform("EPSG:32633", "EPSG:4326", *xy.T), axis=1))
+    roofs = np.array(["roof"] * len(boxes), object)
+    file = image.with_suffix(".gpkg")
+    raw.write(file, shapely.to_wkb(shapes), [roofs], ["class"], crs="EPSG:4326", geometry_type="Polygon")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    """Scenes that are larger than the tiles, in train/ and val/."""
+    pytest.importorskip("pyogrio")
     root, rng = tmp_path_factory.mktemp("scenes"), np.random.default_rng(0)
-    place = rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000)
-    for name in ("train/a", "train/b", "val/c"):
-        pixels, polygons = rng.normal(128, 8, (4, 60, 75)), []
-        for left, top in ((4, 5), (25, 26), (50, 10), (8, 40), (52, 38)):
-            side = int(rng.integers(8, 11))
-            pixels[:, top : top + side, left : left + side] = 230
-            polygons.append(shapely.box(left, top, left + side, top + side))
-        image = root / f"{name}.tif"
-        image.parent.mkdir(exist_ok=True)
-        profile = {"driver": "GTiff", "count": 4, "height": 60, "width": 75, "dtype": "uint8", "crs": "EPSG:32633"}
-        with rasterio.open(image, "w", **profile, transform=place) as sink:
-            sink.write(pixels.clip(1, 255).astype(np.uint8))
-        in_metres = shapely.transform(np.array(polygons, object), lambda xy, at=place: np.stack(at @ xy.T, axis=1))
-        shapes = shapely.transform(in_metres, lambda xy: np.stack(transform("EPSG:32633", "EPSG:4326", *xy.T), axis=1))
-        place = place @ place.translation(200, 0)  # no ground in common
-        classes = [np.array(["roof"] * len(polygons), object)]
-        raw.write(
-            image.with_suffix(".gpkg"),
-            shapely.to_wkb(shapes),
-            classes,
-            ["class"],
-            crs="EPSG:4326",
-            geometry_type="Polygon",
-        )
+    for n, name in enumerate(("train/a", "train/b", "val/c")):
+        sides = rng.integers(8, 11, 5).tolist()
+        corners = ((4, 5), (25, 26), (50, 10), (8, 40), (52, 38))
+        boxes = [[x, y, x + side, y + side] for (x, y), side in zip(corners, sides, strict=True)]
+        write_scene(root / f"{name}.tif", boxes, (60, 75), 500_000 + 2000 * n)  # no ground in common
     return root
 
 
@@ -352,6 +351,16 @@ def test_tiles_that_share_less_than_an_object_are_refused(recipe, scenes, tmp_pa
     message = refused("fit", recipe, "--run", tmp_path / "run", f"data.root={scenes}", *SCENES, "data.overlap=0.1")
     assert "data.overlap 0.1 of tiles of 32 pixels is 3 pixels" in message
     assert "set data.overlap to 0.3" in message
+
+
+def test_a_scene_may_have_more_objects_than_count_in_a_tile(recipe, tmp_path):
+    pytest.importorskip("pyogrio")
+    boxes = [[x, y, x + 7, y + 7] for x in range(2, 110, 10) for y in range(2, 110, 10)]
+    for n, name in enumerate(("train/a", "val/b")):
+        write_scene(tmp_path / "dense" / f"{name}.tif", boxes, (110, 110), 500_000 + 2000 * n)
+    keys = [f"data.root={tmp_path / 'dense'}", *SCENES, "data.crops_per_image=4", "train.epochs=1"]
+    run = fit(recipe, tmp_path / "run", *keys)
+    assert metrics(run, "val")["per_class"][0]["objects"] == len(boxes) == 121
 
 
 # Masks

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 LOGGED = ("map", "map_50", "map_75", "f1", "froc")  # after each epoch
 LEAST_LIMIT = 100  # COCO's number of detections in an image
 LOOKED_AT = 20  # images that are asked whether objects have masks
-PROVED = 100  # images whose truth goes through the network's codes and the metric before training
+PROVED = 100  # images or tiles whose truth goes through the network's codes and the metric before training
 FUSED = 0.55  # IoU from which detections of several views are of one object
 
 
@@ -394,9 +394,8 @@ def _prove(network: Detector, spec: Recipe, dataset: Dataset) -> None:
     Raises:
         UserError: it does not, so that no training could succeed.
     """
-    limit = network.head.limit
     for name in ("train", "val"):
-        readings = [r for r in dataset.readings.get(name, ()) if r.boxes is not None and r.counts[:-1].any()][:PROVED]
+        readings = list(islice(_tiles(dataset.readings.get(name, ()), spec.data), PROVED))
         truths = [r.boxes for r in readings if r.boxes is not None]
         for reading in readings:
             objects = training_objects([reading], spec.data)
@@ -406,9 +405,18 @@ def _prove(network: Detector, spec: Recipe, dataset: Dataset) -> None:
             if not error < 0.01:
                 raise UserError(f"data: boxes of a {name} image cannot be coded, {error:.3g} pixels are lost")
         found = [replace(t[~t.ignore], scores=np.ones(int((~t.ignore).sum()), np.float32)) for t in truths]
-        values, _ = coco(found, truths, len(spec.data.classes), limit)
+        values, _ = coco(found, truths, len(spec.data.classes), limit_of(truths, network.head.limit))
         if truths and (values["map"] is None or values["map"] < 1 - 1e-6):
             raise UserError(f"data: the labels of {name} measured as predictions have an AP of {values['map']}, not 1")
+
+
+def _tiles(readings: Sequence[Reading], data: Data) -> Iterator[Reading]:
+    """What is looked at of each image, where it shows objects, as images of their own."""
+    for reading in readings:
+        for rows, columns in tiles_of(reading.size, data) if reading.boxes is not None else ():
+            boxes = reading.boxes.within((rows, columns))
+            if not boxes.ignore.all():
+                yield replace(reading, size=(rows.stop - rows.start, columns.stop - columns.start), boxes=boxes)
 
 
 def training_set(dataset: Dataset, spec: Recipe) -> TrainingCrops:
