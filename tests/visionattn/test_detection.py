@@ -161,10 +161,15 @@ def test_scores_are_chosen_on_validation_and_stay(trained, tmp_path):
     assert again["overall"] == pytest.approx(metrics(trained)["overall"])
 
 
-def test_a_killed_run_resumes_to_the_same_weights(recipe, tmp_path):
-    whole = fit(recipe, tmp_path / "whole", "train.epochs=3", "data.augment={vflip: 0.5, rot90: 0.5, jitter: 0.1}")
-    command = [sys.executable, "-m", "visionattn", "fit", str(recipe), "--run", str(tmp_path / "cut")]
+RT_DETR = ["model.detector=rt_detr", "model.detector_args={fpn_channels: 16, layers: 1, finest: 4, coarsest: 16}"]
+
+
+@pytest.mark.parametrize("detector", ["fcos", pytest.param("rt_detr", marks=pytest.mark.slow)])
+def test_a_killed_run_resumes_to_the_same_weights(detector, recipe, tmp_path):
     words = ["train.epochs=3", "data.augment={vflip: 0.5, rot90: 0.5, jitter: 0.1}"]
+    words += RT_DETR if detector == "rt_detr" else []
+    whole = fit(recipe, tmp_path / "whole", *words)
+    command = [sys.executable, "-m", "visionattn", "fit", str(recipe), "--run", str(tmp_path / "cut")]
     process = subprocess.Popen([*command, *words], cwd=tmp_path, stdout=subprocess.DEVNULL)
     while not (tmp_path / "cut" / "checkpoints" / "last.ckpt").is_file():
         assert process.poll() is None
@@ -181,6 +186,8 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, tmp_path):
 
 FEATURES = {
     "retinanet": ["model.detector=retinanet", "loss.box_weight=0.5", "train.monitor=f1"],
+    "rt_detr": [*RT_DETR, "train.ema=0.5", "optim.layer_decay=0.7", "train.precision=bf16-mixed"],
+    "d_fine": [*RT_DETR, "model.detector=d_fine", "evaluate.tta=[hflip]", "model.freeze=backbone"],
     "ema": ["train.ema=0.5", "train.monitor=loss"],
     "layer decay": ["optim.layer_decay=0.7", "train.grad_checkpointing=true"],
     "frozen": ["model.freeze=backbone", "evaluate.match=centre", "train.monitor=froc"],
@@ -198,6 +205,20 @@ def test_every_feature_trains(name, recipe, tmp_path):
     run = fit(recipe, tmp_path / "run", "train.epochs=1", *FEATURES[name])
     assert all(torch.isfinite(value).all() for value in weights(run).values())
     assert metrics(run)["overall"]["map"] is not None
+
+
+def test_queries_are_measured_printed_and_kept_and_predict_again(recipe, squares, tmp_path, capsys, refused):
+    run = fit(recipe, tmp_path / "run", *RT_DETR, "train.epochs=1")
+    assert "rt_detr: 100 queries, for at most 2 objects at once" in capsys.readouterr().out
+    saved = yaml.safe_load((run / "recipe.yaml").read_text())["model"]["detector_args"]
+    assert (saved["queries"], saved["layers"]) == (100, 1)
+    words = ["predict", run, squares / "images", "-o", tmp_path / "out.csv", "--score", "0.02"]
+    assert main(list(map(str, words))) == 0
+    assert {row["image_path"] for row in table(tmp_path / "out.csv")} == {
+        p.name for p in (squares / "images").iterdir()
+    }
+    message = refused("fit", recipe, "--run", tmp_path / "few", *RT_DETR, "model.detector_args.queries=1")
+    assert "model.detector_args.queries is 1, but the network sees 2 objects at once" in message
 
 
 # Prediction

@@ -24,7 +24,7 @@ from torchvision.ops import (
     sigmoid_focal_loss,
 )
 
-__all__ = ["FCOS", "FLOOR", "OCTAVES", "DenseHead", "Detections", "Objects", "RetinaNet", "inside"]
+__all__ = ["FCOS", "FLOOR", "OCTAVES", "DenseHead", "Detections", "Objects", "RetinaNet", "group_norm", "inside"]
 
 IGNORED = 0.5  # of an anchor inside a region that is not labelled: nothing is learned there
 OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))  # of RetinaNet's anchors, in `sizes`
@@ -65,7 +65,8 @@ class Detections(NamedTuple):
     masks: Tensor | None = None
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Of 32 groups, or as many as divide the channels."""
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
@@ -236,8 +237,8 @@ class FCOS(DenseHead):
         **common: Any,
     ) -> None:
         super().__init__(strides, sizes, **common)
-        self.classification = FCOSClassificationHead(channels, 1, classes, convs, norm_layer=_norm)
-        self.regression = FCOSRegressionHead(channels, 1, convs, norm_layer=_norm)
+        self.classification = FCOSClassificationHead(channels, 1, classes, convs, norm_layer=group_norm)
+        self.regression = FCOSRegressionHead(channels, 1, convs, norm_layer=group_norm)
 
     def predictions(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
         maps = list(maps)
@@ -319,8 +320,8 @@ class RetinaNet(DenseHead):
         super().__init__(strides, sizes, **common)
         self.ratios = tuple(ratios)
         count = len(OCTAVES) * len(self.ratios)
-        self.classification = FCOSClassificationHead(channels, count, classes, convs, norm_layer=_norm)
-        self.regression = RetinaNetRegressionHead(channels, count, norm_layer=_norm)
+        self.classification = FCOSClassificationHead(channels, count, classes, convs, norm_layer=group_norm)
+        self.regression = RetinaNetRegressionHead(channels, count, norm_layer=group_norm)
         self.regression.conv = self.regression.conv[:convs]
 
     def predictions(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -17,9 +17,20 @@ from visionattn.errors import UserError
 from visionattn.models.dense_heads import FCOS, Detections, Objects, RetinaNet
 from visionattn.models.networks import refuse_unknown
 from visionattn.models.pyramids import Pyramid, make_pyramid
+from visionattn.models.set_based import DFINE, RTDETR, Projections, refuse_without_transformers
 from visionattn.models.two_stage import FasterRCNN, MaskRCNN
 
-__all__ = ["DETECTORS", "MISSED", "Detections", "Detector", "Levels", "Objects", "make_detector", "measured_levels"]
+__all__ = [
+    "DETECTORS",
+    "MISSED",
+    "Detections",
+    "Detector",
+    "Levels",
+    "Objects",
+    "make_detector",
+    "measured_levels",
+    "refuse_unusable",
+]
 
 COMMON = ("overlap", "agnostic", "limit")  # arguments of every head
 MISSED = 0.02  # share of a class that may be out of reach
@@ -61,8 +72,9 @@ class Detector(OverEncoder):
         self.encoder, self.neck = pyramid.encoder, pyramid.neck or nn.Identity()
         self.decoder, self.head, self.least = decoder, head, least
         self.multiple = math.lcm(MULTIPLE, pyramid.multiple)
-        name = f"head.{head.classifier_name}"
-        self.pretrained_cfg = self.default_cfg = {**self.encoder.pretrained_cfg, "classifier": name}
+        names = head.classifier_name if isinstance(head.classifier_name, tuple) else (head.classifier_name,)
+        classifier = tuple(f"head.{name}" for name in names)
+        self.pretrained_cfg = self.default_cfg = {**self.encoder.pretrained_cfg, "classifier": classifier}
 
     def forward(
         self, images: Tensor | Sequence[Tensor], targets: Sequence[Objects] | None = None
@@ -73,8 +85,22 @@ class Detector(OverEncoder):
             images: (B, C, H, W), or B images (C, H, W), normalised, so that the mean is 0.
             targets: the objects of each image.
         """
-        raw, sizes = self.predicted(images), _sizes(images)
-        return self.head.found(raw, sizes) if targets is None else self.head.losses(raw, sizes, targets)
+        sizes = _sizes(images)
+        if targets is not None:
+            return self.head.losses(self.predicted(images), sizes, targets)
+        found: dict[int, Detections] = {}
+        for alike in self._of_one_canvas(sizes):
+            own = [images[i] for i in alike]
+            found |= zip(alike, self.head.found(self.predicted(own), [sizes[i] for i in alike]), strict=True)
+        return [found[i] for i in range(len(sizes))]
+
+    def _of_one_canvas(self, sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+        """Images that are padded alike, so that what is found in one does not depend on others."""
+        members: dict[tuple[int, ...], list[int]] = {}
+        for i, size in enumerate(sizes):
+            canvas = tuple(self._side(side, least) for side, least in zip(size, self.least, strict=True))
+            members.setdefault(canvas, []).append(i)
+        return list(members.values())
 
     def predicted(self, images: Tensor | Sequence[Tensor]) -> dict[str, Any]:
         """What the head says of the maps of the images."""
@@ -120,12 +146,16 @@ class Kind(NamedTuple):
         head: its class, see `Detector`.
         factors: what `sizes` may be in strides, the first one where it does.
         arguments: of `make_detector` that the head takes, besides those that all do.
+        coarsest: largest stride of its maps.
+        queries: it finds at most as many objects as it has queries, and is of transformers.
     """
 
     description: str
     head: Any
     factors: tuple[float, ...]
     arguments: tuple[str, ...] = ()
+    coarsest: int = 128
+    queries: bool = False
 
 
 DETECTORS = {
@@ -145,6 +175,22 @@ DETECTORS = {
         ("ratios",),
     ),
     "mask_rcnn": Kind("Mask R-CNN (2017): Faster R-CNN with the mask of each object", MaskRCNN, (4, 3, 2), ("ratios",)),
+    "rt_detr": Kind(
+        "RT-DETR v2 (2024), of transformers: queries become objects, without anchors or duplicates",
+        RTDETR,
+        (4,),
+        ("gamma", "queries", "layers"),
+        coarsest=32,
+        queries=True,
+    ),
+    "d_fine": Kind(
+        "D-FINE (2024), of transformers: as rt_detr, with sides refined layer by layer",
+        DFINE,
+        (4,),
+        ("gamma", "queries", "layers"),
+        coarsest=32,
+        queries=True,
+    ),
 }
 
 
@@ -163,6 +209,13 @@ class Levels(NamedTuple):
     @property
     def strides(self) -> list[int]:
         return [self.finest * 2**i for i in range(round(math.log2(self.coarsest / self.finest)) + 1)]
+
+
+def refuse_unusable(detector: str) -> None:
+    """Raises UserError for a detector that there is not, or that is not installed."""
+    refuse_unknown("model.detector", detector, DETECTORS, f"visionattn list --detectors: {', '.join(DETECTORS)}")
+    if DETECTORS[detector].queries:
+        refuse_without_transformers(detector)
 
 
 def measured_levels(
@@ -188,7 +241,8 @@ def measured_levels(
     tried = []
     for fine in [finest] if finest else [8, 4]:
         for factor in kind.factors:
-            end = coarsest or next((s for s in (32, 64) if s >= fine and 2 * factor * s >= large), 128)
+            end = next((s for s in (32, 64) if s >= fine and 2 * factor * s >= large), 128)
+            end = coarsest or min(end, kind.coarsest)
             levels = Levels(fine, max(end, fine), [])
             levels = levels._replace(sizes=list(sizes or [factor * float(stride) for stride in levels.strides]))
             if len(levels.sizes) != len(levels.strides):
@@ -227,23 +281,29 @@ def make_detector(
         args: keyword arguments for `timm.create_model`.
         detector_args: `finest` and `coarsest` stride (8, 32), `sizes` of objects for each, fine to coarse (some
             strides), `fpn_channels` (128), `overlap`, `agnostic` and `limit` of `DenseHead`, and of some detectors
-            `convs` of the head (4), `gamma` of the focal loss (2) and `ratios` (height / width) of anchors.
+            `convs` of the head (4), `gamma` of the focal loss (2), `ratios` (height / width) of anchors, `queries`
+            (100) and `layers` of the decoder (6).
 
     Raises:
-        UserError: an unknown encoder or detector, or an encoder that does not fit.
+        UserError: an unknown encoder or detector, one that is not installed, or an encoder that does not fit.
     """
     args, given = args or {}, dict(detector_args or {})
-    refuse_unknown("model.detector", detector, DETECTORS, f"visionattn list --detectors: {', '.join(DETECTORS)}")
+    refuse_unusable(detector)
     kind = DETECTORS[detector]
     strides = Levels(given.pop("finest", 8), given.pop("coarsest", 32), []).strides
     sizes = given.pop("sizes", [kind.factors[0] * stride for stride in strides])
     width = given.pop("fpn_channels", 128)
     if len(sizes) != len(strides):
         raise UserError(f"model.detector_args.sizes has {len(sizes)} sizes, expected one for each stride of {strides}")
+    if strides[-1] > kind.coarsest:
+        raise UserError(f"model.detector_args.coarsest is {strides[-1]}, but {detector} has maps to {kind.coarsest}")
+    if kind.queries and width % 4:
+        raise UserError(f"model.detector_args.fpn_channels is {width}: {detector} needs a multiple of 4")
     pyramid = make_pyramid(name, [stride for stride in strides if stride <= 32], channels, pretrained, args)
     ours = {key: given[key] for key in (*COMMON, *kind.arguments) if key in given}
     head = kind.head(width, classes, strides, sizes, **ours)
     size = args.get("img_size")
     least = (32, 32) if size is None else (size, size) if isinstance(size, int) else (size[0], size[1])
-    decoder = Features(pyramid.channels, width, len(strides) - len(pyramid.channels))
+    coarser = len(strides) - len(pyramid.channels)
+    decoder = Projections(pyramid.channels, width) if kind.queries else Features(pyramid.channels, width, coarser)
     return Detector(pyramid, decoder, head, least)

@@ -15,7 +15,7 @@ from visionattn.models.detectors import DETECTORS, Detector, Objects, make_detec
 from visionattn.models.networks import freeze
 
 SMALL = {"depth": [1, 1, 1, 1], "embed_dim": [16, 16, 32, 32], "head_dim": 16, "n_win": 2, "topks": [1, 2, 4, -2]}
-NARROW = {"fpn_channels": 48, "convs": 1}
+NARROW = {"fpn_channels": 48, "convs": 1, "queries": 40, "layers": 2}
 every_detector = pytest.mark.parametrize("detector", DETECTORS)
 dense_detector = pytest.mark.parametrize("detector", ["fcos", "retinanet"])
 ENCODERS = [
@@ -57,7 +57,7 @@ def painted(image: Tensor, target: Objects) -> Objects:
 @pytest.mark.parametrize(("encoder", "args", "strides"), ENCODERS)
 def test_every_parameter_gets_a_gradient(detector, encoder, args, strides):
     """With images of different sizes and one empty, and with empty ones alone: so plain DDP works."""
-    levels = {"finest": strides[0], "coarsest": strides[1]}
+    levels = {"finest": strides[0], "coarsest": min(strides[1], DETECTORS[detector].coarsest)}
     network = make_detector(encoder, detector, 3, 5, args=args, detector_args=NARROW | levels)
     images = [torch.randn(5, 100, 133), torch.randn(5, 96, 64)]
     full = objects((10, 10, 40, 50), (60, 20, 80, 44), (0, 0, 100, 30), labels=(0, 2, 1), ignore=(2,))
@@ -66,10 +66,11 @@ def test_every_parameter_gets_a_gradient(detector, encoder, args, strides):
         assert all(loss.isfinite() for loss in losses.values())
         sum(losses.values()).backward()
         assert not [name for name, p in network.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+        assert all(p.requires_grad for p in network.parameters())
         network.zero_grad()
 
 
-@dense_detector  # of two-stage ones: with the shapes, below
+@pytest.mark.parametrize("detector", ["fcos", "retinanet", "rt_detr", "d_fine"])  # two-stage ones: with shapes, below
 def test_labels_begin_at_0_and_each_has_a_channel(detector):
     """Learned by heart, two images of the first and the last class are told apart."""
     network = small(detector, finest=8, coarsest=8, sizes=[24.0])
@@ -115,9 +116,11 @@ def test_losses_do_not_depend_on_padding_or_company(detector):
     alone = network([image], [target])
     beside = network([image, torch.zeros(3, 64, 64)], [target, target])
     assert alone.keys() == beside.keys()
-    found, (again, _) = network.eval()([image]), network([image, torch.randn(3, 64, 64)])
-    assert_close(found[0].xyxy, again.xyxy)
-    assert_close(found[0].scores, again.scores)
+    found = network.eval()([image])[0]
+    for company in (torch.randn(3, 64, 64), torch.randn(3, 50, 120)):
+        again, _ = network([image, company])
+        assert_close(found.xyxy, again.xyxy)
+        assert_close(found.scores, again.scores)
 
 
 @pytest.mark.parametrize("detector", ["faster_rcnn", "mask_rcnn"])
@@ -258,7 +261,7 @@ def test_images_keep_their_size(detector, size):
     assert [tuple(shape) for shape in seen] == [tuple(-(-side // 32) * 32 for side in size)]
 
 
-@every_detector
+@pytest.mark.parametrize("detector", [name for name, kind in DETECTORS.items() if not kind.queries])
 @torch.no_grad()
 def test_duplicates_are_of_a_class_or_of_any(detector):
     image = torch.randn(1, 3, 64, 64)

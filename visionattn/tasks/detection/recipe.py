@@ -30,7 +30,16 @@ class DetectorArgs(Section):
         None, description="side of the objects that each map is for, fine to coarse; unset: measured"
     )
     ratios: list[AbovePositive] = Field([0.5, 1.0, 2.0], description="retinanet: height / width of the anchors")
-    nms: Iou = Field(0.6, description="IoU above which the less sure of two detections is a duplicate")
+    queries: Positive | None = Field(
+        None,
+        description="rt_detr, d_fine: most objects found at once; unset: twice those of the densest image or tile, at "
+        "least 100",
+    )
+    layers: Positive = Field(6, description="rt_detr, d_fine: of the decoder")
+    nms: Iou = Field(
+        0.6,
+        description="IoU above which the less sure of two detections is a duplicate; rt_detr, d_fine: only if agnostic",
+    )
     agnostic: bool = Field(False, description="detections of different classes can be duplicates of each other")
 
     @model_validator(mode="after")

@@ -24,8 +24,16 @@ from visionattn.errors import UserError, listed, nearest
 from visionattn.inference.fusion import fuse
 from visionattn.inference.masks import pasted
 from visionattn.inference.views import View, views
-from visionattn.models.detectors import DETECTORS, MISSED, Detector, Objects, make_detector, measured_levels
-from visionattn.models.networks import arguments_of, refuse_unknown
+from visionattn.models.detectors import (
+    DETECTORS,
+    MISSED,
+    Detector,
+    Objects,
+    make_detector,
+    measured_levels,
+    refuse_unusable,
+)
+from visionattn.models.networks import arguments_of
 from visionattn.models.weights import start_from
 from visionattn.tasks import base
 from visionattn.tasks.base import Task, predict_in_batches
@@ -202,18 +210,17 @@ def _boxes(xyxy: Tensor, labels: Tensor, scores: Tensor | None = None, ignore: T
 
 
 def refuse_names(spec: Recipe) -> None:
-    """Raises UserError for a model, an optimizer or a detector that there is not."""
+    """Raises UserError for a model, an optimizer or a detector that there is not, or that is not installed."""
     base.refuse_names(spec)
-    where = f"visionattn list --detectors: {', '.join(DETECTORS)}"
-    refuse_unknown("model.detector", spec.model.detector, DETECTORS, where)
+    refuse_unusable(spec.model.detector)
 
 
 def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
     """What the recipe leaves open, from the samples; provisional where these have not been read yet.
 
     Returns:
-        the recipe with `data.classes`, `mean` and `std`, with the maps of the detector and the number of objects that
-        it may find, and the data set with what makes results doubtful.
+        the recipe with `data.classes`, `mean` and `std`, with the maps and queries of the detector and the number of
+        objects that it may find, and the data set with what makes results doubtful.
 
     Raises:
         UserError: the data set cannot be trained on.
@@ -225,7 +232,7 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
         _refuse_absent(dataset)
         _refuse_overlap(spec, dataset)
         dataset = replace(dataset, warnings=[*dataset.warnings, *unreached(spec, dataset)])
-    return _with_levels(_with_limit(spec, dataset), dataset), dataset
+    return _with_levels(_with_queries(_with_limit(spec, dataset), dataset), dataset), dataset
 
 
 def _instances(spec: Recipe, dataset: Dataset) -> str:
@@ -295,6 +302,20 @@ def _with_levels(spec: Recipe, dataset: Dataset) -> Recipe:
     return spec.model_copy(update={"model": spec.model.model_copy(update={"detector_args": args})})
 
 
+def _with_queries(spec: Recipe, dataset: Dataset) -> Recipe:
+    """Raises UserError for fewer than an image has objects."""
+    if not DETECTORS[spec.model.detector].queries:
+        return spec
+    densest, queries = _densest_of(dataset, spec.data), spec.model.detector_args.queries
+    if queries is not None and queries < densest:
+        raise UserError(f"model.detector_args.queries is {queries}, but the network sees {densest} objects at once")
+    queries = queries or max(LEAST_LIMIT, 2 * densest)
+    if dataset.readings:
+        log.info("%s: %d queries, for at most %d objects at once", spec.model.detector, queries, densest)
+    args = spec.model.detector_args.model_copy(update={"queries": queries})
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"detector_args": args})})
+
+
 def unreached(spec: Recipe, dataset: Dataset) -> list[str]:
     """A line where the maps of the detector do not reach some training objects."""
     _, missed = _levels(spec, dataset)
@@ -308,13 +329,17 @@ def unreached(spec: Recipe, dataset: Dataset) -> list[str]:
 
 
 def _with_limit(spec: Recipe, dataset: Dataset) -> Recipe:
-    limit = spec.evaluate.max_objects
-    densest = max((_densest(r, spec.data) for part in dataset.readings.values() for r in part), default=0)
+    limit, densest = spec.evaluate.max_objects, _densest_of(dataset, spec.data)
     if limit == "auto":
         limit = max(LEAST_LIMIT, 2 * densest)
     elif limit < densest:
         raise UserError(f"evaluate.max_objects is {limit}, but an image has {densest} objects")
     return spec.model_copy(update={"evaluate": spec.evaluate.model_copy(update={"max_objects": limit})})
+
+
+def _densest_of(dataset: Dataset, data: Data) -> int:
+    """Most objects that the network sees at once of any image."""
+    return max((_densest(reading, data) for part in dataset.readings.values() for reading in part), default=0)
 
 
 def _densest(reading: Reading, data: Data) -> int:
