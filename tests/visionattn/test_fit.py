@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -129,7 +130,34 @@ def test_what_is_frozen_does_not_move(freeze, recipe_file, tmp_path):
     assert freeze != "backbone" or all(key.startswith("network.head") for key in moved)
 
 
+ADAPTER = "model.adapter={lora: {rank: 2}}"
+
+
+def test_adapted_weights_are_kept_merged_and_all_others_stay(recipe_file, tmp_path, capsys):
+    overrides = [ADAPTER, "optim.layer_decay=0.7", "train.precision=bf16-mixed", "model.freeze=['stages.0.*']"]
+    short = fit(recipe_file, tmp_path / "short", *overrides, "train.epochs=1")
+    assert re.search(r"^stages +[\d,]+ +[\d,]+ +\d+\.\d%$", capsys.readouterr().out, re.MULTILINE)
+    longer = fit(recipe_file, tmp_path / "long", *overrides, "train.epochs=3")
+    before, after = weights(short), weights(longer)
+    assert not [key for key in before if "lora" in key or "base_layer" in key]
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert {"network.head.weight", "network.stages.3.0.attn.qkv.weight"} <= moved
+    linear = re.compile(r"network\.(head\..*|stages\.[123]\..*(qkv|proj|mlp|fc|wo).*\.weight)")
+    assert not [key for key in moved if not linear.fullmatch(key)]
+    validated = [float(row["val/accuracy"]) for row in rows(longer)]  # with adapters
+    assert metrics(longer, "val")["overall"]["accuracy"] == pytest.approx(max(validated), abs=1e-6)
+
+
+def test_what_was_trained_with_adapters_is_used_without_peft(recipe_file, tmp_path, pictures, monkeypatch):
+    run = fit(recipe_file, tmp_path / "run", ADAPTER)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert main(["evaluate", str(run)]) == 0
+    assert main(["predict", str(run), str(pictures / "test"), "-o", str(tmp_path / "table.csv")]) == 0
+    fit(recipe_file, tmp_path / "next", f"model.checkpoint={run / 'checkpoints/best.ckpt'}", "train.epochs=1")
+
+
 RESUMED = {
+    "adapted": [ADAPTER, "train.ema=0.9", "model.drop_path_rate=0.2"],
     "plain": [],
     "averaged and mixed": ["train.ema=0.9", "data.augment.mixup=0.8", "model.drop_path_rate=0.2", "optim.accumulate=2"],
     "plateau": ["optim.schedule=plateau", "optim.patience_epochs=1", "optim.lr=0.02", "data.workers=2"],

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from visionattn.api import load
 from visionattn.cli import main
 
 SEGMENTATION = """\
@@ -97,6 +99,22 @@ def test_a_run_on_two_processes_is_one_run(recipe, tmp_path):
     again = json.loads((tmp_path / "alone" / "metrics.json").read_text())
     assert again["overall"] == pytest.approx(metrics(run)["overall"], abs=1e-5)
     assert not [path for path in tmp_path.rglob(".*") if "visionattn" in path.name]
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_on_two_processes(recipe, tmp_path):
+    done = visionattn(
+        "fit", recipe, *TWO, "model.adapter={lora: {rank: 2}}", "train.ema=0.5", "--run=run", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    network = load(tmp_path / "run").model.state_dict()
+    unmerged = torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)["unmerged"]
+    layers = [key.removesuffix(".base_layer.weight") for key in unmerged if key.endswith(".base_layer.weight")]
+    assert layers
+    for layer in layers:
+        own, down, up = (unmerged[f"{layer}.{x}.weight"] for x in ("base_layer", "lora_A.default", "lora_B.default"))
+        assert up.any()
+        torch.testing.assert_close(network[layer.removeprefix("network.") + ".weight"], own + up @ down)
 
 
 def test_validation_on_two_processes_gives_the_numbers_of_one(recipe, tmp_path):

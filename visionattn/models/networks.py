@@ -13,7 +13,16 @@ from visionattn.errors import UserError, nearest
 from visionattn.models.weights import start_from
 from visionattn.recipe.sections import Model
 
-__all__ = ["arguments_of", "create", "freeze", "make_network", "refuse_unknown", "statistics_of", "try_out"]
+__all__ = [
+    "arguments_of",
+    "backbone_parameters",
+    "create",
+    "freeze",
+    "make_network",
+    "refuse_unknown",
+    "statistics_of",
+    "try_out",
+]
 
 
 def refuse_unknown(key: str, name: str, known: Collection[str], where: str) -> None:
@@ -106,7 +115,7 @@ def freeze(network: nn.Module, what: str | list[str] | None) -> None:
     if what is None:
         return
     if what == "backbone":
-        frozen = _backbone_parameters(network)
+        frozen = backbone_parameters(network)
     else:
         names = dict(network.named_parameters())
         useless = [pattern for pattern in what if not any(fnmatch(name, pattern) for name in names)]
@@ -120,7 +129,7 @@ def freeze(network: nn.Module, what: str | list[str] | None) -> None:
         raise UserError("model.freeze leaves nothing to train")
 
 
-def _backbone_parameters(network: Any) -> list[nn.Parameter]:
+def backbone_parameters(network: Any) -> list[nn.Parameter]:
     """Of an encoder under a decoder the encoder's, else all but the classifiers'."""
     if hasattr(network, "encoder"):
         return list(network.encoder.parameters())

@@ -5,9 +5,7 @@ encoder, decoder and losses. What they lack is added here: images that differ in
 and losses in float32 whatever the precision, group norms that small batches do not disturb.
 """
 
-import importlib.metadata
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,29 +13,19 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert, clip_boxes_to_image, nms
 
-from visionattn.errors import UserError
 from visionattn.models.dense_heads import FCOS, FLOOR, Detections, Objects, group_norm, inside
+from visionattn.models.extras import imported, refuse_without
 
 __all__ = ["DFINE", "RTDETR", "Projections", "refuse_without_transformers"]
 
-LEAST_VERSION = (5, 24)  # of transformers
+LEAST_VERSION = "5.24"  # of transformers
 NOTHING = -20.0  # logit of what is surely no object
 SIDES = 0.01, 0.99  # of an image: the smallest and largest box that a query starts from
 
 
 def refuse_without_transformers(detector: str) -> None:
     """Raises UserError where the detector called so cannot be made."""
-    least = ".".join(map(str, LEAST_VERSION))
-    try:
-        version = importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
-        version = ""
-    if not version or tuple(map(int, version.split(".")[:2])) < LEAST_VERSION:
-        here = f"version {version} is" if version else "it is not"
-        raise UserError(
-            f"model.detector {detector} needs transformers {least} or newer, but {here} installed: "
-            "pip install 'visionattn[detr]'"
-        )
+    refuse_without("transformers", "detr", f"model.detector {detector}", LEAST_VERSION)
 
 
 class Projections(nn.ModuleList):
@@ -263,9 +251,7 @@ def boxes_of(size: Sequence[int], like: Tensor) -> Tensor:
 
 def _parts(family: str, **settings: Any) -> tuple[Any, Any]:
     """The network without a backbone, and its losses."""
-    refuse_without_transformers({"RTDetrV2": "rt_detr", "DFine": "d_fine"}[family])
-    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # the library would take our folder for the Hub's
-    import transformers
+    transformers = imported("transformers", "detr", f"detector {family}", LEAST_VERSION)
     from transformers.loss import loss_d_fine, loss_rt_detr
 
     maps = settings["num_feature_levels"]

@@ -75,9 +75,11 @@ class _Explanation:
         value: Any = self.content
         for key in keys[:-1]:
             annotation, value = section.model_fields[key].annotation, value[key]
-            if typing.get_args(annotation):
-                annotation = self._formats(annotation)[value["format"]]
-            section = annotation
+            sections = [one for one in typing.get_args(annotation) if one is not type(None)]
+            if len(sections) > 1:
+                section = self._formats(annotation)[value["format"]]
+            else:
+                section = sections[0] if sections else annotation
         return section
 
     @staticmethod

@@ -12,10 +12,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 __all__ = [
     "AbovePositive",
+    "Adapter",
     "Count",
     "Data",
     "Evaluate",
     "FilePath",
+    "FineTuned",
     "Lists",
     "Log",
     "Model",
@@ -61,6 +63,32 @@ class Model(Section):
         None, description="'backbone': train the head only (linear probe); or name patterns such as 'stages.0.*'"
     )
     args: dict[str, Any] = Field({}, description="further keyword arguments of the model's own constructor")
+
+
+class Lora(Section):
+    """Low-rank adapters."""
+
+    rank: Positive = Field(8, description="of each adapter")
+
+
+class Adapter(Section):
+    """What is trained in place of the backbone's own weights; its norms stay as they are."""
+
+    lora: Lora
+
+
+class FineTuned(Model):
+    """A network whose backbone may be adapted by a few weights."""
+
+    adapter: Adapter | None = Field(
+        None, description="such as {lora: {rank: 8}}: train low-rank adapters in the frozen backbone, and all above it"
+    )
+
+    @model_validator(mode="after")
+    def _frozen_once(self) -> Self:
+        if self.adapter is not None and self.freeze == "backbone":
+            raise ValueError("no freeze: backbone beside adapter, which freezes the backbone's own weights itself")
+        return self
 
 
 class Lists(Section):

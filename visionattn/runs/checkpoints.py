@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.pytorch import callbacks
@@ -14,6 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from visionattn import __version__, recipe
 from visionattn.errors import UserError
 from visionattn.files import make_folder, new_file
+from visionattn.models import adapters
 from visionattn.models.weights import load_checkpoint
 from visionattn.recipe import Recipe, part_of
 from visionattn.report.evaluation import RENAMED
@@ -119,8 +119,9 @@ def epoch_of(path: Path) -> int:
     return load_checkpoint(path)["epoch"] + 1
 
 
-def load_weights(task: pl.LightningModule, path: Path) -> tuple[int, Recipe]:
+def load_weights(task: Task, path: Path) -> tuple[int, Recipe]:
     """Give a task the weights of a checkpoint; returns its epoch, and the recipe with what training has settled."""
     checkpoint = load_checkpoint(path)
+    adapters.remove(task.network)
     task.load_state_dict(checkpoint["state_dict"])
     return checkpoint["epoch"] + 1, recipe.loads(_migrated(checkpoint["visionattn"], path)["recipe"], name=str(path))

@@ -21,6 +21,7 @@ from visionattn.data.splits import split
 from visionattn.data.survey import doubts, read_through, usable
 from visionattn.environment import silence
 from visionattn.errors import UserError, listed
+from visionattn.models.adapters import trained_parameters
 from visionattn.models.determinism import refuse_nondeterministic
 from visionattn.models.networks import try_out
 from visionattn.recipe import Recipe, part_of
@@ -155,6 +156,8 @@ def _train(directory: RunDirectory, spec: Recipe, dataset: Dataset) -> Path:
             "an epoch trains on %d of %d images, others each time: the last incomplete batch is left out",
             *(len(training_set) - rest, len(training_set)),
         )
+    if is_first() and (table := trained_parameters(task.network)):
+        log.info(table)
     resumed = directory.last if directory.last.is_file() else None
     began = time.monotonic()
     with directory.locked() if is_first() else nullcontext():

@@ -40,6 +40,7 @@ from visionattn.data.prediction import Prediction
 from visionattn.data.sample import Dataset
 from visionattn.data.survey import mean_std
 from visionattn.errors import UserError
+from visionattn.models import adapters
 from visionattn.models.networks import freeze, refuse_unknown, statistics_of
 from visionattn.recipe.sections import Optim, Recipe, Train
 
@@ -189,7 +190,14 @@ class Task(pl.LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Weights are kept as they are used, merged with adapters, and where there are any as they go on too."""
         checkpoint["visionattn"] = self.provenance
+        plain = adapters.merged(checkpoint["state_dict"])
+        if plain.keys() != checkpoint["state_dict"].keys():
+            checkpoint |= {"state_dict": plain, "unmerged": checkpoint["state_dict"]}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = checkpoint.pop("unmerged", checkpoint["state_dict"])
 
 
 def refuse_names(spec: Recipe) -> None:

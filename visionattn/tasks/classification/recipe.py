@@ -7,7 +7,7 @@ from pydantic import Field
 from visionattn.data import formats
 from visionattn.data.labels import ClassSection
 from visionattn.recipe import sections
-from visionattn.recipe.sections import AbovePositive, NotNegative, Probability, Rate, Ratio, Section, Share
+from visionattn.recipe.sections import AbovePositive, FineTuned, NotNegative, Probability, Rate, Ratio, Section, Share
 
 __all__ = ["DATA", "EXAMPLE", "AnyData", "Augment", "Data", "Loss", "Recipe"]
 
@@ -79,6 +79,7 @@ class Recipe(sections.Recipe):
     """A whole classification experiment."""
 
     task: Literal["classification"]
+    model: FineTuned
     data: AnyData
     loss: Loss = Loss()
     train: Train = Train()

@@ -17,6 +17,7 @@ from visionattn.data.sample import Dataset, Sample
 from visionattn.data.survey import mean_std
 from visionattn.errors import UserError, listed
 from visionattn.inference.views import views
+from visionattn.models.adapters import adapt
 from visionattn.models.networks import make_network, statistics_of, try_out
 from visionattn.tasks.base import Task, predict_in_batches, refuse_names
 from visionattn.tasks.classification.check import too_small
@@ -174,6 +175,8 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> Classifier:
     result = try_out(network, spec.model.name, (data.channels, *data.side))
     if tuple(result.shape) != (1, len(data.classes)):
         raise UserError(f"model {spec.model.name} gives {tuple(result.shape)} for an image: it is no classifier")
+    if spec.model.adapter:
+        adapt(network, spec.model.adapter.lora.rank, spec.model.name, (data.channels, *data.side))
     return Classifier(
         network,
         _loss(spec, dataset, labelling),

@@ -49,7 +49,7 @@ class DetectorArgs(Section):
         return self
 
 
-class Model(sections.Model):
+class Model(sections.FineTuned):
     """An encoder under a detector."""
 
     detector: str = Field("fcos", description="see `visionattn list --detectors`")

@@ -24,6 +24,7 @@ from visionattn.errors import UserError, listed, nearest
 from visionattn.inference.fusion import fuse
 from visionattn.inference.masks import pasted
 from visionattn.inference.views import View, views
+from visionattn.models.adapters import adapt
 from visionattn.models.detectors import (
     DETECTORS,
     MISSED,
@@ -383,6 +384,8 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> DetectorTask:
     if dataset:
         base.refuse_few_crops(data, dataset)
         _prove(network, spec, dataset)
+    if dataset and spec.model.adapter:
+        adapt(network, spec.model.adapter.lora.rank, spec.model.name, (len(data.mean), *data.side))
     score = evaluate.score
     return DetectorTask(
         network,

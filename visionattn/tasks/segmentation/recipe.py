@@ -16,7 +16,7 @@ __all__ = ["DATA", "EXAMPLE", "AnyData", "Augment", "Data", "Loss", "Recipe"]
 Zoom = Annotated[float, Field(ge=0.1, le=10)]  # beyond, a crop would be of a few pixels, or of a hundred times as many
 
 
-class Model(sections.Model):
+class Model(sections.FineTuned):
     """An encoder with a decoder, or a whole segmenter of timm's registry."""
 
     decoder: str | None = Field(

@@ -25,6 +25,7 @@ from visionattn.errors import UserError, listed
 from visionattn.files import Unwritable
 from visionattn.inference.sliding import predict_windows, slide, strips
 from visionattn.inference.views import views
+from visionattn.models.adapters import adapt
 from visionattn.models.networks import arguments_of, refuse_unknown
 from visionattn.models.segmenters import DECODERS, make_segmenter
 from visionattn.models.weights import start_from
@@ -224,6 +225,8 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> Segmenter:
         head.requires_grad_(False)
     if dataset:
         _refuse_untrainable(spec, dataset)
+    if dataset and spec.model.adapter:
+        adapt(network, spec.model.adapter.lora.rank, spec.model.name, (len(data.mean), *data.side))
     validated = dataset.splits["val"] if dataset else []
     order = {case: n for n, case in enumerate(cases(validated))}
     return Segmenter(
