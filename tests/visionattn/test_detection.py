@@ -194,6 +194,7 @@ FEATURES = {
     "bfloat16": ["train.precision=bf16-mixed", "train.channels_last=true"],
     "views": ["evaluate.tta=[hflip, vflip, rot90]", "evaluate.score=0.3"],
     "folds": ["data.fold=1", "data.folds=3", "data.object_crops=1.0", "data.resize=none"],
+    "drawn": ["data.balanced_sampling=true", "data.empty_crops=0.1", "data.augment.copy_paste=0.5"],
     "augmented": [
         "data.augment={scale: [0.5, 2.0], vflip: 0.5, rot90: 0.5, rotate: 10, jitter: 0.2, band_dropout: 0.2}"
     ],

@@ -70,6 +70,11 @@ class Augment(Section):
     )
     jitter: NotNegative = Field(0.0, description="strength of random gain and offset, in standard deviations")
     band_dropout: Probability = Field(0.0, description="of each band to be blanked out; one always stays")
+    copy_paste: Probability = Field(
+        0.0,
+        description="of an object of any training image to be pasted, each class as likely: itself where data have "
+        "masks, else the rectangle of its box; what it covers by more than half is ignored, by three quarters gone",
+    )
 
     @model_validator(mode="after")
     def _scale_is_a_range(self) -> Self:
@@ -96,6 +101,13 @@ class Data(sections.Data):
     )
     object_crops: Probability = Field(
         0.5, description="share of crops around an object, each class as often, where images are larger than crops"
+    )
+    empty_crops: Probability = Field(
+        0.3,
+        description="largest share of training crops without an object; in place of others stand crops around objects",
+    )
+    balanced_sampling: bool = Field(
+        False, description="draw images of rare classes more often, by the root of how rare the rarest of each is"
     )
     augment: Augment = Augment()
 

@@ -7,8 +7,9 @@ An image is scaled by one factor (`data.resize`) and keeps its shape:
 
 Larger images than `image_size` are then looked at tile by tile, and what the tiles show is merged.
 
-A training crop is a random window of what `image_size` frames, zoomed by `augment.scale`. Bands are normalised before
-they are resized, so that missing values (NaN) are the mean.
+A training crop is a random window of what `image_size` frames, zoomed by `augment.scale`. Of crops without an object
+only some stay (`empty_crops`); in place of others stands one around an object, of another image where this has none.
+Bands are normalised before they are resized, so that missing values (NaN) are the mean.
 """
 
 import math
@@ -30,6 +31,7 @@ from visionattn.data.sample import Reading, Sample, Window, unit_range
 from visionattn.inference.merging import merge, rows_of_tiles
 from visionattn.models.detectors import Objects
 from visionattn.tasks.augmentation import BandDropout, GainAndOffset, QuarterTurns
+from visionattn.tasks.detection.pasting import paste, window_of
 from visionattn.tasks.detection.recipe import Augment, Data
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "tiles_of",
 ]
 
+COUNTED = 1000  # crops that tell how many are without an object
 LEAST = 1e-3  # pixels of a side: what a border leaves less of is ignored
 
 
@@ -117,24 +120,34 @@ class TrainingCrops(Dataset):
         readings: of the samples, with the places of their objects.
         data: the section as `visionattn.tasks.detection.task.resolve` leaves it.
         seed: crop i of epoch e depends on (seed, e, i) only.
+
+    Attributes:
+        weights: chances to draw each crop, None where all are drawn once an epoch.
+        kept: chance of a crop without an object to stay, so that `empty_crops` of an epoch are such at most.
     """
 
-    weights = None  # every crop is drawn once an epoch
     collate = staticmethod(collate)
 
     def __init__(self, samples: Sequence[Sample], readings: Sequence[Reading], data: Data, seed: int) -> None:
         self.samples, self.data, self.seed = samples, data, seed
         self.places = [reading.places for reading in readings]
+        self.boxes = [reading.boxes for reading in readings]
+        self.with_objects = [i for i, places in enumerate(self.places) if places]
+        self.of_class = _members(self.boxes)
         self.augmentation = augmentation(data.augment)
+        self.weights = _chances(readings).repeat(data.crops_per_image) if data.balanced_sampling else None
+        self.kept = self._kept() if self.with_objects else 1.0
 
     def __len__(self) -> int:
         return len(self.samples) * self.data.crops_per_image
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
         epoch, crop = item
-        index = crop % len(self.samples)
         with seeded(self.seed, epoch, crop):
-            image, objects = self._crop(index)
+            index, window, scale = self._drawn(crop % len(self.samples))
+            image, objects = self._seen(index, window, scale)
+            if (chance := self.data.augment.copy_paste) and torch.rand(1).item() < chance:
+                image, objects = self._pasted(image, objects)
             seen = {
                 "image": tv_tensors.Image(image),
                 "boxes": tv_tensors.BoundingBoxes(objects.xyxy, format="XYXY", canvas_size=tuple(image.shape[1:])),
@@ -148,32 +161,106 @@ class TrainingCrops(Dataset):
         objects = Objects(xyxy[~flat], objects.labels[~flat], objects.ignore[~flat], masks)
         return {"image": seen["image"].as_subclass(Tensor), "objects": objects, "index": index}
 
-    def _crop(self, index: int) -> tuple[Tensor, Objects]:
-        sample = self.samples[index]
+    def _drawn(self, index: int) -> tuple[int, Window, float]:
+        """An image, this one unless its crop would be one too many without an object, a window of it, and its scale."""
+        window, scale = self._window(index, self._object(index, self.data.object_crops))
+        if self.kept < 1 and not self._shows(index, window) and torch.rand(1).item() >= self.kept:
+            if not self.places[index]:
+                index = self.with_objects[int(torch.randint(len(self.with_objects), (1,)))]
+            window, scale = self._window(index, self._object(index, 1.0))
+        return index, window, scale
+
+    def _kept(self) -> float:
+        """See `kept`; from as many crops as there are in an epoch, or some."""
+        empty, crops = 0, range(0, len(self), max(1, len(self) // COUNTED))
+        for crop in crops:
+            with seeded(self.seed, -1, crop):
+                index = crop % len(self.samples)
+                window, _ = self._window(index, self._object(index, self.data.object_crops))
+                empty += not self._shows(index, window)
+        return min(1.0, self.data.empty_crops * len(crops) / max(1, empty))
+
+    def _shows(self, index: int, window: Window) -> bool:
+        """Whether an object is to be learned there; what has not been read counts as such."""
+        boxes = self.boxes[index] if self.boxes else None
+        return boxes is None or not boxes.within(window).ignore.all()
+
+    def _scale(self, index: int) -> float:
         low, high = self.data.augment.scale
-        scale = factor_of(sample.size, self.data)
-        scale *= math.exp(torch.empty(1).uniform_(math.log(low), math.log(high)).item())
+        zoom = math.exp(torch.empty(1).uniform_(math.log(low), math.log(high)).item())
+        return factor_of(self.samples[index].size, self.data) * zoom
+
+    def _window(self, index: int, centre: tuple[int, int] | None) -> tuple[Window, float]:
+        """What of an image becomes a crop, and by what it is scaled."""
+        size, scale = self.samples[index].size, self._scale(index)
         extents = [
-            max(1, min(round(side / scale), own))
-            for side, own in zip(frame(sample.size, self.data), sample.size, strict=True)
+            max(1, min(round(side / scale), own)) for side, own in zip(frame(size, self.data), size, strict=True)
         ]
-        centre = self._object(index)
-        starts = [_start(*sides) for sides in zip(sample.size, extents, centre or (None, None), strict=True)]
+        starts = [_start(*sides) for sides in zip(size, extents, centre or (None, None), strict=True)]
         rows, columns = (slice(start, start + extent) for start, extent in zip(starts, extents, strict=True))
-        new = [max(1, round(extent * scale)) for extent in extents]
+        return (rows, columns), scale
+
+    def _seen(self, index: int, window: Window, scale: float) -> tuple[Tensor, Objects]:
+        """The pixels and objects of a window."""
+        sample, old = self.samples[index], [side.stop - side.start for side in window]
+        new = [max(1, round(extent * scale)) for extent in old]
         return (
-            network_input(sample.image((rows, columns)), self.data, new),
-            objects_of(sample.target((rows, columns)), extents, new, self.data.instances == "masks"),
+            network_input(sample.image(window), self.data, new),
+            objects_of(sample.target(window), old, new, self.data.instances == "masks"),
         )
 
-    def _object(self, index: int) -> tuple[int, int] | None:
-        """With the chance of `object_crops` the centre of one of the image's objects, each class as likely."""
-        if not self.places or torch.rand(1).item() >= self.data.object_crops or not self.places[index]:
+    def _object(self, index: int, chance: float) -> tuple[int, int] | None:
+        """With this chance the centre of one of the image's objects, each class as likely."""
+        if not self.places or torch.rand(1).item() >= chance or not self.places[index]:
             return None
         of_sample = self.places[index]
         of_class = of_sample[sorted(of_sample)[int(torch.randint(len(of_sample), (1,)))]]
         row, column = of_class[int(torch.randint(len(of_class), (1,)))]
         return int(row), int(column)
+
+    def _pasted(self, image: Tensor, objects: Objects) -> tuple[Tensor, Objects]:
+        """With an object of another image, each class as likely, where it fits."""
+        members = self.of_class[int(torch.randint(len(self.of_class), (1,)))] if self.of_class else []
+        if not len(members):
+            return image, objects
+        index, k = members[int(torch.randint(len(members), (1,)))].tolist()
+        sample, boxes = self.samples[index], self.boxes[index]
+        assert boxes is not None  # of which k is one
+        window, scale = window_of(boxes.xyxy[k], sample.size), self._scale(index)
+        patch, theirs = self._seen(index, window, scale)
+        rooms = [side - own for side, own in zip(image.shape[1:], patch.shape[1:], strict=True)]
+        if min(rooms) < 0:
+            return image, objects
+        corner = [int(torch.randint(room + 1, (1,))) for room in rooms]
+        whole = sample.target()[[k]]
+        shape = None
+        if whole.masks is not None:
+            own = [side.stop - side.start for side in window]
+            theirs = objects_of(whole.within(window), own, patch.shape[1:], masks=True)
+            assert theirs.masks is not None
+            shape = theirs.masks[0].bool()
+            theirs = theirs if objects.masks is not None else theirs._replace(masks=None)
+        return paste(image, objects, patch, theirs, (corner[0], corner[1]), shape)
+
+
+def _members(boxes: Sequence[Boxes | None]) -> list[np.ndarray]:
+    """(N, 2) image and number in it of the objects of each class that has any."""
+    known = [(i, b) for i, b in enumerate(boxes) if b is not None]
+    pairs = np.concatenate([np.zeros((0, 2), np.int64), *(_numbered(i, b) for i, b in known)])
+    labels = np.concatenate([np.zeros(0, np.int64), *(b.labels[~b.ignore] for _, b in known)])
+    return [pairs[labels == label] for label in np.unique(labels)]
+
+
+def _numbered(image: int, boxes: Boxes) -> np.ndarray:
+    places = np.flatnonzero(~boxes.ignore)
+    return np.stack([np.full_like(places, image), places], axis=1)
+
+
+def _chances(readings: Sequence[Reading]) -> Tensor:
+    """Of images to be drawn: one over the root of the share of images that have its rarest class (LVIS, 1908.03195)."""
+    there = np.stack([reading.counts[:-1] > 0 for reading in readings])
+    rarity = 1 / np.sqrt(np.maximum(there.mean(0), 1 / len(there)))
+    return torch.from_numpy(np.where(there, rarity, 1.0).max(1))
 
 
 def _start(side: int, extent: int, centre: int | None) -> int:

@@ -1,6 +1,6 @@
 """From images with objects to what the network sees: objects stay on what they are around."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from visionattn.data.boxes import Boxes
 from visionattn.data.sample import Reading, Sample
 from visionattn.inference.fusion import fuse
 from visionattn.inference.views import views
+from visionattn.models.detectors import Objects
+from visionattn.tasks.detection.pasting import paste
 from visionattn.tasks.detection.recipe import DATA, Augment
 from visionattn.tasks.detection.transforms import (
     TrainingCrops,
@@ -29,16 +31,27 @@ class Squares(Sample):
     """Bright squares on black ground, each of another class."""
 
     xyxy: np.ndarray = field(default_factory=lambda: np.array([[8, 4, 24, 20], [40, 10, 60, 30]], np.float32))
+    labels: np.ndarray = field(default_factory=lambda: np.arange(99))
+    shades: tuple[int, ...] = (255,) * 99  # of the classes
+    masked: bool = False  # discs, with masks
 
     def image(self, window=None) -> np.ndarray:
         image = np.zeros((1, *self.size), np.uint8)
-        for left, top, right, bottom in self.xyxy.astype(int):
-            image[0, top:bottom, left:right] = 255
+        for (left, top, right, bottom), label in zip(self.xyxy.astype(int), self.labels, strict=False):
+            shape = disc(bottom - top) if self.masked else 1
+            image[0, top:bottom, left:right] = np.maximum(image[0, top:bottom, left:right], shape * self.shades[label])
         return image if window is None else image[:, window[0], window[1]]
 
     def target(self, window=None) -> Boxes:
-        boxes = Boxes(self.xyxy, np.arange(len(self.xyxy)), np.zeros(len(self.xyxy), bool))
+        count = len(self.xyxy)
+        masks = [disc(int(box[3] - box[1])).astype(bool) for box in self.xyxy] if self.masked else None
+        boxes = Boxes(self.xyxy, self.labels[:count], np.zeros(count, bool), masks=masks)
         return boxes if window is None else boxes.within(window)
+
+
+def disc(side: int) -> np.ndarray:
+    y, x = np.mgrid[:side, :side] - (side - 1) / 2
+    return (x**2 + y**2 <= (side / 2) ** 2).astype(np.uint8)
 
 
 def section(**keys: Any):
@@ -115,6 +128,126 @@ def test_what_tiles_show_is_merged_to_what_the_image_has():
         together = merged(found[index], one.size)
         assert sorted(together.xyxy.tolist()) == sorted(truth.xyxy.tolist()) == sorted(one.xyxy.tolist())
     assert len(merged([(window, boxes[np.zeros(0, int)]) for window, boxes in found[0]], scene.size)) == 0
+
+
+# Which crops are drawn
+
+
+def scattered(objects: list[list[int]]) -> list[tuple[Squares, Reading]]:
+    """Images of 32 pixels with squares of 8 pixels of these classes."""
+    pairs = []
+    for i, labels in enumerate(objects):
+        corners = np.array([[4 + 10 * n, 4] for n in range(len(labels))]).reshape(-1, 2)
+        xyxy = np.concatenate([corners, corners + 8], 1).astype(np.float32)
+        boxes = Boxes(xyxy, np.array(labels, np.int64), np.zeros(len(labels), bool))
+        one = Squares(f"{i}", f"{i}", f"{i}", 1, (32, 32), xyxy=xyxy, labels=boxes.labels)
+        places = {k: np.array([[8, 8 + 10 * labels.index(k)]], np.int32) for k in set(labels)}
+        counts = np.bincount([*labels, 3])[:4] - np.array([0, 0, 0, 1])
+        pairs.append((one, Reading(size=(32, 32), places=places, boxes=boxes, counts=counts)))
+    return pairs
+
+
+@pytest.mark.parametrize(("ceiling", "expected"), [(0.3, 0.3), (0.0, 0.0), (1.0, 0.8), (0.9, 0.8)])
+def test_no_more_crops_than_asked_show_nothing(ceiling, expected):
+    """Of 80 % images without an object; where fewer crops are empty than may be, all stay."""
+    samples, readings = zip(*scattered([[0], [], [], [], []] * 100), strict=True)
+    crops = TrainingCrops(samples, readings, section(image_size=32, empty_crops=ceiling, augment=STILL), seed=0)
+    shown = [crops[3, i] for i in range(len(crops))]
+    assert np.mean([len(one["objects"].xyxy) == 0 for one in shown]) == pytest.approx(expected, abs=0.05)
+    assert all(len(one["objects"].xyxy) == len(readings[one["index"]].boxes) for one in shown)
+    assert [one["index"] for one in shown] == [crops[3, i]["index"] for i in range(len(crops))]
+
+
+def test_images_of_rare_classes_are_drawn_more_often():
+    """A class in one of 100 images ten times as often, one in all of them and no object as before."""
+    samples, readings = zip(*scattered([[0]] * 99 + [[0, 1]]), strict=True)
+    plain, balanced = (
+        TrainingCrops(samples, readings, section(crops_per_image=2, balanced_sampling=on), seed=0)
+        for on in (False, True)
+    )
+    assert plain.weights is None
+    assert balanced.weights.tolist() == pytest.approx(([1.0] * 99 + [10.0]) * 2)
+
+
+# Copy-paste
+
+STILL = Augment(scale=[1.0, 1.0], hflip=0.0)
+
+
+def left_by_hand(box: list[float], mask: np.ndarray, covered: np.ndarray, ignore: bool):
+    """Box and ignore of what is visible, pixel by pixel; None where it is gone."""
+    seen = [(x, y) for y, x in np.argwhere(mask).tolist() if not covered[y, x]]
+    share = len(seen) / mask.sum()
+    if (not seen) or (share < 0.25 and not ignore):
+        return None
+    if len(seen) == mask.sum():
+        return box, ignore
+    xs, ys = zip(*seen, strict=True)
+    ends = [max(box[0], min(xs)), max(box[1], min(ys)), min(box[2], max(xs) + 1), min(box[3], max(ys) + 1)]
+    return ends, ignore or share < 0.5
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_what_is_pasted_covers_objects_by_the_rule_of_crops(with_masks):
+    rng = np.random.default_rng(0)
+    kinds = set()
+    for _ in range(60):
+        corners = rng.uniform(0, 20, (6, 2))
+        xyxy = np.concatenate([corners, corners + rng.uniform(2, 12, (6, 2))], 1).astype(np.float32)
+        ignore, masks = rng.random(6) < 0.3, np.zeros((6, 32, 32), np.uint8)
+        for mask, box in zip(masks, xyxy, strict=True):
+            left, top, right, bottom = *np.floor(box[:2]).astype(int), *np.ceil(box[2:]).astype(int)
+            mask[top:bottom, left:right] = rng.random((bottom - top, right - left)) < (0.7 if with_masks else 2)
+        shape, (top, left) = rng.random((10, 8)) < 0.8, rng.integers(0, 20, 2).tolist()
+        new = Boxes(np.array([[1, 2, 8, 9]], np.float32), np.array([7]), np.array([False]))
+        drawn = torch.from_numpy(shape[None].astype(np.uint8)) if with_masks else None
+        old = Objects(
+            *map(torch.from_numpy, (xyxy, np.arange(6), ignore)), torch.from_numpy(masks) if with_masks else None
+        )
+        image, patch = torch.zeros(2, 32, 32), torch.ones(2, 10, 8)
+        pasted = Objects(*map(torch.from_numpy, (new.xyxy, new.labels, new.ignore)), drawn)
+        image, found = paste(image, old, patch, pasted, (top, left), torch.from_numpy(shape))
+        covered = np.zeros((32, 32), bool)
+        covered[top : top + 10, left : left + 8] = shape
+        assert np.array_equal(image.numpy(), np.stack([covered, covered]))
+        expected = [
+            left_by_hand(b, m, covered, i) for b, m, i in zip(xyxy.tolist(), masks, ignore.tolist(), strict=True)
+        ]
+        stays = [k for k, one in enumerate(expected) if one is not None]
+        kinds |= {"gone"} if len(stays) < 6 else set()
+        kinds |= {"ignored" for k in stays if expected[k][1] and not ignore[k]}
+        assert found.labels.tolist() == [*stays, 7]
+        assert found.ignore.tolist() == [*(expected[k][1] for k in stays), False]
+        assert np.allclose(found.xyxy[:-1], np.array([expected[k][0] for k in stays]).reshape(-1, 4))
+        assert found.xyxy[-1].tolist() == [1 + left, 2 + top, 8 + left, 9 + top]
+        if with_masks:
+            assert np.array_equal(found.masks[:-1].numpy().astype(bool), masks[stays].astype(bool) & ~covered)
+            assert np.array_equal(found.masks[-1].numpy().astype(bool), covered)
+    assert kinds == {"gone", "ignored"}
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_rare_objects_are_pasted_whole_with_their_labels(with_masks):
+    """A class of one object in 50 images is in half of the crops, always of its own brightness and size."""
+    samples, readings = zip(*scattered([[0]] * 49 + [[0, 1]]), strict=True)
+    samples = [replace(one, shades=(100, 200), masked=with_masks) for one in samples]
+    instances = "masks" if with_masks else "boxes"
+    data = section(image_size=32, augment=STILL.model_copy(update={"copy_paste": 1.0}), instances=instances)
+    crops = TrainingCrops(samples, readings, data, seed=0)
+    seen = [crops[0, i] for i in range(49)]
+    rare = [one for one in seen if 1 in one["objects"].labels.tolist()]
+    assert 15 <= len(rare) <= 34
+    for one in rare:
+        objects = one["objects"]
+        (k,) = torch.where(objects.labels == 1)[0].tolist()
+        left, top, right, bottom = objects.xyxy[k].int().tolist()
+        assert (right - left, bottom - top) == (8, 8)
+        disc = one["image"][0, top:bottom, left:right] * 255
+        assert (disc == 200).sum() == (4 * 13 if with_masks else 64)
+        if with_masks:
+            assert torch.equal(objects.masks[k, top:bottom, left:right].bool(), disc == 200)
+    plain = TrainingCrops(samples, readings, section(image_size=32, augment=STILL), seed=0)
+    assert all(len(plain[0, i]["objects"].labels) == 1 for i in range(49))
 
 
 def test_boxes_over_the_border_are_clipped_and_what_is_outside_is_ignored():
