@@ -135,7 +135,8 @@ class TrainingCrops(Dataset):
         self.with_objects = [i for i, places in enumerate(self.places) if places]
         self.of_class = _members(self.boxes)
         self.augmentation = augmentation(data.augment)
-        self.weights = _chances(readings).repeat(data.crops_per_image) if data.balanced_sampling else None
+        balanced = data.balanced_sampling and readings
+        self.weights = _chances(readings).repeat(data.crops_per_image) if balanced else None
         self.kept = self._kept() if self.with_objects else 1.0
 
     def __len__(self) -> int:

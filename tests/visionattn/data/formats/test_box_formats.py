@@ -1,5 +1,6 @@
 """PASCAL VOC, YOLO, tables and instance masks: how they lie on the disk, and every way in which they can be wrong."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from PIL import Image
 
 from visionattn.data import formats
 from visionattn.data.boxes import pixels_of
-from visionattn.data.formats import Found, coco, csv_boxes, instances, voc, yolo
+from visionattn.data.formats import Found, coco, csv_boxes, instances, visdrone, voc, yolo
 from visionattn.errors import UserError
 from visionattn.recipe.sections import Data
 
@@ -416,10 +417,58 @@ def test_a_mask_without_pixels_is_refused(tmp_path):
         find_instances(tmp_path).samples[0].target()
 
 
+# VisDrone
+
+
+def find_visdrone(root: Path, **keys: Any) -> Found:
+    return formats.find(visdrone.Section(format="visdrone", root=root, **keys))
+
+
+def test_visdrone_s_regions_are_ignored_and_its_classes_named(tmp_path):
+    """Class 0, "others" and what is not counted; the commas at the ends of its files."""
+    lines = {"train": "1,2,10,20,1,4,0,1\n5,5,9,9,0,0,0,0,\n30,0,5,5,1,11,1,2\n20,20,10,10,0,1,0,0\n", "val": "\n"}
+    for k, (split, content) in enumerate(lines.items()):
+        image(tmp_path / f"VisDrone2019-DET-{split}/images/0{k}.jpg", k)
+        text(tmp_path / f"VisDrone2019-DET-{split}/annotations/0{k}.txt", content)
+    found = find_visdrone(tmp_path)
+    assert found.problems == []
+    assert found.classes == ["pedestrian", "car"]
+    train, val = found.samples
+    assert (train.split, val.split, len(val.target())) == ("train", "val", 0)
+    boxes = train.target()
+    assert boxes.xyxy.tolist() == [[1, 2, 11, 22], [5, 5, 14, 14], [30, 0, 35, 5], [20, 20, 30, 30]]
+    assert boxes.labels.tolist() == [1, -1, -1, 0]
+    assert boxes.ignore.tolist() == [False, True, True, True]
+    assert find_visdrone(tmp_path, ignored=["ignored regions"]).classes == ["pedestrian", "car", "others"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("1,2,10,20,1,12,0,0", r"00.txt, line 2: '1,2,10,20,1,12,0,0', expected left, top, .* class from 0 to 11"),
+        ("1,2,10,20,0.5,3,0,0", "expected left, top"),
+        ("1 2 10 20 1 3", "expected left, top"),
+        ("1,2,0,20,1,3,0,0", r"00.txt, box in line 2 \[1, 2, 0, 20\]: is 0 wide and 20 high"),
+    ],
+)
+def test_what_is_wrong_with_a_line_of_visdrone_is_said(tmp_path, line, message):
+    image(tmp_path / "images/00.jpg")
+    text(tmp_path / "annotations/00.txt", f"1,2,10,20,1,3,0,0\n{line}\n")
+    assert re.search(message, said := refusal(find_visdrone, tmp_path)), said
+
+
+def test_images_and_files_of_visdrone_without_each_other_are_named(tmp_path):
+    image(tmp_path / "images/00.jpg")
+    text(tmp_path / "annotations/01.txt", "")
+    _, first, second = refusal(find_visdrone, tmp_path).splitlines()
+    assert "an image without objects has an empty one" in first
+    assert "01.txt: there is no image of this name" in second
+
+
 # All of them
 
 
-@pytest.mark.parametrize("name", ["coco", "voc", "yolo", "csv", "instances", "geotiff"])
+@pytest.mark.parametrize("name", ["coco", "voc", "yolo", "visdrone", "csv", "instances", "geotiff"])
 def test_other_data_are_read_without_what_is_said_of_the_training_data(tmp_path, name):
     keys = {
         "coco": {"images": tmp_path, "annotations": "*.json"},
