@@ -66,8 +66,9 @@ class Detections(NamedTuple):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Of 32 groups, or as many as divide the channels."""
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    """Of 32 groups, or as many as divide the channels, each of two channels at least: a map may be one pixel."""
+    groups = math.gcd(32, channels)
+    return nn.GroupNorm(groups if groups < channels else max(1, channels // 2), channels)
 
 
 class DenseHead(nn.Module, ABC):

@@ -1,6 +1,6 @@
 """Low-rank adapters in networks of all tasks and of timm's own models, and what they are merged to."""
 
-import sys
+import importlib.metadata
 
 import pytest
 import timm
@@ -112,6 +112,9 @@ def test_a_model_with_parts_of_peft_s_names_is_not_taken_for_an_adapted_one():
 
 
 def test_without_peft_it_is_said_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
+    def found(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", found)
     with pytest.raises(UserError, match=r"^model.adapter needs peft: pip install 'visionattn\[adapt\]'$"):
         adapt(timm.create_model("biformer_tiny", **TINY), 2, "biformer_tiny", (3, 64, 64))

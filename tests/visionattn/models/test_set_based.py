@@ -154,7 +154,7 @@ def test_refusals(args, message):
 
 
 @pytest.mark.parametrize(
-    ("version", "message"), [(None, "it is not installed"), ("4.57.6", "version 4.57.6 is installed")]
+    ("version", "message"), [(None, "or newer: pip install"), ("4.57.6", "or newer, but 4.57.6 is installed: pip")]
 )
 def test_a_missing_or_old_library_is_told_with_the_command(monkeypatch, version, message):
     def found(name: str) -> str:

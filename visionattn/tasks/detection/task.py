@@ -441,7 +441,9 @@ def _prove(network: Detector, spec: Recipe, dataset: Dataset) -> None:
 def _tiles(readings: Sequence[Reading], data: Data) -> Iterator[Reading]:
     """What is looked at of each image, where it shows objects, as images of their own."""
     for reading in readings:
-        for rows, columns in tiles_of(reading.size, data) if reading.boxes is not None else ():
+        if reading.boxes is None:
+            continue
+        for rows, columns in tiles_of(reading.size, data):
             boxes = reading.boxes.within((rows, columns))
             if not boxes.ignore.all():
                 yield replace(reading, size=(rows.stop - rows.start, columns.stop - columns.start), boxes=boxes)
