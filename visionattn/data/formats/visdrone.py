@@ -1,7 +1,7 @@
 """`format: visdrone`: images with VisDrone's annotation files, a line for each object, and regions that are ignored.
 
-A line is left, top, width and height in pixels, 1 or 0 (not counted), the number of the class, truncation, occlusion. An
-empty file is an image without objects.
+A line is left, top, width and height in pixels, 1 or 0 (not counted), the number of the class, truncation, occlusion;
+an empty file is an image without objects.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ NAMES = (
 
 
 class Section(BoxSection):
-    """Folders called images with siblings called annotations, as in VisDrone2019-DET-train; objects of 0 are ignored."""
+    """Folders called images with siblings called annotations, as in VisDrone2019-DET-train; what is 0 is ignored."""
 
     format: Literal["visdrone"]
     root: FilePath = Field(description="folder with the images and annotations of all splits, or of one")

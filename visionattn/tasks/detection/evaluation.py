@@ -15,7 +15,7 @@ from visionattn.data import formats
 from visionattn.data.boxes import Boxes
 from visionattn.data.drawing import box_colors, draw_boxes
 from visionattn.data.prediction import Prediction
-from visionattn.data.sample import Sample
+from visionattn.data.sample import Sample, Window
 from visionattn.progress import progress
 from visionattn.report.evaluation import Evaluation
 from visionattn.tasks.detection.metrics import (
@@ -35,7 +35,7 @@ from visionattn.tasks.detection.metrics import (
 )
 from visionattn.tasks.detection.recipe import Recipe
 from visionattn.tasks.detection.task import whole
-from visionattn.tasks.detection.transforms import clipped
+from visionattn.tasks.detection.transforms import clipped, tiles_of
 
 __all__ = ["measure"]
 
@@ -85,6 +85,7 @@ class _Measured:
 
     def __init__(self, predictions: Sequence[Prediction], samples: Sequence[Sample], spec: Recipe) -> None:
         evaluate, self.samples, self.classes = spec.evaluate, samples, spec.data.classes
+        self.tiles = [tiles_of(sample.size, spec.data) for sample in samples]
         by_index: dict[int, list[Prediction]] = {}
         for prediction in predictions:
             by_index.setdefault(prediction.index, []).append(prediction)
@@ -168,7 +169,7 @@ class _Measured:
             "scores": self.scores,
             "chosen_here": self.chosen_here,
             "match": self.rule,
-            "max_objects": self.limit,
+            "max_objects": limit_of(self.truths, self.limit),
             "empty": sum(not m.objects.sum() for m in self.matchings),
             "ignored": int(sum(t.ignore.sum() for t in self.truths)),
             "confusion": self._confusion().tolist(),
@@ -177,6 +178,7 @@ class _Measured:
             "curves": [self._curve(k) for k in range(len(self.classes))],
             "recall_by_size": self._recall_by_size(),
             "missed_at": self._missed_at().tolist(),
+            "seams": self._seams(),
         }
 
     def _confusion(self) -> np.ndarray:
@@ -235,6 +237,26 @@ class _Measured:
             for plane, chosen in ((0, cells[missed]), (1, cells[~truth.ignore])):
                 np.add.at(counts[plane], tuple(chosen.T), 1)
         return counts
+
+    def _seams(self) -> list[dict[str, int]]:
+        """Of what the border of a tile crosses, then of the rest: objects, missed ones, detections and duplicates.
+
+        Empty where no image is cut into tiles.
+        """
+        sides = [{"objects": 0, "missed": 0, "found": 0, "duplicates": 0} for _ in range(2)]
+        for tiles, size, found, truth, rows in zip(
+            self.tiles, (sample.size for sample in self.samples), self.found, self.truths, self.rows, strict=True
+        ):
+            true, own = (np.where(_crossed(boxes.xyxy, tiles, size), 0, 1) for boxes in (truth, found))
+            for side in true[~truth.ignore]:
+                sides[side]["objects"] += 1
+            for row in rows:
+                if row.found is not None:
+                    sides[own[row.found]]["found"] += 1
+                    sides[own[row.found]]["duplicates"] += row.kind == "duplicate"
+                elif row.object is not None:
+                    sides[true[row.object]]["missed"] += 1
+        return sides if any(len(tiles) > 1 for tiles in self.tiles) else []
 
     def pictures(self) -> tuple[dict[str, Image.Image], list[dict[str, Any]]]:
         """Images of the lowest, median and highest F1, and crops; with a row about each."""
@@ -317,6 +339,16 @@ def _thinned(x: np.ndarray, y: np.ndarray, limit: float) -> list[list[float]]:
     inside = np.flatnonzero(x <= limit)
     places = inside[np.unique(np.linspace(0, len(inside) - 1, min(POINTS, len(inside))).round().astype(int))]
     return [x[places].round(5).tolist(), y[places].round(5).tolist()]
+
+
+def _crossed(xyxy: np.ndarray, tiles: Sequence[Window], size: tuple[int, int]) -> np.ndarray:
+    """(N,) whether a border of tiles that is none of the image (H, W) goes through a box (N, 4)."""
+    crossed = np.zeros(len(xyxy), bool)
+    for axis, length in enumerate(size):
+        lines = {end for tile in tiles for end in (tile[axis].start, tile[axis].stop)} - {0, length}
+        low, high = xyxy[:, [1 - axis]], xyxy[:, [3 - axis]]
+        crossed |= ((low < sorted(lines)) & (high > sorted(lines))).any(1)
+    return crossed
 
 
 def _reduced(sample: Sample) -> tuple[np.ndarray, int]:

@@ -12,12 +12,13 @@ image, of all images, those without objects too.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from scipy import sparse
 from torchmetrics.detection import MeanAveragePrecision
-from torchvision.ops import box_iou
 
 from visionattn.data.boxes import Boxes, pixels_of
 from visionattn.report.evaluation import LOSS, Metric
@@ -34,15 +35,18 @@ __all__ = [
     "coco",
     "froc",
     "limit_of",
-    "mask_ious",
+    "mask_fits",
     "match",
     "overall",
+    "overlaps",
     "pair_up",
 ]
 
 FROC_RATES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # false positives per image
 IOUS = tuple(np.linspace(0.5, 0.95, 10).tolist())
 RECALLS = np.linspace(0, 1, 101)
+MOST_PAIRS, GROUPS = 10**7, 500  # of an image that is measured at once, and of one that is measured in parts
+STRIP = 256  # boxes that are compared with what is near them at once
 IGNORED = 0.5  # of a detection inside what is ignored
 NEAR = 0.1  # IoU below which a detection has nothing to do with an object (Bolya et al. 2020, TIDE)
 KINDS = ("class", "place", "class and place", "duplicate", "nothing there")  # of false positives, as in TIDE
@@ -89,8 +93,8 @@ def coco(
         sync_on_compute=False,  # what it is given is of all processes
     )
     metric.warn_on_many_detections = False
-    for prediction, truth in zip(predictions, truths, strict=True):
-        known = _for_each_class(truth, classes)
+    images = (_apart(p, _for_each_class(t, classes), limit) for p, t in zip(predictions, truths, strict=True))
+    for prediction, known in chain.from_iterable(images):
         arrays = {"boxes": prediction.xyxy, "scores": prediction.scores, "labels": prediction.labels}
         labels = {"boxes": known.xyxy, "labels": known.labels, "iscrowd": known.ignore.astype(np.int64)}
         found, wanted = ({key: torch.from_numpy(x) for key, x in fields.items()} for fields in (arrays, labels))
@@ -122,6 +126,35 @@ def _for_each_class(truth: Boxes, classes: int) -> Boxes:
         np.concatenate([truth.labels[~anything], labels]),
         np.concatenate([truth.ignore[~anything], np.ones(len(labels), bool)]),
     )
+
+
+def _apart(prediction: Boxes, truth: Boxes, limit: int) -> Iterator[tuple[Boxes, Boxes]]:
+    """An image; one of very many objects as several, where COCO compares each detection with each object.
+
+    What may be matched stays together: detections and objects of a class with an IoU from the least, and with every
+    detection what is ignored around it. At most `limit` detections of a class count, those of the whole image.
+    """
+    if len(prediction) * len(truth) <= MOST_PAIRS:
+        yield prediction, truth
+        return
+    assert prediction.scores is not None
+    surest = np.lexsort((-prediction.scores, prediction.labels))
+    starts = np.searchsorted(prediction.labels[surest], prediction.labels[surest])
+    prediction = prediction[surest[np.arange(len(surest)) - starts < limit]]
+    d, o, shared = overlaps(prediction.xyxy, truth.xyxy)
+    ignored, same = truth.ignore[o], prediction.labels[d] == truth.labels[o]
+    least = IOUS[0] * (prediction.areas[d] + truth.areas[o] - shared)
+    linked = (d[~ignored & same & (shared >= least)], o[~ignored & same & (shared >= least)] + len(prediction))
+    size = len(prediction) + len(truth)
+    graph = sparse.coo_array((np.ones(len(linked[0])), linked), (size, size))
+    group = sparse.csgraph.connected_components(graph, directed=False)[1] // GROUPS
+    around = sparse.coo_array((np.ones(ignored.sum()), (d[ignored], o[ignored])), (len(prediction), len(truth))).tocsr()
+    order = np.argsort(group, kind="stable")
+    for own in _of_each(group[order]):
+        members = order[own]
+        found, objects = members[members < len(prediction)], members[members >= len(prediction)] - len(prediction)
+        objects = objects[~truth.ignore[objects]]
+        yield prediction[found], truth[np.union1d(objects, around[found].indices)]
 
 
 def _measured(values: np.ndarray) -> float | None:
@@ -168,63 +201,94 @@ def match(
     assert prediction.scores is not None
     order = np.argsort(-prediction.scores, kind="stable")
     scores, prediction = prediction.scores[order], prediction[order]
-    fit = mask_ious(prediction, truth) if masks else _fit(prediction.xyxy, truth.xyxy, rule)
-    fit = np.where((prediction.labels[:, None] == truth.labels) & ~truth.ignore, fit, -1.0)
+    known = np.flatnonzero(~truth.ignore)
+    d, o, fit = mask_fits(prediction, truth[known]) if masks else _fits(prediction.xyxy, truth.xyxy[known], rule)
+    o, least = known[o], 0 if rule == "centre" else rule
+    good = (prediction.labels[d] == truth.labels[o]) & (fit >= least)
+    d, o, fit = d[good], o[good], fit[good]
     owner = np.full(len(prediction), -1)
     free = np.ones(len(truth), bool)
-    for d in range(len(prediction) if len(truth) else 0):
-        best = int(np.argmax(np.where(free, fit[d], -1.0)))
-        if free[best] and fit[d, best] >= (0 if rule == "centre" else rule):
-            owner[d], free[best] = best, False
+    for own in _of_each(d):
+        best = own[np.argmax(np.where(free[o[own]], fit[own], -1.0))]
+        if free[o[best]]:
+            owner[d[best]], free[o[best]] = o[best], False
     counts = (owner >= 0) | ~_in_ignored(prediction, truth, ignored)
     objects = np.bincount(truth.labels[~truth.ignore], minlength=classes)
     return Matching(scores, prediction.labels, owner >= 0, counts, owner, order, objects)
 
 
-def ious_of(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """(N, M) IoU of boxes (N, 4) and (M, 4)."""
-    return box_iou(*(torch.from_numpy(np.ascontiguousarray(x, np.float64)) for x in (one, other))).numpy()
+def overlaps(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which of boxes (N, 4) and (M, 4) share some ground, in order, and how much: three times (P,).
+
+    Boxes are compared by strips, so that a scene of many objects takes neither the time nor the memory of N x M.
+    """
+    one, other = (x.astype(np.float64) for x in (one, other))
+    by_top, rows = (np.argsort(x[:, 1], kind="stable") for x in (other, one))
+    tops, tallest = other[by_top, 1], (other[:, 3] - other[:, 1]).max(initial=0)
+    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
+    for part in np.split(rows, range(STRIP, len(rows), STRIP)) if len(rows) else ():
+        reach = one[part, 1].min() - tallest, one[part, 3].max()
+        near = by_top[slice(*np.searchsorted(tops, reach))]
+        low = np.maximum(one[part, None, :2], other[None, near, :2])
+        high = np.minimum(one[part, None, 2:], other[None, near, 2:])
+        shared = (high - low).clip(0).prod(2)
+        i, j = np.nonzero(shared)
+        found.append((part[i], near[j], shared[i, j]))
+    i, j, shared = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    order = np.lexsort((j, i))
+    return i[order], j[order], shared[order]
 
 
-def mask_ious(one: Boxes, other: Boxes) -> np.ndarray:
-    """(N, M) IoU of the masks of objects of one image."""
-    assert one.masks is not None  # of what is asked for
-    assert other.masks is not None
+def _fits(
+    found: np.ndarray, objects: np.ndarray, rule: float | Literal["centre"]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which detections (D, 4) are of which objects (N, 4), and how well."""
+    d, o, shared = overlaps(found, objects)
+    low, high = found.astype(np.float64)[d], objects.astype(np.float64)[o]
+    if rule != "centre":
+        union = (low[:, 2:] - low[:, :2]).prod(1) + (high[:, 2:] - high[:, :2]).prod(1) - shared
+        return d, o, shared / union
+    centre = (low[:, :2] + low[:, 2:]) / 2
+    inside = ((centre >= high[:, :2]) & (centre < high[:, 2:])).all(1)
+    away = np.linalg.norm(centre - (high[:, :2] + high[:, 2:]) / 2, axis=1)
+    return d[inside], o[inside], 1 / (1 + away[inside])
+
+
+def mask_fits(one: Boxes, other: Boxes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which objects of two lists share pixels of their masks, in order, and the IoU of these: three times (P,)."""
+    assert one.masks is not None or not len(one)  # of what is asked for
+    assert other.masks is not None or not len(other)
     places = [[pixels_of(box) for box in boxes.xyxy] for boxes in (one, other)]
-    low = np.maximum(np.floor(one.xyxy[:, None, :2]), np.floor(other.xyxy[None, :, :2]))
-    high = np.minimum(np.ceil(one.xyxy[:, None, 2:]), np.ceil(other.xyxy[None, :, 2:]))
-    shared = np.zeros((len(one), len(other)))
-    for n, m in np.argwhere((high > low).all(2)).tolist():
-        common = [
-            slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(places[0][n], places[1][m], strict=True)
-        ]
+    outer = [np.array([[c.start, r.start, c.stop, r.stop] for r, c in own]).reshape(-1, 4) for own in places]
+    sizes = [np.array([mask.sum() for mask in boxes.masks or ()], np.float64) for boxes in (one, other)]
+    n, m, _ = overlaps(*outer)
+    shared = np.zeros(len(n))
+    for at, pair in enumerate(zip(n.tolist(), m.tolist(), strict=True)):
+        a, b = (own[k] for own, k in zip(places, pair, strict=True))
+        both = [masks[k] for masks, k in zip((one.masks, other.masks), pair, strict=True) if masks is not None]
+        common = [slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True)]
         parts = [
             mask[tuple(slice(c.start - p.start, c.stop - p.start) for c, p in zip(common, place, strict=True))]
-            for mask, place in ((one.masks[n], places[0][n]), (other.masks[m], places[1][m]))
+            for mask, place in zip(both, (a, b), strict=True)
         ]
-        shared[n, m] = (parts[0] & parts[1]).sum()
-    sizes = [np.array([mask.sum() for mask in boxes.masks or ()], np.float64) for boxes in (one, other)]
-    union = sizes[0][:, None] + sizes[1][None] - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+        shared[at] = (parts[0] & parts[1]).sum()
+    kept = shared > 0
+    n, m, shared = n[kept], m[kept], shared[kept]
+    return n, m, shared / (sizes[0][n] + sizes[1][m] - shared)
 
 
-def _fit(found: np.ndarray, objects: np.ndarray, rule: float | Literal["centre"]) -> np.ndarray:
-    """(D, N) how well detections fit objects; below 0 not at all."""
-    if rule != "centre":
-        return ious_of(found, objects)
-    centre = (found[:, None, :2] + found[:, None, 2:]) / 2
-    inside = ((centre >= objects[None, :, :2]) & (centre < objects[None, :, 2:])).all(2)
-    away = np.linalg.norm(centre - (objects[None, :, :2] + objects[None, :, 2:]) / 2, axis=2)
-    return np.where(inside, 1 / (1 + away), -1.0)
+def _of_each(rows: np.ndarray) -> list[np.ndarray]:
+    """Positions of each value in a sorted array."""
+    return np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows)) + 1) if len(rows) else []
 
 
 def _in_ignored(prediction: Boxes, truth: Boxes, share: float) -> np.ndarray:
     regions = truth[truth.ignore]
-    low = np.maximum(prediction.xyxy[:, None, :2], regions.xyxy[None, :, :2])
-    high = np.minimum(prediction.xyxy[:, None, 2:], regions.xyxy[None, :, 2:])
-    shared = (high - low).clip(0).prod(2)
-    fits = (regions.labels < 0) | (regions.labels == prediction.labels[:, None])
-    return ((shared >= share * prediction.areas[:, None]) & fits).any(1)
+    d, r, shared = overlaps(prediction.xyxy, regions.xyxy)
+    fits = (regions.labels[r] < 0) | (regions.labels[r] == prediction.labels[d])
+    inside = np.zeros(len(prediction), bool)
+    inside[d[fits & (shared >= share * prediction.areas[d])]] = True
+    return inside
 
 
 class Pair(NamedTuple):
@@ -254,25 +318,31 @@ def pair_up(prediction: Boxes, truth: Boxes, matching: Matching, kept: np.ndarra
         least: IoU from which a detection is of an object.
     """
     prediction = prediction[matching.order]
-    iou = ious_of(prediction.xyxy, truth.xyxy)
-    iou[:, truth.ignore] = 0
+    known = np.flatnonzero(~truth.ignore)
+    d, o, iou = _fits(prediction.xyxy, truth.xyxy[known], 0.0)
+    o = known[o]
+    of = {int(d[own[0]]): own for own in _of_each(d)}
+    nothing = np.zeros(0, np.int64)
     right = kept & matching.right
     taken = np.zeros(len(truth), bool)
     taken[matching.owner[right]] = True
-    for d in np.flatnonzero(right).tolist():
-        o = int(matching.owner[d])
-        yield Pair(int(matching.order[d]), o, float(iou[d, o]), "right", True)
-    for d in np.flatnonzero(kept & matching.counts & ~matching.right).tolist():
-        kind, near = _kind(int(prediction.labels[d]), iou[d], truth.labels, taken, least)
+    for n in np.flatnonzero(right).tolist():
+        owner, own = int(matching.owner[n]), of.get(n, nothing)
+        yield Pair(int(matching.order[n]), owner, float(iou[own][o[own] == owner].sum()), "right", True)
+    for n in np.flatnonzero(kept & matching.counts & ~matching.right).tolist():
+        own = of.get(n, nothing)
+        objects = o[own]
+        kind, near = _kind(int(prediction.labels[n]), iou[own], truth.labels[objects], taken[objects], least)
         if near is not None and kind == "class":
-            taken[near] = True
-        yield Pair(int(matching.order[d]), near, 0.0 if near is None else float(iou[d, near]), kind, kind == "class")
-    for o in np.flatnonzero(~taken & ~truth.ignore).tolist():
-        yield Pair(None, o, 0.0, "missed", True)
+            taken[objects[near]] = True
+        about, fit = (None, 0.0) if near is None else (int(objects[near]), float(iou[own[near]]))
+        yield Pair(int(matching.order[n]), about, fit, kind, kind == "class")
+    for n in np.flatnonzero(~taken & ~truth.ignore).tolist():
+        yield Pair(None, n, 0.0, "missed", True)
 
 
 def _kind(label: int, iou: np.ndarray, labels: np.ndarray, taken: np.ndarray, least: float) -> tuple[str, int | None]:
-    """What is wrong with a detection, and the object that it is about."""
+    """What is wrong with a detection, and which of the objects near it, with this IoU, it is about."""
     if not len(iou) or iou.max() < NEAR:
         return "nothing there", None
     of_class, others = (np.where(labels == label, iou, 0.0), np.where(labels != label, iou, 0.0))

@@ -33,7 +33,8 @@ def sections(evaluation: Evaluation) -> str:
     blocks = f"<div>{_per_class(evaluation)}</div><div>{_confusion(evaluation)}</div><div>{_kinds(evaluation)}</div>"
     note = f'<p class="note">{escape(about_weights(evaluation))}. {_rules(evaluation)}</p>'
     return (
-        f'{note}<div class="blocks">{blocks}<div>{_missed_at(evaluation)}</div></div><div class="charts">{charts}</div>'
+        f'{note}<div class="blocks">{blocks}<div>{_missed_at(evaluation)}{_seams(evaluation)}</div></div>'
+        f'<div class="charts">{charts}</div>'
         f'<div class="blocks">{_precision(evaluation)}</div>{_pictures(evaluation)}'
     )
 
@@ -47,7 +48,7 @@ def _rules(evaluation: Evaluation) -> str:
         text += "The scores of the classes are those with the best F1 on these images themselves. "
     else:
         text += "The scores of the classes were chosen on validation images, or given. "
-    text += f"At most {more['max_objects']} detections of an image count; AP is comparable with that of others at 100. "
+    text += f"At most {more['max_objects']:,} detections of an image count; AP is comparable with others' at 100. "
     text += f"{more['empty']:,} images have no object; they count in FROC and in counts."
     return text + (f" {more['ignored']:,} objects and regions are ignored." if more["ignored"] else "")
 
@@ -96,6 +97,25 @@ def _missed_at(evaluation: Evaluation) -> str:
         body += "</tr>"
     note = "Per cent of the objects whose centre is in this part of the image; missed ones at its border are a warning."
     return f'<h3>Where objects are missed</h3><p class="note">{note}</p>{framed("matrix", "", body)}'
+
+
+def _seams(evaluation: Evaluation) -> str:
+    """Whether the tiles of large images show in what is found."""
+    sides = evaluation.more["seams"]
+    if not sides:
+        return ""
+    rows = [
+        [
+            where,
+            f"{side['objects']:,}",
+            f"{side['missed'] / side['objects']:.1%}" if side["objects"] else "–",
+            f"{side['duplicates'] / side['found']:.1%}" if side["found"] else "–",
+        ]
+        for where, side in zip(("crossed by a border of tiles", "others"), sides, strict=True)
+    ]
+    table = table_of("counts", ["Objects", "Number", "Missed", "Duplicates of detections"], rows)
+    note = "Much more in the first row than in the second: enlarge <code>data.overlap</code>."
+    return f'<h3>At the borders of tiles</h3><p class="note">{note}</p>{table}'
 
 
 def _precision(evaluation: Evaluation) -> str:

@@ -221,7 +221,9 @@ class TrainingCrops(Dataset):
 
     def _pasted(self, image: Tensor, objects: Objects) -> tuple[Tensor, Objects]:
         """With an object of another image, each class as likely, where it fits."""
-        members: list[int] = self.of_class[int(torch.randint(len(self.of_class), (1,)))] if self.of_class else []
+        if not self.of_class:
+            return image, objects
+        members = self.of_class[int(torch.randint(len(self.of_class), (1,)))]
         if not len(members):
             return image, objects
         index, k = members[int(torch.randint(len(members), (1,)))].tolist()

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.ops import box_iou
 
 from visionattn.data.boxes import Boxes, pixels_of
 from visionattn.tasks.detection.metrics import (
@@ -13,12 +15,13 @@ from visionattn.tasks.detection.metrics import (
     best_scores,
     coco,
     froc,
-    ious_of,
     kept_at,
-    mask_ious,
+    limit_of,
+    mask_fits,
     match,
     of_image,
     overall,
+    overlaps,
     pair_up,
 )
 
@@ -141,7 +144,7 @@ def test_the_matching_is_that_of_hand(rule, seed):
     found, truths = made(np.random.default_rng(seed), images=6)
     for prediction, truth in zip(found, truths, strict=True):
         free, right = set(np.flatnonzero(~truth.ignore).tolist()), {}
-        iou = ious_of(prediction.xyxy, truth.xyxy)
+        iou = box_iou(torch.from_numpy(prediction.xyxy), torch.from_numpy(truth.xyxy)).numpy()
         for d in np.argsort(-prediction.scores, kind="stable").tolist():
             centre = (prediction.xyxy[d, :2] + prediction.xyxy[d, 2:]) / 2
             fits = []
@@ -247,7 +250,57 @@ def test_the_iou_of_masks_is_that_of_their_pixels(seed):
         canvases.append(canvas.reshape(count, -1).astype(float))
     shared = canvases[0] @ canvases[1].T
     union = canvases[0].sum(1)[:, None] + canvases[1].sum(1) - shared
-    np.testing.assert_allclose(mask_ious(*sets), shared / np.maximum(union, 1))
+    one, other, iou = mask_fits(*sets)
+    found = np.zeros_like(shared)
+    found[one, other] = iou
+    np.testing.assert_allclose(found, shared / np.maximum(union, 1))
+
+
+@pytest.mark.parametrize("strip", [1, 7, 256])
+@pytest.mark.parametrize("counts", [(0, 5), (5, 0), (40, 60)])
+def test_what_shares_ground_is_found_among_many(monkeypatch, counts, strip):
+    monkeypatch.setattr("visionattn.tasks.detection.metrics.STRIP", strip)
+    rng = np.random.default_rng(0)
+    one, other = (boxes_of(rng, count).xyxy for count in counts)
+    if len(other):
+        other[0] = 0, 0, 100, 100  # taller than all others
+    shared = [
+        [max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1])) for b in other]
+        for a in one
+    ]
+    expected = np.array(shared).reshape(counts)
+    i, j, area = overlaps(one, other)
+    assert list(zip(i, j, strict=True)) == list(zip(*np.nonzero(expected), strict=True))
+    np.testing.assert_array_equal(area, expected[i, j])
+
+
+@pytest.mark.parametrize("limit", [3, 200])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_scene_of_many_objects_is_measured_in_parts_as_if_at_once(monkeypatch, seed, limit):
+    rng = np.random.default_rng(seed)
+    found, truths = made(rng, images=1, ignored=0.3)
+    found = [Boxes.joined([found[0], boxes_of(rng, 60, scored=True)])]
+    truths = [Boxes.joined([truths[0], boxes_of(rng, 50, ignored=0.2)])]
+    truths[0].xyxy[-1], truths[0].ignore[-1] = (10, 10, 90, 90), True
+    expected = by_pycocotools(found, truths, max(limit, 11))
+    monkeypatch.setattr("visionattn.tasks.detection.metrics.MOST_PAIRS", 0)
+    monkeypatch.setattr("visionattn.tasks.detection.metrics.GROUPS", 2)
+    values, _ = coco(found, truths, CLASSES, limit)
+    assert {name: values[name] for name in expected} == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_scene_of_8000_objects_is_measured():
+    """All its boxes against all others would be gigabytes."""
+    rng = np.random.default_rng(0)
+    truth = boxes_of(rng, 8_000, size=10_000)
+    found = Boxes.joined([truth, *[boxes_of(rng, 20_000, size=10_000)]])
+    found.scores = np.where(np.arange(28_000) < 8_000, 0.9, 0.1).astype(np.float32)
+    values, _ = coco([found], [truth], CLASSES, limit_of([truth], 100))
+    matching = match(found, truth, CLASSES, 0.5)
+    assert values["map"] > 0.999
+    assert of_image(matching, [0.5] * 3) == (8_000, 0, 0)
+    kinds = [pair.kind for pair in pair_up(found, truth, matching, kept_at(matching, [0.5] * 3), 0.5)]
+    assert kinds == ["right"] * 8_000
 
 
 def test_masks_decide_where_boxes_are_equal():
