@@ -3,7 +3,8 @@
 Eight-bit images stay uint8. Deeper ones become float32 in 0..1 by a rule that is the same for every image of a set, so
 that brightness stays comparable: 16-bit integers are divided by 65535; other integers have to lie in 0..65535 and are
 divided by 65535; floats have to lie in 0..1. What lies outside is refused, never clipped.
-Of files with several frames the first is read. Of 16-bit colour files Pillow gives the upper 8 bits only.
+Of files with several frames the first is read. Of 16-bit colour files Pillow gives the upper 8 bits only. What Pillow
+does not read may be a TIFF of many bands or an array, see `visionattn.data.bands`.
 """
 
 import logging
@@ -19,6 +20,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
+from visionattn.data.bands import read_bands, shape_of
 from visionattn.data.remarks import names_its_file
 from visionattn.data.sample import Sample, Window
 from visionattn.errors import UserError, listed
@@ -114,13 +116,18 @@ class Header(NamedTuple):
 
     Attributes:
         size: (H, W) of the picture turned upright.
-        bands: 1 of grey, 3 of colour, one more with transparency.
+        bands: 1 of grey, 3 of colour, one more with transparency, or any number of others.
         orientation: EXIF's, from 1 (stored upright) to 8.
     """
 
     size: tuple[int, int]
     bands: int
     orientation: int
+
+    @property
+    def channels(self) -> int:
+        """Bands without transparency."""
+        return {2: 1, 4: 3}.get(self.bands, self.bands)
 
 
 @names_its_file
@@ -134,9 +141,9 @@ def header(path: Path) -> Header:
             size = (width, height) if orientation in TRANSPOSED else (height, width)
             return Header(size, 3 if image.mode == "P" else len(image.getbands()), orientation)
     except Exception as error:  # decoders raise nearly anything
-        deep = path.suffix.lower() in (".tif", ".tiff")
-        hint = "; many bands or 16-bit colour: data.format=geotiff" if deep else ""
-        raise UserError(f"{path}: not a readable image ({str(error) or type(error).__name__}){hint}") from None
+        if isinstance(error, Image.UnidentifiedImageError) and (shape := shape_of(path)):
+            return Header(shape[:2], shape[2], 1)
+        raise UserError(f"{path}: not a readable image ({str(error) or type(error).__name__})") from None
 
 
 @names_its_file
@@ -152,6 +159,8 @@ def decode(path: Path) -> np.ndarray:
             ImageOps.exif_transpose(image, in_place=True)
             return _black_is_zero(image, np.array(_without_palette(image)))
     except Image.UnidentifiedImageError:
+        if (pixels := read_bands(path)) is not None:
+            return pixels
         raise UserError(f"{path}: not an image, or of a kind that Pillow cannot read") from None
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: too large to decode safely; cut it into tiles ({error})") from None
@@ -181,8 +190,12 @@ def pixels_of(image: Image.Image | np.ndarray, name: str) -> np.ndarray:
 
 @names_its_file
 def _kind(path: Path) -> str:
-    """The mode; that of 16-bit colour, which Pillow reduces, is marked as in RGB;16."""
-    with Image.open(path) as image:
+    """The mode; that of 16-bit colour, which Pillow reduces, is marked as in RGB;16; the type of many bands."""
+    try:
+        image = Image.open(path)
+    except Image.UnidentifiedImageError:
+        return str(decode(path).dtype)
+    with image:
         stored = (image.tile[0][3] if image.tile else "") or ""
         stored = stored if isinstance(stored, str) else str(stored[0])
         return f"{image.mode};16" if ";16" in stored and not image.mode.startswith("I") else image.mode
@@ -333,9 +346,8 @@ def given_files(paths: Sequence[Path], endings: Collection[str] = SUFFIXES) -> l
 
 def _is_image(path: Path) -> bool:
     try:
-        with Image.open(path):
-            return True
-    except Exception:  # decoders raise nearly anything
+        return header(path).size > (0, 0)
+    except UserError:
         return False
 
 

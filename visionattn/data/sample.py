@@ -85,6 +85,11 @@ class Sample:
         return "pixels"
 
     @property
+    def present(self) -> np.ndarray | None:
+        """Class indices of its objects, where they are known before it is read; splits are stratified by them."""
+        return None
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """That it is read from, its target too; none in memory."""
         return ()

@@ -1,7 +1,8 @@
 """Which samples are trained on and which are held out: as the source says, as list files say, drawn, or by folds.
 
 What is drawn is the same for the same seed. Samples with class labels are stratified by them; whole groups stay
-together; samples with masks are drawn as groups, of which each may be one image.
+together; samples with masks or boxes are drawn as groups, of which each may be one image, and as evenly by the classes
+of their objects as 100 draws allow where those are known.
 """
 
 import re
@@ -81,7 +82,7 @@ def split(samples: list[Sample], classes: list[str], section: Data) -> tuple[Dat
         )
     if section.fold is not None:
         pool = splits["train"] + splits.get("val", [])
-        labels, groups = _strata_of(pool)
+        labels, groups = _strata_of(pool, len(classes))
         parts = fold(labels, classes, section.fold, section.folds, section.split_seed, groups)
         splits["train"], splits["val"] = _taken(pool, parts)
     elif "val" not in splits:
@@ -146,11 +147,15 @@ def _crossing(splits: dict[str, list[Sample]]) -> list[str]:
     return [f"data: {len(crossing)} groups are in more than one split: {listed(crossing)}"] if crossing else []
 
 
-def _strata_of(samples: list[Sample]) -> tuple[np.ndarray, np.ndarray | None]:
+def _strata_of(samples: list[Sample], classes: int) -> tuple[np.ndarray, np.ndarray | None]:
     """(N,) labels or (N, classes), zeros for masks, and the groups of samples that are not drawn one by one."""
     groups = np.array([sample.group for sample in samples])
     if samples[0].label is None:
-        return np.zeros(len(samples), np.int64), groups
+        labels = np.zeros((len(samples), classes))
+        for row, sample in zip(labels, samples, strict=True):
+            if sample.present is not None:
+                row[sample.present] = 1
+        return labels if labels.any() else np.zeros(len(samples), np.int64), groups
     labels = np.stack([sample.label for sample in samples])
     return labels, groups if any(sample.group != sample.name for sample in samples) else None
 
@@ -158,7 +163,7 @@ def _strata_of(samples: list[Sample]) -> tuple[np.ndarray, np.ndarray | None]:
 def _held_out(
     samples: list[Sample], classes: list[str], section: Data, fraction: float
 ) -> tuple[list[Sample], list[Sample]]:
-    labels, groups = _strata_of(samples)
+    labels, groups = _strata_of(samples, len(classes))
     return _taken(samples, draw(labels, classes, fraction, section.split_seed, groups))
 
 

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visionattn.data.images import ImageFile, array_to_image, given_files, match_channels, named_files, read_image
+from visionattn.data.images import (
+    ImageFile,
+    array_to_image,
+    given_files,
+    header,
+    image_samples,
+    match_channels,
+    named_files,
+    read_image,
+)
 from visionattn.errors import UserError, listed
 
 GREY = np.array([[0, 100, 255], [7, 50, 200]], dtype=np.uint8)
@@ -294,3 +303,59 @@ def test_what_a_library_remarks_of_a_file_names_it(tmp_path):
     assert f"{path}: Corrupt EXIF data.  Expecting to read 12 bytes but only got 0. " in said[1]
     assert said[2:4] == [f"{path}: odd axis of 3", "none"]
     assert "UserWarning: of no file" in said[4]
+
+
+# What Pillow does not read
+
+
+def many_bands(folder: Path) -> dict[str, np.ndarray]:
+    """13 bands of 16 bits and 5 of 8 as TIFF, and arrays; (H, W, bands) of each file."""
+    rasterio = pytest.importorskip("rasterio")
+    from visionattn.data.formats._rasters import open_quietly
+
+    assert rasterio
+    rng, stored = np.random.default_rng(0), {}
+    for name, count, dtype in (("a.tif", 13, "uint16"), ("b.tiff", 5, "uint8")):
+        pixels = rng.integers(0, np.iinfo(dtype).max, (20, 30, count)).astype(dtype)
+        with open_quietly(folder / name, "w", driver="GTiff", count=count, height=20, width=30, dtype=dtype) as sink:
+            sink.write(np.moveaxis(pixels, -1, 0))
+        stored[name] = pixels
+    stored |= {"c.npy": rng.random((20, 30, 7)).astype(np.float32), "d.npy": rng.integers(0, 255, (20, 30), np.uint8)}
+    for name in ("c.npy", "d.npy"):
+        np.save(folder / name, stored[name])
+    return stored
+
+
+def test_many_bands_and_arrays_are_images_like_others(tmp_path, caplog):
+    for name, pixels in many_bands(tmp_path).items():
+        bands = pixels.shape[2] if pixels.ndim == 3 else 1
+        assert header(tmp_path / name) == ((20, 30), bands, 1)
+        assert header(tmp_path / name).channels == bands
+        expected = np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels[None]
+        assert np.allclose(read_image(tmp_path / name), expected / (65535 if name == "a.tif" else 1))
+        assert ImageFile(name, name, name, path=tmp_path / name).kind()
+        (sample,), _ = image_samples([tmp_path / name], bands)
+        assert sample.image((slice(2, 9), slice(3, 5))).shape == (bands, 7, 2)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("text.npy", "not a readable array"),
+        ("row.npy", r"an array of shape \(7,\), expected \(H, W\) or \(H, W, bands\)"),
+        ("text.tif", "not a readable raster"),
+        ("pickle.npy", "not a readable array"),
+    ],
+)
+def test_what_is_no_image_of_bands_is_refused(tmp_path, name, message):
+    path = tmp_path / name
+    if name == "row.npy":
+        np.save(path, np.zeros(7))
+    elif name == "pickle.npy":
+        np.save(path, np.array([{}, "a"], object), allow_pickle=True)
+    else:
+        path.write_text("not an image at all")
+    for read in (header, read_image):
+        with pytest.raises(UserError, match=message):
+            read(path)

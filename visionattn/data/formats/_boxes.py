@@ -52,6 +52,10 @@ class BoxImage(ImageFile):
     def files(self) -> tuple[Path, ...]:
         return self.path, self.source
 
+    @property
+    def present(self) -> np.ndarray:
+        return np.unique(self.boxes.labels[~self.boxes.ignore])
+
     def target(self, window: Window | None = None) -> Boxes:
         return self.boxes if window is None else self.boxes.within(window)
 
@@ -131,8 +135,8 @@ def found(
         problems += more
     first = {name: (entry, k) for entry in reversed(entries) for k, name in enumerate(entry.names)}
     classes = class_names({name: entry.called(k) for name, (entry, k) in first.items()}, section, known)
-    grey = all(entry.header.bands <= 2 for entry in entries)
-    channels = getattr(section, "channels", None) or (1 if grey else 3)
+    stored = max((entry.header.channels for entry in entries), default=1)
+    channels = getattr(section, "channels", None) or stored
     masks = any(shape for entry in entries for shape in entry.shapes)
     if masks and (without := [entry for entry in entries if not _has_masks(entry)]):
         log.warning("objects without masks in %s images, as in %s: boxes only are used", len(without), without[0].where)

@@ -35,7 +35,7 @@ class Section(BoxSection):
         None, description="pattern of the files below root; unset: instances_*.json where there are such, else *.json"
     )
     images: FilePath | None = Field(None, description="folder that file names start from; unset: found")
-    channels: Positive | None = Field(None, description="unset: 1 where all images are grey, else 3")
+    channels: Positive | None = Field(None, description="unset: as many as the images have, without transparency")
 
     def at(self, root: Path) -> Self:
         other = super().at(root)  # type: ignore[misc]  # of the task's section, which is the next base

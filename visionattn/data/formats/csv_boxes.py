@@ -30,7 +30,7 @@ class Section(BoxSection):
     format: Literal["csv"]
     root: FilePath = Field(description="the .csv file")
     images: FilePath | None = Field(None, description="folder that the paths start from; unset: the table's folder")
-    channels: Positive | None = Field(None, description="unset: 1 where all images are grey, else 3")
+    channels: Positive | None = Field(None, description="unset: as many as the images have, without transparency")
     path_column: str = "image_path"
     label_column: str = "label"
     box_columns: Annotated[list[str], Field(min_length=4, max_length=4)] = Field(

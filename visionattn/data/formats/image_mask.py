@@ -29,7 +29,7 @@ class Section(PairSection, ColouredMaskSection):
     """Image files with mask files: class numbers, palettes or colours."""
 
     format: Literal["image_mask"]
-    channels: Positive | None = Field(None, description="unset: 1 where all images are grey, else 3")
+    channels: Positive | None = Field(None, description="unset: as many as the images have, without transparency")
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,14 @@ def find(section: Section) -> Found:
 
 
 def _header_of_pair(pair: Pair) -> tuple[tuple[int, int], int] | str:
-    """(H, W) and channels of an image, 1 for grey and 3 for colour, or what is wrong with the pair."""
+    """(H, W) and channels of an image, or what is wrong with the pair."""
     try:
         image, mask = header(pair.image), header(pair.mask)
     except UserError as error:
         return str(error)
     if image.size != mask.size:
         return "{} is {}x{}, but {} is {}x{}".format(pair.image, *image.size, pair.mask, *mask.size)
-    return image.size, 1 if image.bands <= 2 else 3
+    return image.size, image.channels
 
 
 def unlabelled(paths: Sequence[Path], section: Section, channels: int) -> tuple[list[Sample], list[str]]:

@@ -38,7 +38,7 @@ class Section(PairSection, BoxSection):
     """
 
     format: Literal["instances"]
-    channels: Positive | None = Field(None, description="unset: 1 where all images are grey, else 3")
+    channels: Positive | None = Field(None, description="unset: as many as the images have, without transparency")
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +191,7 @@ def _checked(image: InstanceImage) -> InstanceImage | str:
                 return "{} is {}x{}, but {} is {}x{}".format(image.path, *mine.size, path, *size)
     except UserError as error:
         return str(error)
-    return replace(image, size=mine.size, channels=1 if mine.bands <= 2 else 3)
+    return replace(image, size=mine.size, channels=mine.channels)
 
 
 def _table(numbered: Path) -> dict[int, str] | None:

@@ -1,7 +1,7 @@
 """`format: visdrone`: images with VisDrone's annotation files, a line for each object, and regions that are ignored.
 
-A line is left, top, width and height in pixels, 1 or 0 (not counted), the number of the class, truncation, occlusion;
-an empty file is an image without objects.
+A line is left, top, width and height in pixels, 1 or 0 (not counted), the number of the class, truncation, occlusion.
+An empty file is an image without objects.
 """
 
 from collections.abc import Sequence
@@ -38,11 +38,11 @@ NAMES = (
 
 
 class Section(BoxSection):
-    """Folders called images with siblings called annotations, as in VisDrone2019-DET-train; what is 0 is ignored."""
+    """Folders called images with siblings called annotations, as in VisDrone2019-DET-train."""
 
     format: Literal["visdrone"]
     root: FilePath = Field(description="folder with the images and annotations of all splits, or of one")
-    channels: Positive | None = Field(None, description="unset: 1 where all images are grey, else 3")
+    channels: Positive | None = Field(None, description="unset: as many as the images have, without transparency")
     ignored: list[str] = Field(
         ["ignored regions", "others"], description="names that are no classes: nothing is learned or wrong there"
     )

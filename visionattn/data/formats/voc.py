@@ -31,7 +31,7 @@ class Section(BoxSection):
     first_pixel: Literal[0, 1] = Field(
         0, description="where pixels are counted from: 0 as most programs have it, 1 in PASCAL VOC's own files"
     )
-    channels: Positive | None = Field(None, description="unset: 1 where all images are grey, else 3")
+    channels: Positive | None = Field(None, description="unset: as many as the images have, without transparency")
 
 
 def find(section: Section) -> Found:

@@ -33,7 +33,7 @@ class Section(BoxSection):
 
     format: Literal["yolo"]
     root: FilePath = Field(description="folder with data.yaml, or classes.txt, and the images and labels")
-    channels: Positive | None = Field(None, description="unset: 1 where all images are grey, else 3")
+    channels: Positive | None = Field(None, description="unset: as many as the images have, without transparency")
 
 
 def find(section: Section) -> Found:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visionattn.data import formats
+from visionattn.data import formats, splits
 from visionattn.data.boxes import pixels_of
 from visionattn.data.formats import Found, coco, csv_boxes, instances, visdrone, voc, yolo
 from visionattn.errors import UserError
@@ -466,6 +466,38 @@ def test_images_and_files_of_visdrone_without_each_other_are_named(tmp_path):
 
 
 # All of them
+
+
+def test_images_of_many_bands_have_all_of_them(tmp_path):
+    from visionattn.data.formats._rasters import open_quietly
+
+    pixels = np.random.default_rng(0).integers(0, 4000, (13, H, W)).astype(np.uint16)
+    with open_quietly(tmp_path / "a.tif", "w", driver="GTiff", count=13, height=H, width=W, dtype="uint16") as sink:
+        sink.write(pixels)
+    np.save(tmp_path / "b.npy", pixels.transpose(1, 2, 0))
+    text(tmp_path / "a.txt", "0 0.5 0.5 0.1 0.2")
+    (of_yolo,) = find_yolo(tmp_path, classes=["x"]).samples
+    of_table = find_csv(tmp_path / "boxes.csv", "a.tif,1,2,9,9,x", "b.npy,1,2,9,9,x")
+    for sample in (of_yolo, *of_table.samples):
+        assert (sample.channels, sample.size) == (13, (H, W))
+        assert np.allclose(sample.image() * 65535, pixels)
+
+
+def test_rare_classes_are_in_drawn_splits(tmp_path):
+    """3 of 60 images have it; 20 % of them are one."""
+    lines = [f"{image(tmp_path / f'{i}.png', i).name},1,2,9,9,common" for i in range(60)]
+    lines += [f"{i}.png,11,12,19,19,rare" for i in (7, 27, 47)]
+    found = find_csv(tmp_path / "boxes.csv", *lines)
+    section = formats.sections("boxes", Data)["csv"](format="csv", root=tmp_path / "boxes.csv")
+    for seed in range(5):
+        dataset, problems = splits.split(found.samples, found.classes, section.model_copy(update={"split_seed": seed}))
+        assert not problems
+        assert len(dataset.splits["val"]) == 12
+        assert sum(1 in sample.present for sample in dataset.splits["val"]) == 1
+    for fold in range(3):
+        folded = section.model_copy(update={"fold": fold, "folds": 3})
+        dataset, _ = splits.split(found.samples, found.classes, folded)
+        assert sum(1 in sample.present for sample in dataset.splits["val"]) == 1
 
 
 @pytest.mark.parametrize("name", ["coco", "voc", "yolo", "visdrone", "csv", "instances", "geotiff"])
