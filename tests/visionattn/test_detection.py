@@ -192,7 +192,7 @@ FEATURES = {
     "layer decay": ["optim.layer_decay=0.7", "train.grad_checkpointing=true"],
     "frozen": ["model.freeze=backbone", "evaluate.match=centre", "train.monitor=froc"],
     "bfloat16": ["train.precision=bf16-mixed", "train.channels_last=true"],
-    "views": ["evaluate.tta=[hflip, vflip, rot90]", "evaluate.score=0.3"],
+    "views": ["evaluate.tta=[hflip, rot90]", "evaluate.scales=[0.75, 1.5]", "evaluate.score=0.3"],
     "folds": ["data.fold=1", "data.folds=3", "data.object_crops=1.0", "data.resize=none"],
     "drawn": ["data.balanced_sampling=true", "data.empty_crops=0.1", "data.augment.copy_paste=0.5"],
     "augmented": [
@@ -428,7 +428,8 @@ def test_instances_are_learned_measured_and_written_as_they_are_read(recipe, dis
     [
         (["data.instances=boxes"], "data.instances is boxes, but mask_rcnn learns masks; others: fcos, retinanet"),
         (["model.detector=fcos", "data.instances=masks"], "fcos learns boxes; others: mask_rcnn"),
-        (["evaluate.tta=[hflip]"], "the masks of mask_rcnn are not averaged over views"),
+        (["evaluate.tta=[hflip]"], "evaluate.tta is ['hflip'], but the masks of mask_rcnn are not averaged over views"),
+        (["evaluate.scales=[2.0]"], "evaluate.scales is [2.0], but the masks of mask_rcnn are not averaged"),
     ],
 )
 def test_masks_that_cannot_be_learned_are_refused(recipe, discs, tmp_path, refused, keys, message):

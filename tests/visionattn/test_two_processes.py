@@ -46,10 +46,8 @@ trainer: {enable_progress_bar: false, accelerator: cpu}
 TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
 
 
-@pytest.fixture(params=["classification", "segmentation", "detection"])
-def recipe(request, tmp_path, recipe_file) -> Path:
-    if request.param == "classification":
-        return recipe_file
+def write_squares(root: Path) -> None:
+    """Images of a square each, with masks, and with boxes and polygons."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 16), ("val", 5), ("test", 5)):
         labels = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "square"}]}
@@ -59,12 +57,21 @@ def recipe(request, tmp_path, recipe_file) -> Path:
             mask[top : top + 16, left : left + 16] = 1
             labels["images"].append({"id": i, "file_name": f"images/{split}/{i}.png", "height": 32, "width": 32})
             box = {"bbox": [left, top, 16, 16], "area": 256, "iscrowd": 0}
+            corners = [left, top, left + 16, top, left + 16, top + 16, left, top + 16]
+            box["segmentation"] = [corners]
             labels["annotations"].append({"id": i + 1, "image_id": i, "category_id": 1} | box)
             image = (60 + 120 * mask + rng.normal(0, 20, mask.shape)).clip(0, 255).astype(np.uint8)
             for kind, pixels in (("images", image), ("masks", mask)):
-                (tmp_path / "data" / kind / split).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(tmp_path / "data" / kind / split / f"{i}.png")
-        (tmp_path / "data" / f"instances_{split}.json").write_text(json.dumps(labels))
+                (root / kind / split).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(root / kind / split / f"{i}.png")
+        (root / f"instances_{split}.json").write_text(json.dumps(labels))
+
+
+@pytest.fixture(params=["classification", "segmentation", "detection"])
+def recipe(request, tmp_path, recipe_file) -> Path:
+    if request.param == "classification":
+        return recipe_file
+    write_squares(tmp_path / "data")
     text, name = (SEGMENTATION, "masks") if request.param == "segmentation" else (DETECTION, "boxes")
     path = tmp_path / f"{name}.yaml"
     path.write_text(text.replace("ROOT", str(tmp_path / "data")))
@@ -115,6 +122,28 @@ def test_adapters_are_trained_on_two_processes(recipe, tmp_path):
         own, down, up = (unmerged[f"{layer}.{x}.weight"] for x in ("base_layer", "lora_A.default", "lora_B.default"))
         assert up.any()
         torch.testing.assert_close(network[layer.removeprefix("network.") + ".weight"], own + up @ down)
+
+
+DETECTORS = {
+    "retinanet": [],
+    "faster_rcnn": [],
+    "mask_rcnn": [],
+    "rt_detr": ["model.detector_args.layers=1"],
+    "d_fine": ["model.detector_args.layers=2"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_every_detector_is_trained_and_measured_on_two_processes(detector, tmp_path):
+    """Whose every parameter has a gradient in every step, or these would wait for each other for ever."""
+    write_squares(tmp_path / "data")
+    path = tmp_path / "boxes.yaml"
+    path.write_text(DETECTION.replace("ROOT", str(tmp_path / "data")))
+    words = [*TWO, f"model.detector={detector}", *DETECTORS[detector], "train.epochs=1", "--run", tmp_path / "run"]
+    done = visionattn("fit", path, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "run")["samples"] == 5
 
 
 def test_validation_on_two_processes_gives_the_numbers_of_one(recipe, tmp_path):

@@ -15,18 +15,20 @@ __all__ = ["fuse"]
 Found = tuple[Tensor, Tensor, Tensor]  # boxes (N, 4), labels (N,), scores (N,)
 
 
-def fuse(views: Sequence[Found], overlap: float) -> Found:
+def fuse(views: Sequence[Found], overlap: float, agnostic: bool = False) -> Found:
     """The detections of all views, the surest first.
 
     Args:
         views: boxes (N, 4), labels (N,) and scores (N,) of each, in the pixels of the image, without duplicates.
         overlap: IoU from which detections of one class are of one object.
+        agnostic: those of different classes too, which is then of the class of the surest one.
     """
     xyxy, labels, scores = (torch.cat(parts) for parts in zip(*views, strict=True))
-    first = batched_nms(xyxy, scores, labels, overlap)
+    kinds = torch.zeros_like(labels) if agnostic else labels
+    first = batched_nms(xyxy, scores, kinds, overlap)
     if not len(first):
         return xyxy, labels, scores
-    iou = box_iou(xyxy, xyxy[first]) * (labels[:, None] == labels[first])
+    iou = box_iou(xyxy, xyxy[first]) * (kinds[:, None] == kinds[first])
     iou[first, torch.arange(len(first), device=first.device)] = 2.0  # each leads its own
     best, owner = iou.max(1)
     weights = torch.where(best >= overlap, scores, 0.0)

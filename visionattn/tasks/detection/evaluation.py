@@ -69,7 +69,9 @@ def measure(predictions: Sequence[Prediction], samples: Sequence[Sample], spec: 
         overall=values,
         intervals=measured.intervals(spec.evaluate.bootstrap),
         per_class=measured.per_class(per_class),
-        more=measured.more() | {"bootstrap": {"resamples": spec.evaluate.bootstrap, "groups": len(measured.groups)}},
+        more=measured.more()
+        | {"bootstrap": {"resamples": spec.evaluate.bootstrap, "groups": len(measured.groups)}}
+        | {"scales": spec.evaluate.scales},
         tables={
             "images.csv": measured.images(),
             "objects.csv": measured.objects(),

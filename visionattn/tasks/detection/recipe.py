@@ -143,6 +143,9 @@ class Evaluate(sections.Evaluate):
         description="least score of an object that is reported, one for all classes or for each; auto: with the best "
         "F1 on validation, kept in the checkpoint",
     )
+    scales: Annotated[list[Zoom], Field(min_length=1)] = Field(
+        [1.0], description="of the images that are looked at, besides the views of tta; what is found is fused"
+    )
     match: Literal["centre"] | Iou = Field(
         0.5, description="what makes a detection right: this IoU, or its centre inside the object"
     )

@@ -48,6 +48,8 @@ def _rules(evaluation: Evaluation) -> str:
         text += "The scores of the classes are those with the best F1 on these images themselves. "
     else:
         text += "The scores of the classes were chosen on validation images, or given. "
+    if (scales := more.get("scales", [1.0])) != [1.0]:
+        text += f"Images are looked at in the scales {', '.join(f'{scale:g}' for scale in scales)}. "
     text += f"At most {more['max_objects']:,} detections of an image count; AP is comparable with others' at 100. "
     text += f"{more['empty']:,} images have no object; they count in FROC and in counts."
     return text + (f" {more['ignored']:,} objects and regions are ignored." if more["ignored"] else "")

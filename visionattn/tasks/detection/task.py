@@ -4,12 +4,13 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby, islice
+from itertools import groupby, islice, product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -80,6 +81,7 @@ class DetectorTask(Task):
         score: least score of what is reported, of each class; None: chosen on validation.
         limit: most objects that are found in an image.
         tta: names of views whose detections are fused.
+        scales: of the images in each view.
 
     Attributes:
         chosen: the scores with the best F1 of each class in the last validation.
@@ -96,11 +98,12 @@ class DetectorTask(Task):
         score: list[float] | None,
         limit: int,
         tta: Sequence[str],
+        scales: Sequence[float] = (1.0,),
         **task: Any,
     ) -> None:
         super().__init__(network, **task)
         self.loss, self.classes, self.rule, self.score, self.limit = loss, classes, rule, score, limit
-        self.views, self.chosen = views(tta), score
+        self.views, self.chosen = list(product(views(tta), scales)), score
         self._seen: list[_Seen] = []
 
     def forward(self, image: Tensor | Sequence[Tensor], **options: Any) -> Any:
@@ -112,7 +115,7 @@ class DetectorTask(Task):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         network: Any = self.network
         losses, found = network.measured(batch["image"], batch["objects"])
-        found = self._in_native(batch, self._fused(batch["image"]) if len(self.views) > 1 else found)
+        found = self._in_native(batch, found if self._plain else self._fused(batch["image"]))
         for n, (index, boxes, truth) in enumerate(zip(batch["index"].tolist(), found, batch["truth"], strict=True)):
             known = truth and _boxes(truth.xyxy, truth.labels, ignore=truth.ignore)
             self._seen.append(_Seen(index, _window(batch, n), batch["whole"][n], boxes, known))
@@ -151,18 +154,26 @@ class DetectorTask(Task):
 
     def _fused(self, images: list[Tensor]) -> list[Any]:
         """What is found in each image; of several views their boxes, labels and scores together."""
-        if len(self.views) == 1:
+        if self._plain:
             return self(images)
-        seen = [self._viewed(images, view) for view in self.views]
-        fused = (fuse(of_image, FUSED) for of_image in zip(*seen, strict=True))
+        network: Any = self.network
+        seen = [self._viewed(images, *view) for view in self.views]
+        fused = (fuse(of_image, FUSED, network.head.agnostic) for of_image in zip(*seen, strict=True))
         return [tuple(values[: self.limit] for values in found) for found in fused]
 
-    def _viewed(self, images: list[Tensor], view: View) -> list[tuple[Tensor, Tensor, Tensor]]:
-        found = self([view.forth(image) for image in images])
-        sizes = ((image.shape[-2], image.shape[-1]) for image in images)
-        return [
-            (view.boxes_back(one.xyxy, size), one.labels, one.scores) for one, size in zip(found, sizes, strict=True)
-        ]
+    @property
+    def _plain(self) -> bool:
+        """Whether images are looked at once, as they are."""
+        return len(self.views) == 1 and self.views[0][1] == 1
+
+    def _viewed(self, images: list[Tensor], view: View, scale: float) -> list[tuple[Tensor, Tensor, Tensor]]:
+        found = self([view.forth(_scaled(image, scale)) for image in images])
+        results = []
+        for one, image in zip(found, images, strict=True):
+            height, width = _scaled_size(image, scale)
+            back = one.xyxy.new_tensor([image.shape[-1] / width, image.shape[-2] / height] * 2)
+            results.append((view.boxes_back(one.xyxy, (height, width)) * back, one.labels, one.scores))
+        return results
 
     def _in_native(self, batch: dict[str, Any], found: Sequence[Any]) -> list[Boxes]:
         """In the pixels of the images as they are stored."""
@@ -183,6 +194,18 @@ class DetectorTask(Task):
             scores = {"evaluate.score": [float(f"{score:.6g}") for score in self.chosen]}
             text = recipes.dump(recipes.loads(self.provenance["recipe"], "recipe", scores))
             checkpoint["visionattn"] = self.provenance | {"recipe": text}
+
+
+def _scaled_size(image: Tensor, scale: float) -> tuple[int, int]:
+    return max(1, round(image.shape[-2] * scale)), max(1, round(image.shape[-1] * scale))
+
+
+def _scaled(image: Tensor, scale: float) -> Tensor:
+    """(C, h, w) by this factor."""
+    size = _scaled_size(image, scale)
+    if size == tuple(image.shape[-2:]):
+        return image
+    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
 
 
 class _Seen(NamedTuple):
@@ -249,8 +272,10 @@ def _instances(spec: Recipe, dataset: Dataset) -> str:
         raise UserError(
             f"data.instances is {spec.data.instances}, but {name} learns {learned}; others: {listed(others)}"
         )
-    if masks and spec.evaluate.tta:
-        raise UserError(f"evaluate.tta is {spec.evaluate.tta}, but the masks of {name} are not averaged over views")
+    if masks and (spec.evaluate.tta or spec.evaluate.scales != [1.0]):
+        key = "tta" if spec.evaluate.tta else "scales"
+        given = getattr(spec.evaluate, key)
+        raise UserError(f"evaluate.{key} is {given}, but the masks of {name} are not averaged over views")
     targets = (sample.target() for sample in dataset.splits["train"][:LOOKED_AT]) if masks else ()
     if any(len(target) and target.masks is None for target in targets):
         raise UserError(f"model.detector {name} learns masks, but the objects are boxes only: choose faster_rcnn")
@@ -395,6 +420,7 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> DetectorTask:
         score=None if score == "auto" else score if isinstance(score, list) else [score] * len(data.classes),
         limit=limit,
         tta=evaluate.tta,
+        scales=evaluate.scales,
         optim=spec.optim,
         train=spec.train,
         frozen=spec.model.freeze if dataset else None,

@@ -1,20 +1,23 @@
 """From images with objects to what the network sees: objects stay on what they are around."""
 
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torchvision import tv_tensors
 
 from visionattn.data.boxes import Boxes
 from visionattn.data.sample import Reading, Sample
 from visionattn.inference.fusion import fuse
 from visionattn.inference.views import views
-from visionattn.models.detectors import Objects
+from visionattn.models.detectors import Detections, Objects
 from visionattn.tasks.detection.pasting import paste
-from visionattn.tasks.detection.recipe import DATA, Augment
+from visionattn.tasks.detection.recipe import DATA, Augment, Optim, Train
+from visionattn.tasks.detection.task import DetectorTask
 from visionattn.tasks.detection.transforms import (
     TrainingCrops,
     WholeImages,
@@ -326,3 +329,32 @@ def test_what_all_views_see_is_surer_than_what_one_sees():
     assert len(fuse([nothing, nothing], 0.5)[0]) == 0
     other = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([0]), torch.tensor([0.8])
     assert fuse([both, other], 0.5)[2].tolist() == pytest.approx([0.4, 0.4])
+    assert fuse([both, other], 0.5, agnostic=True)[2].tolist() == pytest.approx([0.8])
+
+
+class Bright(nn.Module):
+    """Finds the bright rectangle of each image, and says in which sizes it has seen images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.seen = nn.Parameter(torch.zeros(1)), list[tuple[int, ...]]()
+        self.head = SimpleNamespace(agnostic=False)
+
+    def forward(self, images: list[torch.Tensor]) -> list[Detections]:
+        self.seen += [tuple(image.shape[1:]) for image in images]
+        boxes = [torch.tensor([bright_box(image)]).float() for image in images]
+        return [Detections(box, torch.tensor([1]), torch.tensor([0.8])) for box in boxes]
+
+
+def test_what_views_in_several_scales_show_is_one_object():
+    network = Bright()
+    rest = {"optim": Optim(), "train": Train(), "frozen": None, "monitored": "val/map", "names": str}
+    scales = [0.5, 1.0, 2.0]
+    task = DetectorTask(network, nn.Identity(), ["a", "b"], 0.5, None, 100, ["hflip", "rot90"], scales, **rest)
+    item = WholeImages([sample((48, 64), xyxy=np.array([[8, 4, 24, 20]], np.float32))], section(image_size=64))[0]
+    (found,) = task.predict_step(collate([item]))
+    assert sorted(set(network.seen)) == [(24, 32), (32, 24), (48, 64), (64, 48), (96, 128), (128, 96)]
+    assert len(network.seen) == 3 * 8
+    assert found.value.labels.tolist() == [1]
+    assert found.value.scores.tolist() == pytest.approx([0.8])
+    assert np.allclose(found.value.xyxy, [[8, 4, 24, 20]], atol=0.3)
