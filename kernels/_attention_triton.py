@@ -1,19 +1,25 @@
-"""The Triton kernels of all softmax patterns: one loop over tiles, forward and backward, as in FlashAttention.
+"""The Triton kernels of all softmax patterns: one loop over boxes of tokens, as in FlashAttention, and its backward.
 
-A program takes a tile of queries (q_tile) of one head and loops over the keys that these attend to, with a running
-maximum and sum; for the gradients of k and v it takes a tile of keys (kv_tile) and loops over the queries that attend
-to them. Tokens are read where they lie in the (B, H, W, heads, dim) map. A pattern says with a few small functions
-(`Functions`) which tokens those are and what its logits are; `Plan` is what they get and how many programs there are.
-To add a pattern, write both, as `_routing_triton.py` does, and enter them in `PATTERNS`.
+A program takes a tile of queries (q_tile) of one head and walks over the keys that these attend to, with a running
+maximum and sum; for the gradients of k and v it takes a tile of keys (kv_tile) and walks over the queries that attend
+to them. Tokens are read where they lie in the (B, H, W, heads, dim) map. A walk goes over boxes of the map, rows times
+columns at a time: what is where is worked out before the loop, and in it addresses grow by sums. A pattern says with a
+few small functions (`Functions`) which boxes those are and what its logits are; `Plan` is what they get and how many
+programs there are. To add a pattern, write both, as `_routing_triton.py` does, and enter them in `PATTERNS`.
 
 Softmax statistics and sums are float32. No kernel uses atomics: what many programs add to is stored apart and summed in
 a fixed order, so results repeat bit by bit. A query all of whose logits are -inf yields 0, and -inf as log-sum-exp. A
 NaN or infinity in a token reaches at least the queries that attend to it, and may reach others of the same tile.
 
+Kernels are compiled for options, head dims and shapes of tiles, not for sizes of maps: these come as flat arguments
+that Triton is told not to look at (`RUNTIME`), and strides as multiples of a number that it is told (ALIGN).
+
 Names: p_ pointers, o_ offsets, m_ masks, b_ blocks in registers; b_m and b_l, running maximum and sum of the softmax;
 BLOCK_M queries and BLOCK_N keys at a time; BLOCK_D and BLOCK_DV, the head dims of q and v padded to powers of two.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,19 +29,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from visionattn.kernels._blocks import Entry, blocks
+from visionattn.kernels._check import allows_tf32
+
 __all__ = [
     "LOG2E",
     "MIN_BLOCK",
     "OPTIONS",
     "PATTERNS",
+    "Block",
     "Functions",
     "Pattern",
     "Plan",
     "Relative",
+    "Tokens",
+    "across",
+    "aligned_map",
     "attend",
+    "ceil_div",
     "constant",
-    "fit_block",
-    "tensor_map",
+    "contiguous_map",
+    "down",
+    "fit",
+    "flat",
+    "in_block",
+    "load",
+    "store",
     "unsupported_tensors",
 ]
 
@@ -44,30 +63,24 @@ MIN_BLOCK = 16  # of a matrix product in Triton
 MAX_DIM = 128
 # maxnreg: without it ptxas spills a few bytes to hold fewer than 100 registers. Fusion is Triton's default until 3.10.
 OPTIONS = {"enable_fp_fusion": True, "maxnreg": 255}
-# BLOCK_M, BLOCK_N, warps, stages, by kernel and padded head dim, for 16 bits: the largest of those tried with which the
-# patterns compile without spills for sm_80, sm_90 and sm_100 (but halo with tables at 128). Not timed on a GPU yet.
-BLOCKS = {
-    "forward": {32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 2)},
-    "dq": {32: (64, 32, 4, 2), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1)},
-    "dkv": {32: (32, 64, 4, 1), 64: (32, 32, 4, 2), 128: (32, 32, 8, 2)},
-}
 BIAS_PROGRAMS = 1024  # about as many as the gradient of a bias is split over; each keeps a partial sum
 
 
 class Functions(NamedTuple):
-    """The Triton functions of a pattern; `g` is the geometry of its `Plan`, n a vector of indices.
+    """The Triton functions of a pattern; g is the geometry of its `Plan`, n the `Sizes` of the call.
 
-    Tokens are a triple of vectors (y, x, valid): row, column, and whether there is such a token to load.
+    A walk is a tuple of scalars: how many boxes, their height and width in tokens, and what else the pattern needs to
+    tell which tokens are at a row and column of a box.
     """
 
-    q_tile_at: Any  # (g, batch, tile, n) -> the n-th query of a q_tile
-    kv_count: Any  # (g, batch, tile) -> how many keys a q_tile attends to
-    kv_at: Any  # (g, batch, tile, n) -> the n-th of them
-    kv_tile_at: Any  # (g, batch, tile, n) -> the n-th key of a kv_tile
-    q_count: Any  # (g, batch, tile) -> how many queries attend to a kv_tile
-    q_at: Any  # (g, batch, tile, n) -> the n-th of them
-    logits: Any  # (g, logits, batch, head, y, x, key y, key x, key valid) -> logits, masked and biased, times LOG2E
-    bias_kv_at: Any = None  # as kv_at, but a key's place relative to the q_tile is the same in all tiles
+    q_tile: Any  # (g, n, batch, tile) -> `Tokens` of a q_tile [BLOCK_M], and the walk over its keys
+    kv_at: Any  # (g, n, batch, walk, box, row, column) -> `Tokens` of keys [BLOCK_N], those of `g.k` from there on
+    kv_tile: Any  # (g, n, batch, tile) -> `Tokens` of a kv_tile [BLOCK_N], and the walk over its queries
+    q_at: Any  # (g, n, batch, walk, box, row, column) -> `Tokens` of queries [BLOCK_M], those of `g.q` from there on
+    logits: Any  # (g, b_s, head, queries, keys, BY_KEY) -> [BLOCK_M, BLOCK_N] or by key its transpose, masked, biased
+    # (g, n, batch, walk, block) -> `Tokens` of keys [BLOCK_N] at a place relative to the q_tile that is the same for
+    # all tiles, and whether the tile attends to any; of patterns whose q_tile gives the same for all images
+    bias_kv_at: Any = None
     relative: Any = None  # `Relative`, of a pattern whose bias depends on the query
 
 
@@ -78,19 +91,35 @@ class Relative(NamedTuple):
     [BLOCK_M, R].
     """
 
-    products: Any  # (g, b_q, queries, s) -> two [BLOCK_M, R], times LOG2E
-    logits: Any  # (g, the two, queries, keys, s) -> their sum for each query and key [BLOCK_M, BLOCK_N]
-    grad_products: Any  # (g, b_ds, queries, keys, s) -> gradients of the two
-    gradients: Any  # (g, these, b_q, queries, s) -> of q [BLOCK_M, BLOCK_D], and of the two tables [P, BLOCK_D]
+    products: Any  # (g, b_q, queries, c) -> two [BLOCK_M, R], times LOG2E
+    logits: Any  # (g, the two, queries, keys, c) -> their sum for each query and key [BLOCK_M, BLOCK_N]
+    grad_products: Any  # (g, b_ds, queries, keys, c) -> gradients of the two
+    gradients: Any  # (g, these, b_q, queries, c) -> of q [BLOCK_M, BLOCK_D], and of the two tables [P, BLOCK_D]
+
+
+class Tokens(NamedTuple):
+    y: Any  # row in the map
+    x: Any  # column
+    valid: Any  # whether there is such a token to load
+    place: Any  # tuple of vectors or scalars: what the pattern's logits see of it
+
+
+class Block(NamedTuple):
+    """Tokens that are walked over at a time; all constant."""
+
+    rows: Any
+    columns: Any
+    is_wide: Any  # whether boxes may have more columns
+    boxes: Any  # boxes at a time, each of rows * columns tokens
+    has_many: Any  # whether a walk may have many boxes
 
 
 class Plan(NamedTuple):
-    geometry: Any  # named tuple of tensors and ints, for the functions
+    geometry: Any  # named tuple for the functions, of tensors, constants, and the `Block`s q and k
     tiles: int  # q_tiles, or kv_tiles, of one head of one image
-    block_m: int  # BLOCK_M
-    block_n: int  # BLOCK_N
-    bias_keys: int = 0  # keys that `bias_kv_at` numbers
+    bias_blocks: int = 0  # blocks of keys that `bias_kv_at` numbers
     bias_kinds: int = 1  # kinds of q_tile with regard to `bias_kv_at`, taking turns
+    is_closed: bool = False  # whether the tokens of a q_tile attend to each other, all at once, and to no others
     relative: tuple[int, int] = (0, 0)  # P and R of `Relative`, powers of two
 
 
@@ -100,7 +129,7 @@ class Pattern(NamedTuple):
     # at most block_m queries and block_n keys
     plan: Callable[..., Plan]
     # (sums, plan, bias) -> gradient of the bias, from the logits' gradients summed over like tiles, (heads,
-    # bias_kinds * BLOCK_M, bias_keys), or of a `Relative` from those of the tables, (2, P, BLOCK_D)
+    # bias_kinds, BLOCK_M, bias_blocks, BLOCK_N), or of a `Relative` from those of the tables, (heads, 2, P, BLOCK_D)
     fold_bias: Callable[..., Tensor] | None = None
 
 
@@ -108,236 +137,427 @@ PATTERNS: dict[str, Pattern] = {}
 
 
 class Map(NamedTuple):
-    """A (B, H, W, heads, dim) tensor and its strides."""
+    """A (B, H, W, heads, dim) tensor and its strides; that of dim is 1."""
 
     pointer: Any
     stride_b: Any
     stride_y: Any
     stride_x: Any
     stride_h: Any
-    stride_d: Any
 
 
 class Sizes(NamedTuple):
+    heads: Any
     height: Any  # of the map of queries
     width: Any
-    heads: Any
-    tiles: Any
-    scale: Any
-    dim: Any
-    dim_v: Any
+    key_height: Any
+    key_width: Any
+
+
+class Constants(NamedTuple):
+    DIM: Any
+    DIM_V: Any
     BLOCK_D: Any
     BLOCK_DV: Any
     BLOCK_M: Any
     BLOCK_N: Any
+    ALIGN: Any  # all strides are multiples of it
     P: Any
     R: Any
     precision: Any
 
 
+SIZES = [*Sizes._fields, "tiles", "total_tiles", "tiles_per_program", "images", "kinds", "n_blocks"]
+RUNTIME = [*SIZES, *(f"{x}_{stride}" for x in ("q", "k", "v", "do") for stride in "byxh")]
+
+
 @triton.jit
-def _batch_head_tile(i, s):
+def ceil_div(x, y):
+    return (x + y - 1) // y
+
+
+@triton.jit
+def down(x, BY_KEY: tl.constexpr):
+    """A vector of queries, or a scalar, as logits see it: along their rows, or by key along their columns."""
+    if len(x.shape) > 0:
+        x = x[None, :] if BY_KEY else x[:, None]
+    return x
+
+
+@triton.jit
+def across(x, BY_KEY: tl.constexpr):
+    """The same for a vector of keys."""
+    if len(x.shape) > 0:
+        x = x[:, None] if BY_KEY else x[None, :]
+    return x
+
+
+@triton.jit
+def in_block(block):
+    """Of its tokens which box, row and column of it each is in."""
+    i = tl.arange(0, block.boxes * block.rows * block.columns)
+    return i // (block.rows * block.columns), i // block.columns % block.rows, i % block.columns
+
+
+@triton.jit
+def _steps(walk, block):
+    boxes, height, width = walk[0], walk[1], walk[2]
+    steps = ceil_div(height, block.rows)
+    if block.is_wide:
+        steps *= ceil_div(width, block.columns)
+    if block.has_many:
+        steps *= ceil_div(boxes, block.boxes)
+    return steps
+
+
+@triton.jit
+def _start():
+    """Box, row and column, as numbers of Triton, whose interpreter cannot compare others."""
+    zero = tl.full([], 0, tl.int32)
+    return zero, zero, zero
+
+
+@triton.jit
+def _advance(walk, block, box, row, column):
+    _, height, width = walk[0], walk[1], walk[2]
+    if block.is_wide:
+        column += block.columns
+        row = tl.where(column >= width, row + block.rows, row)
+        column = tl.where(column >= width, 0, column)
+    else:
+        row += block.rows
+    if block.has_many:
+        box = tl.where(row >= height, box + block.boxes, box)
+        row = tl.where(row >= height, 0, row)
+    return box, row, column
+
+
+@triton.jit
+def aligned_map(pointer, stride_b, stride_y, stride_x, stride_h, c):
+    return Map(
+        pointer,
+        stride_b // c.ALIGN * c.ALIGN,
+        stride_y // c.ALIGN * c.ALIGN,
+        stride_x // c.ALIGN * c.ALIGN,
+        stride_h // c.ALIGN * c.ALIGN,
+    )
+
+
+@triton.jit
+def contiguous_map(pointer, n, height, width, DIM: tl.constexpr):
+    stride_x = n.heads.to(tl.int64) * DIM
+    return Map(pointer, height * width * stride_x, width * stride_x, stride_x, DIM)
+
+
+@triton.jit
+def _batch_head_tile(i, n, tiles):
     """Of the i-th tile of all heads and images; heads vary fastest, because they share cache lines."""
-    return (i // s.heads // s.tiles).to(tl.int64), i % s.heads, i // s.heads % s.tiles
+    return (i // n.heads // tiles).to(tl.int64), i % n.heads, i // n.heads % tiles
 
 
 @triton.jit
 def _pointers(tensor, batch, head, tokens, o_d):
-    y, x, _ = tokens
     p_head = tensor.pointer + batch * tensor.stride_b + head * tensor.stride_h
-    o_tokens = y.to(tl.int64) * tensor.stride_y + x.to(tl.int64) * tensor.stride_x
-    return p_head + o_tokens[:, None] + o_d[None, :] * tensor.stride_d
+    o_tokens = tokens.y.to(tl.int64) * tensor.stride_y + tokens.x.to(tl.int64) * tensor.stride_x
+    return p_head + o_tokens[:, None] + o_d[None, :]
 
 
 @triton.jit
-def _load(tensor, batch, head, tokens, dim, BLOCK_D: tl.constexpr):
+def load(tensor, batch, head, tokens, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     o_d = tl.arange(0, BLOCK_D)
-    mask = tokens[2][:, None] & (o_d < dim)[None, :]
+    mask = tokens.valid[:, None]
+    if DIM < BLOCK_D:
+        mask = mask & (o_d < DIM)[None, :]
     return tl.load(_pointers(tensor, batch, head, tokens, o_d), mask=mask, other=0.0)
 
 
 @triton.jit
-def _store(tensor, values, batch, head, tokens, dim, BLOCK_D: tl.constexpr):
+def store(tensor, values, batch, head, tokens, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     o_d = tl.arange(0, BLOCK_D)
-    mask = tokens[2][:, None] & (o_d < dim)[None, :]
+    mask = tokens.valid[:, None] & (o_d < DIM)[None, :]
     tl.store(_pointers(tensor, batch, head, tokens, o_d), values.to(tensor.pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _lse_offsets(s, batch, head, tokens):
+def _lse_offsets(n, batch, head, queries):
     """In a contiguous (B, heads, H, W) tensor."""
-    y, x, _ = tokens
-    return ((batch * s.heads + head) * s.height + y) * s.width + x
+    first = (batch * n.heads + head) * n.height * n.width
+    return first + queries.y * n.width + queries.x
 
 
 @triton.jit
 def _load_lse(p_lse, queries):
     """Log-sum-exp, times LOG2E; infinity, so that all weights are zero, where there is no query or it has no key."""
-    b_lse = tl.load(p_lse, mask=queries[2], other=float("inf"))
+    b_lse = tl.load(p_lse, mask=queries.valid, other=float("inf"))
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2E
 
 
 @triton.jit
-def _scores(g, f, s, batch, head, b_q, b_k, products, queries, keys):
+def _scores(g, f, c, scale, head, b_q, b_k, products, queries, keys):
     """Logits, times LOG2E, of queries (rows) to keys."""
-    y, x, _ = queries
-    key_y, key_x, valid = keys
-    b_s = tl.dot(b_q, b_k.T, input_precision=s.precision) * (s.scale * LOG2E)
+    b_s = tl.dot(b_q, b_k.T, input_precision=c.precision) * (scale * LOG2E)
     if f.relative is not None:
-        b_s += f.relative.logits(g, products, queries, keys, s)
-    return f.logits(g, b_s, batch, head, y[:, None], x[:, None], key_y[None, :], key_x[None, :], valid[None, :])
+        b_s += f.relative.logits(g, products, queries, keys, c)
+    return f.logits(g, b_s, head, queries, keys, False)
 
 
-@triton.jit
-def _forward(q, k, v, output, p_lse, g, f, s):
-    batch, head, tile = _batch_head_tile(tl.program_id(0), s)
-    queries = f.q_tile_at(g, batch, tile, tl.arange(0, s.BLOCK_M))
-    b_q = _load(q, batch, head, queries, s.dim, s.BLOCK_D)  # [BLOCK_M, BLOCK_D]
+@triton.jit(do_not_specialize=RUNTIME)
+def _forward(
+    q, q_b, q_y, q_x, q_h, k, k_b, k_y, k_x, k_h, v, v_b, v_y, v_x, v_h,
+    heads, height, width, key_height, key_width, tiles, scale, output, p_lse, g, f, c,
+):  # fmt: skip
+    n = Sizes(heads, height, width, key_height, key_width)
+    q, k, v = (
+        aligned_map(q, q_b, q_y, q_x, q_h, c),
+        aligned_map(k, k_b, k_y, k_x, k_h, c),
+        aligned_map(v, v_b, v_y, v_x, v_h, c),
+    )
+    batch, head, tile = _batch_head_tile(tl.program_id(0), n, tiles)
+    queries, walk = f.q_tile(g, n, batch, tile)
+    b_q = load(q, batch, head, queries, c.DIM, c.BLOCK_D)  # [BLOCK_M, BLOCK_D]
     products = None
     if f.relative is not None:
-        products = f.relative.products(g, b_q, queries, s)
-    b_m = tl.full([s.BLOCK_M], float("-inf"), tl.float32)
-    b_l = tl.zeros([s.BLOCK_M], tl.float32)
-    b_o = tl.zeros([s.BLOCK_M, s.BLOCK_DV], tl.float32)
-    for start in range(0, f.kv_count(g, batch, tile), s.BLOCK_N):
-        keys = f.kv_at(g, batch, tile, start + tl.arange(0, s.BLOCK_N))
-        b_k = _load(k, batch, head, keys, s.dim, s.BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        b_v = _load(v, batch, head, keys, s.dim_v, s.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-        b_s = _scores(g, f, s, batch, head, b_q, b_k, products, queries, keys)
+        products = f.relative.products(g, b_q, queries, c)
+    b_m = tl.full([c.BLOCK_M], float("-inf"), tl.float32)
+    b_l = tl.zeros([c.BLOCK_M], tl.float32)
+    b_o = tl.zeros([c.BLOCK_M, c.BLOCK_DV], tl.float32)
+    box, row, column = _start()
+    for _ in range(_steps(walk, g.k)):
+        keys = f.kv_at(g, n, batch, walk, box, row, column)
+        b_k = load(k, batch, head, keys, c.DIM, c.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_v = load(v, batch, head, keys, c.DIM_V, c.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        b_s = _scores(g, f, c, scale, head, b_q, b_k, products, queries, keys)
         b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
         base = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)  # all masked so far: avoid -inf - -inf
         b_p = tl.exp2(b_s - base[:, None])
         alpha = tl.exp2(b_m - base)
         b_l = b_l * alpha + tl.sum(b_p, 1)
-        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * alpha[:, None], input_precision=s.precision)
+        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * alpha[:, None], input_precision=c.precision)
         b_m = b_m_new
+        box, row, column = _advance(walk, g.k, box, row, column)
     b_o /= tl.where(b_l == 0.0, 1.0, b_l)[:, None]  # a query without keys yields zero
-    _store(output, b_o, batch, head, queries, s.dim_v, s.BLOCK_DV)
-    tl.store(p_lse + _lse_offsets(s, batch, head, queries), (b_m + tl.log2(b_l)) / LOG2E, mask=queries[2])
+    output = contiguous_map(output, n, height, width, c.DIM_V)
+    store(output, b_o, batch, head, queries, c.DIM_V, c.BLOCK_DV)
+    tl.store(p_lse + _lse_offsets(n, batch, head, queries), (b_m + tl.log2(b_l)) / LOG2E, mask=queries.valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _backward_dq(
-    q, k, v, output, grad_output, dq, p_lse, p_grad_lse, p_delta, p_partial, total_tiles, tiles_per_program, g, f, s
-):
+    q, q_b, q_y, q_x, q_h, k, k_b, k_y, k_x, k_h, v, v_b, v_y, v_x, v_h,
+    heads, height, width, key_height, key_width, tiles, scale, do, do_b, do_y, do_x, do_h,
+    output, dq, p_lse, p_grad_lse, p_delta, p_partial, total_tiles, tiles_per_program, g, f, c,
+):  # fmt: skip
     """Gradient of q; also stores delta, the part of the logits' gradients that is common to a query's keys.
 
-    p_partial: None, or (programs, 2, P, BLOCK_D), sums of the gradients of the tables of a `Relative`. A program takes
-    `tiles_per_program` of the `total_tiles` tiles of one head; heads take turns.
+    p_partial: None, or (shares, heads, 2, P, BLOCK_D), sums of the gradients of the tables of a `Relative`. A program
+    takes `tiles_per_program` of the `total_tiles` tiles of one head; heads take turns.
     """
+    n = Sizes(heads, height, width, key_height, key_width)
+    q, k, v = (
+        aligned_map(q, q_b, q_y, q_x, q_h, c),
+        aligned_map(k, k_b, k_y, k_x, k_h, c),
+        aligned_map(v, v_b, v_y, v_x, v_h, c),
+    )
+    do, output = aligned_map(do, do_b, do_y, do_x, do_h, c), contiguous_map(output, n, height, width, c.DIM_V)
+    dq = contiguous_map(dq, n, height, width, c.DIM)
     program = tl.program_id(0)
     if p_partial is not None:
-        b_dtable_y = tl.zeros([s.P, s.BLOCK_D], tl.float32)
-        b_dtable_x = tl.zeros([s.P, s.BLOCK_D], tl.float32)
-    first = program // s.heads * tiles_per_program
+        b_dtable_y = tl.zeros([c.P, c.BLOCK_D], tl.float32)
+        b_dtable_x = tl.zeros([c.P, c.BLOCK_D], tl.float32)
+    first = program // heads * tiles_per_program
     for i in range(first, tl.minimum(first + tiles_per_program, total_tiles)):
-        batch, head, tile = _batch_head_tile(i * s.heads + program % s.heads, s)
-        queries = f.q_tile_at(g, batch, tile, tl.arange(0, s.BLOCK_M))
-        b_q = _load(q, batch, head, queries, s.dim, s.BLOCK_D)  # [BLOCK_M, BLOCK_D]
-        b_do = _load(grad_output, batch, head, queries, s.dim_v, s.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-        b_o = _load(output, batch, head, queries, s.dim_v, s.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+        batch, head, tile = _batch_head_tile(i * heads + program % heads, n, tiles)
+        queries, walk = f.q_tile(g, n, batch, tile)
+        b_q = load(q, batch, head, queries, c.DIM, c.BLOCK_D)  # [BLOCK_M, BLOCK_D]
+        b_do = load(do, batch, head, queries, c.DIM_V, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+        b_o = load(output, batch, head, queries, c.DIM_V, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
         products = None
         if f.relative is not None:
-            products = f.relative.products(g, b_q, queries, s)
-            b_dproduct_y = tl.zeros([s.BLOCK_M, s.R], tl.float32)
-            b_dproduct_x = tl.zeros([s.BLOCK_M, s.R], tl.float32)
-        o_lse = _lse_offsets(s, batch, head, queries)
+            products = f.relative.products(g, b_q, queries, c)
+            b_dproduct_y = tl.zeros([c.BLOCK_M, c.R], tl.float32)
+            b_dproduct_x = tl.zeros([c.BLOCK_M, c.R], tl.float32)
+        o_lse = _lse_offsets(n, batch, head, queries)
         b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
         if p_grad_lse is not None:
-            b_delta -= tl.load(p_grad_lse + o_lse, mask=queries[2], other=0.0)
-        tl.store(p_delta + o_lse, b_delta, mask=queries[2])
+            b_delta -= tl.load(p_grad_lse + o_lse, mask=queries.valid, other=0.0)
+        tl.store(p_delta + o_lse, b_delta, mask=queries.valid)
         b_lse = _load_lse(p_lse + o_lse, queries)
-        b_dq = tl.zeros([s.BLOCK_M, s.BLOCK_D], tl.float32)
-        for start in range(0, f.kv_count(g, batch, tile), s.BLOCK_N):
-            keys = f.kv_at(g, batch, tile, start + tl.arange(0, s.BLOCK_N))
-            b_k = _load(k, batch, head, keys, s.dim, s.BLOCK_D)  # [BLOCK_N, BLOCK_D]
-            b_v = _load(v, batch, head, keys, s.dim_v, s.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-            b_p = tl.exp2(_scores(g, f, s, batch, head, b_q, b_k, products, queries, keys) - b_lse[:, None])
-            b_ds = b_p * (tl.dot(b_do, b_v.T, input_precision=s.precision) - b_delta[:, None])
-            b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=s.precision)
+        b_dq = tl.zeros([c.BLOCK_M, c.BLOCK_D], tl.float32)
+        box, row, column = _start()
+        for _ in range(_steps(walk, g.k)):
+            keys = f.kv_at(g, n, batch, walk, box, row, column)
+            b_k = load(k, batch, head, keys, c.DIM, c.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            b_v = load(v, batch, head, keys, c.DIM_V, c.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+            b_p = tl.exp2(_scores(g, f, c, scale, head, b_q, b_k, products, queries, keys) - b_lse[:, None])
+            b_ds = b_p * (tl.dot(b_do, b_v.T, input_precision=c.precision) - b_delta[:, None])
+            b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=c.precision)
             if f.relative is not None:
-                b_dy, b_dx = f.relative.grad_products(g, b_ds.to(b_k.dtype), queries, keys, s)
+                b_dy, b_dx = f.relative.grad_products(g, b_ds.to(b_k.dtype), queries, keys, c)
                 b_dproduct_y += b_dy
                 b_dproduct_x += b_dx
-        b_dq *= s.scale
+            box, row, column = _advance(walk, g.k, box, row, column)
+        b_dq *= scale
         if f.relative is not None:
-            b_dq_relative, b_dy, b_dx = f.relative.gradients(g, b_dproduct_y, b_dproduct_x, b_q, queries, s)
+            b_dq_relative, b_dy, b_dx = f.relative.gradients(g, b_dproduct_y, b_dproduct_x, b_q, queries, c)
             b_dq += b_dq_relative
             if p_partial is not None:
                 b_dtable_y += b_dy
                 b_dtable_x += b_dx
-        _store(dq, b_dq, batch, head, queries, s.dim, s.BLOCK_D)
+        store(dq, b_dq, batch, head, queries, c.DIM, c.BLOCK_D)
     if p_partial is not None:
-        o_table = tl.arange(0, s.P)[:, None] * s.BLOCK_D + tl.arange(0, s.BLOCK_D)[None, :]
-        p_table = p_partial + program.to(tl.int64) * (2 * s.P * s.BLOCK_D) + o_table
-        tl.store(p_table, b_dtable_y)
-        tl.store(p_table + s.P * s.BLOCK_D, b_dtable_x)
+        _store_sum(p_partial, 2 * program, b_dtable_y)
+        _store_sum(p_partial, 2 * program + 1, b_dtable_x)
 
 
-@triton.jit
-def _backward_dkv(q, k, v, grad_output, dk, dv, p_lse, p_delta, g, f, s):
+@triton.jit(do_not_specialize=RUNTIME)
+def _backward_dkv(
+    q, q_b, q_y, q_x, q_h, k, k_b, k_y, k_x, k_h, v, v_b, v_y, v_x, v_h,
+    heads, height, width, key_height, key_width, tiles, scale, do, do_b, do_y, do_x, do_h,
+    dk, dv, p_lse, p_delta, g, f, c,
+):  # fmt: skip
     """Gradients of k and v of a kv_tile, from the queries that attend to it."""
-    batch, head, tile = _batch_head_tile(tl.program_id(0), s)
-    keys = f.kv_tile_at(g, batch, tile, tl.arange(0, s.BLOCK_N))
-    b_k = _load(k, batch, head, keys, s.dim, s.BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    b_v = _load(v, batch, head, keys, s.dim_v, s.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-    b_dk = tl.zeros([s.BLOCK_N, s.BLOCK_D], tl.float32)
-    b_dv = tl.zeros([s.BLOCK_N, s.BLOCK_DV], tl.float32)
-    for start in range(0, f.q_count(g, batch, tile), s.BLOCK_M):
-        queries = f.q_at(g, batch, tile, start + tl.arange(0, s.BLOCK_M))
-        b_q = _load(q, batch, head, queries, s.dim, s.BLOCK_D)  # [BLOCK_M, BLOCK_D]
-        b_do = _load(grad_output, batch, head, queries, s.dim_v, s.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-        o_lse = _lse_offsets(s, batch, head, queries)
+    n = Sizes(heads, height, width, key_height, key_width)
+    q, k, v = (
+        aligned_map(q, q_b, q_y, q_x, q_h, c),
+        aligned_map(k, k_b, k_y, k_x, k_h, c),
+        aligned_map(v, v_b, v_y, v_x, v_h, c),
+    )
+    do = aligned_map(do, do_b, do_y, do_x, do_h, c)
+    batch, head, tile = _batch_head_tile(tl.program_id(0), n, tiles)
+    keys, walk = f.kv_tile(g, n, batch, tile)
+    b_k = load(k, batch, head, keys, c.DIM, c.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    b_v = load(v, batch, head, keys, c.DIM_V, c.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+    b_dk = tl.zeros([c.BLOCK_N, c.BLOCK_D], tl.float32)
+    b_dv = tl.zeros([c.BLOCK_N, c.BLOCK_DV], tl.float32)
+    box, row, column = _start()
+    for _ in range(_steps(walk, g.q)):
+        queries = f.q_at(g, n, batch, walk, box, row, column)
+        b_q = load(q, batch, head, queries, c.DIM, c.BLOCK_D)  # [BLOCK_M, BLOCK_D]
+        b_do = load(do, batch, head, queries, c.DIM_V, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+        o_lse = _lse_offsets(n, batch, head, queries)
         b_lse = _load_lse(p_lse + o_lse, queries)
-        b_delta = tl.load(p_delta + o_lse, mask=queries[2], other=0.0)
-        y, x, _ = queries
-        key_y, key_x, valid = keys
-        b_s = tl.dot(b_k, b_q.T, input_precision=s.precision) * (s.scale * LOG2E)  # [BLOCK_N, BLOCK_M]
+        b_delta = tl.load(p_delta + o_lse, mask=queries.valid, other=0.0)
+        b_s = tl.dot(b_k, b_q.T, input_precision=c.precision) * (scale * LOG2E)  # [BLOCK_N, BLOCK_M]
         if f.relative is not None:
-            products = f.relative.products(g, b_q, queries, s)
-            b_s += f.relative.logits(g, products, queries, keys, s).T
-        b_s = f.logits(g, b_s, batch, head, y[None, :], x[None, :], key_y[:, None], key_x[:, None], valid[:, None])
-        b_p = tl.exp2(b_s - b_lse[None, :])
-        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=s.precision)
-        b_ds = b_p * (tl.dot(b_v, b_do.T, input_precision=s.precision) - b_delta[None, :])
-        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=s.precision)
-    _store(dk, b_dk * s.scale, batch, head, keys, s.dim, s.BLOCK_D)
-    _store(dv, b_dv, batch, head, keys, s.dim_v, s.BLOCK_DV)
+            products = f.relative.products(g, b_q, queries, c)
+            b_s += f.relative.logits(g, products, queries, keys, c).T
+        b_p = tl.exp2(f.logits(g, b_s, head, queries, keys, True) - b_lse[None, :])
+        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=c.precision)
+        b_ds = b_p * (tl.dot(b_v, b_do.T, input_precision=c.precision) - b_delta[None, :])
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=c.precision)
+        box, row, column = _advance(walk, g.q, box, row, column)
+    dk, dv = (
+        contiguous_map(dk, n, key_height, key_width, c.DIM),
+        contiguous_map(dv, n, key_height, key_width, c.DIM_V),
+    )
+    store(dk, b_dk * scale, batch, head, keys, c.DIM, c.BLOCK_D)
+    store(dv, b_dv, batch, head, keys, c.DIM_V, c.BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _backward_tile(
+    q, q_b, q_y, q_x, q_h, k, k_b, k_y, k_x, k_h, v, v_b, v_y, v_x, v_h,
+    heads, height, width, key_height, key_width, tiles, scale, do, do_b, do_y, do_x, do_h,
+    output, dq, dk, dv, p_lse, p_grad_lse, p_partial, total_tiles, tiles_per_program, g, f, c,
+):  # fmt: skip
+    """All gradients, where the tokens of a tile attend to each other and to no others.
+
+    p_partial: None, or (shares, heads, BLOCK_M, BLOCK_N), sums of the gradients of the logits. A program takes
+    `tiles_per_program` of the `total_tiles` tiles of one head; heads take turns.
+    """
+    n = Sizes(heads, height, width, key_height, key_width)
+    q, k = aligned_map(q, q_b, q_y, q_x, q_h, c), aligned_map(k, k_b, k_y, k_x, k_h, c)
+    v, do = aligned_map(v, v_b, v_y, v_x, v_h, c), aligned_map(do, do_b, do_y, do_x, do_h, c)
+    output, dq = contiguous_map(output, n, height, width, c.DIM_V), contiguous_map(dq, n, height, width, c.DIM)
+    dk, dv = contiguous_map(dk, n, height, width, c.DIM), contiguous_map(dv, n, height, width, c.DIM_V)
+    program = tl.program_id(0)
+    if p_partial is not None:
+        b_sum = tl.zeros([c.BLOCK_M, c.BLOCK_N], tl.float32)
+    first = program // heads * tiles_per_program
+    box, row, column = _start()
+    for i in range(first, tl.minimum(first + tiles_per_program, total_tiles)):
+        batch, head, tile = _batch_head_tile(i * heads + program % heads, n, tiles)
+        queries, walk = f.q_tile(g, n, batch, tile)
+        keys = f.kv_at(g, n, batch, walk, box, row, column)
+        b_q = load(q, batch, head, queries, c.DIM, c.BLOCK_D)  # [BLOCK_M, BLOCK_D]
+        b_k = load(k, batch, head, keys, c.DIM, c.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_v = load(v, batch, head, keys, c.DIM_V, c.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        b_do = load(do, batch, head, queries, c.DIM_V, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+        b_o = load(output, batch, head, queries, c.DIM_V, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+        o_lse = _lse_offsets(n, batch, head, queries)
+        b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
+        if p_grad_lse is not None:
+            b_delta -= tl.load(p_grad_lse + o_lse, mask=queries.valid, other=0.0)
+        b_lse = _load_lse(p_lse + o_lse, queries)
+        b_p = tl.exp2(_scores(g, f, c, scale, head, b_q, b_k, None, queries, keys) - b_lse[:, None])
+        b_dv = tl.dot(b_p.to(b_do.dtype).T, b_do, input_precision=c.precision)
+        b_ds = b_p * (tl.dot(b_do, b_v.T, input_precision=c.precision) - b_delta[:, None])
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=c.precision)
+        b_dk = tl.dot(b_ds.to(b_q.dtype).T, b_q, input_precision=c.precision)
+        store(dq, b_dq * scale, batch, head, queries, c.DIM, c.BLOCK_D)
+        store(dk, b_dk * scale, batch, head, keys, c.DIM, c.BLOCK_D)
+        store(dv, b_dv, batch, head, keys, c.DIM_V, c.BLOCK_DV)
+        if p_partial is not None:
+            b_sum += b_ds
+    if p_partial is not None:
+        _store_sum(p_partial, program, b_sum)
 
 
 @triton.jit
+def _store_sum(p_partial, program, b_sum):
+    rows: tl.constexpr = b_sum.shape[0]
+    columns: tl.constexpr = b_sum.shape[1]
+    o_sum = tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
+    tl.store(p_partial + program.to(tl.int64) * (rows * columns) + o_sum, b_sum)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
 def _backward_dbias(
-    q, k, v, grad_output, p_lse, p_delta, p_partial, total_tiles, tiles_per_program, bias_kinds, n_blocks, g, f, s
-):
-    """Gradients of the logits of BLOCK_N of the bias_keys, summed over some q_tiles of one kind of all images.
+    q, q_b, q_y, q_x, q_h, k, k_b, k_y, k_x, k_h, v, v_b, v_y, v_x, v_h,
+    heads, height, width, key_height, key_width, tiles, scale, do, do_b, do_y, do_x, do_h,
+    p_lse, p_delta, p_partial, images, total_tiles, tiles_per_program, kinds, n_blocks, g, f, c,
+):  # fmt: skip
+    """Gradients of the logits of one of the n_blocks of keys, summed over some q_tiles of one kind, of all images.
 
-    p_partial: (programs of a block, heads, bias_kinds, n_blocks, BLOCK_M, BLOCK_N)
+    p_partial: (programs of a block, heads, kinds, n_blocks, BLOCK_M, BLOCK_N)
     """
+    n = Sizes(heads, height, width, key_height, key_width)
+    q, k, v = (
+        aligned_map(q, q_b, q_y, q_x, q_h, c),
+        aligned_map(k, k_b, k_y, k_x, k_h, c),
+        aligned_map(v, v_b, v_y, v_x, v_h, c),
+    )
+    do = aligned_map(do, do_b, do_y, do_x, do_h, c)
     program = tl.program_id(0)
-    n_block, kind = program % n_blocks, program // n_blocks % bias_kinds
-    head = program // n_blocks // bias_kinds % s.heads
-    first = program // n_blocks // bias_kinds // s.heads * tiles_per_program
-    b_sum = tl.zeros([s.BLOCK_M, s.BLOCK_N], tl.float32)
+    block, kind = program % n_blocks, program // n_blocks % kinds
+    head = program // n_blocks // kinds % heads
+    first = program // n_blocks // kinds // heads * tiles_per_program
+    zero = tl.full([], 0, tl.int64)
+    b_sum = tl.zeros([c.BLOCK_M, c.BLOCK_N], tl.float32)
     for i in range(first, tl.minimum(first + tiles_per_program, total_tiles)):
-        batch = (i // (s.tiles // bias_kinds)).to(tl.int64)
-        tile = i % (s.tiles // bias_kinds) * bias_kinds + kind
-        queries = f.q_tile_at(g, batch, tile, tl.arange(0, s.BLOCK_M))
-        keys = f.bias_kv_at(g, batch, tile, n_block * s.BLOCK_N + tl.arange(0, s.BLOCK_N))
-        b_q = _load(q, batch, head, queries, s.dim, s.BLOCK_D)  # [BLOCK_M, BLOCK_D]
-        b_do = _load(grad_output, batch, head, queries, s.dim_v, s.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-        b_k = _load(k, batch, head, keys, s.dim, s.BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        b_v = _load(v, batch, head, keys, s.dim_v, s.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-        o_lse = _lse_offsets(s, batch, head, queries)
-        b_lse = _load_lse(p_lse + o_lse, queries)
-        b_delta = tl.load(p_delta + o_lse, mask=queries[2], other=0.0)
-        b_p = tl.exp2(_scores(g, f, s, batch, head, b_q, b_k, None, queries, keys) - b_lse[:, None])
-        b_sum += b_p * (tl.dot(b_do, b_v.T, input_precision=s.precision) - b_delta[:, None])
-    o_sum = tl.arange(0, s.BLOCK_M)[:, None] * s.BLOCK_N + tl.arange(0, s.BLOCK_N)[None, :]
-    tl.store(p_partial + program.to(tl.int64) * (s.BLOCK_M * s.BLOCK_N) + o_sum, b_sum)
+        queries, walk = f.q_tile(g, n, zero, i * kinds + kind)
+        is_near = f.bias_kv_at(g, n, zero, walk, block)[1]
+        for image in range(0, tl.where(is_near, images, 0)):
+            batch = zero + image
+            keys = f.bias_kv_at(g, n, batch, walk, block)[0]
+            b_q = load(q, batch, head, queries, c.DIM, c.BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            b_do = load(do, batch, head, queries, c.DIM_V, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+            b_k = load(k, batch, head, keys, c.DIM, c.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            b_v = load(v, batch, head, keys, c.DIM_V, c.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+            o_lse = _lse_offsets(n, batch, head, queries)
+            b_lse = _load_lse(p_lse + o_lse, queries)
+            b_delta = tl.load(p_delta + o_lse, mask=queries.valid, other=0.0)
+            b_p = tl.exp2(_scores(g, f, c, scale, head, b_q, b_k, None, queries, keys) - b_lse[:, None])
+            b_sum += b_p * (tl.dot(b_do, b_v.T, input_precision=c.precision) - b_delta[:, None])
+    _store_sum(p_partial, program, b_sum)
 
 
-def tensor_map(x: Tensor) -> Map:
-    return Map(x, *x.stride())
+def flat(maps: Sequence[Tensor]) -> tuple[list[tuple], int]:
+    """Each map and its strides but that of dim, which has to be 1, and what all of these are multiples of."""
+    maps = [x if x.stride(-1) == 1 else x.contiguous() for x in maps]
+    strides = [x.stride()[:-1] for x in maps]
+    align = math.gcd(16 // maps[0].element_size(), *itertools.chain(*strides))
+    return [(x, *stride) for x, stride in zip(maps, strides, strict=True)], align
 
 
 def constant(value: Any) -> Any:
@@ -345,9 +565,21 @@ def constant(value: Any) -> Any:
     return tl.constexpr(value)
 
 
-def fit_block(tokens: int, most: int) -> int:
-    """The smallest BLOCK_M or BLOCK_N that holds the tokens, between 16 and `most`."""
-    return min(most, max(MIN_BLOCK, triton.next_power_of_2(tokens)))
+@functools.lru_cache(maxsize=1024)
+def fit(height: int, width: int, most: int, boxes: int = 0) -> Block:
+    """Blocks to walk over boxes of this size, of 16 to `most` tokens: those that pad the boxes least.
+
+    boxes: how many a walk has at most, where it has many; small ones are taken several at a time.
+    """
+    tokens = min(most, triton.next_power_of_2(height) * triton.next_power_of_2(width))
+    together = min(most // tokens, max(MIN_BLOCK // tokens, triton.next_power_of_2(boxes))) if boxes else 1
+    tokens = max(tokens, MIN_BLOCK // together)
+
+    def padded(columns: int) -> tuple[int, int]:
+        return triton.cdiv(height, tokens // columns) * triton.cdiv(width, columns), -columns
+
+    columns = min((2**i for i in range(tokens.bit_length())), key=padded)
+    return Block(*map(constant, (tokens // columns, columns, columns < width, together, boxes > 0)))
 
 
 def unsupported_tensors(*tensors: Tensor) -> str | None:
@@ -367,9 +599,16 @@ def unsupported_tensors(*tensors: Tensor) -> str | None:
 def _unsupported_device(device: torch.device) -> str | None:
     if torch.version.hip:
         return "the device is AMD's, whose Triton has no options of these kernels"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the device is older than compute capability 8.0"
-    return None
+    return "the device is older than compute capability 8.0" if _capability(device) < 80 else None
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    """90 for compute capability 9.0; without a device, that of the oldest."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def attend(
@@ -401,12 +640,9 @@ def _operator(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     output, lse = _operator_fake(q, k, v, bias, table, pattern, parameters, scale)
-    functions, make_plan, _ = PATTERNS[pattern]
-    block_m, block_n, options = _blocks(q, v, "forward", functions)
-    plan = make_plan(q, k, bias, table, parameters, block_m, block_n, False)
-    tensors = (*map(tensor_map, (q, k, v, output)), lse)
-    sizes = _sizes(q, v, plan, scale)
-    _launch(_forward, len(q) * q.shape[3] * plan.tiles, tensors, plan, functions, sizes, options)
+    call = _Call(pattern, (q, k, v), bias, table, parameters, scale)
+    prepared = call.prepare("forward")
+    call.launch(_forward, len(q) * q.shape[3] * prepared.plan.tiles, prepared, output, lse)
     return output, lse
 
 
@@ -432,37 +668,26 @@ def _operator_backward(
     scale: float,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    functions, make_plan, fold_bias = PATTERNS[pattern]
+    call = _Call(pattern, (q, k, v), bias, table, parameters, scale, grad_output)
     dq, dk, dv, delta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, lse))
-    maps, grad = [tensor_map(x) for x in (q, k, v)], tensor_map(grad_output)
-    block_m, block_n, options = _blocks(q, v, "dq", functions)
-    plan = make_plan(q, k, bias, table, parameters, block_m, block_n, False)
-    sizes = _sizes(q, v, plan, scale)
-    total_tiles, tiles_per_program, partial = len(q) * plan.tiles, 1, None
-    relative = needs_bias and functions.relative is not None
-    if relative:
-        tiles_per_program = max(1, total_tiles * sizes.heads // BIAS_PROGRAMS)
-    programs = triton.cdiv(total_tiles, tiles_per_program) * sizes.heads
-    if relative:
-        shape = programs, 2, plan.relative[0], sizes.BLOCK_D.value
-        partial = torch.empty(shape, dtype=torch.float32, device=q.device)
-    maps_dq = (*maps, tensor_map(output), grad, tensor_map(dq))
-    tensors = (*maps_dq, lse, grad_lse, delta, partial, total_tiles, tiles_per_program)
-    _launch(_backward_dq, programs, tensors, plan, functions, sizes, options)
-    dbias = q.new_zeros(0)
-    if needs_bias and bias is not None and fold_bias is not None:
-        tensors = (*maps, grad, lse, delta)
-        if partial is None:
-            sums = _bias_sums(tensors, plan, functions, sizes, total_tiles, options)
-        else:
-            sums = partial.sum(0)
-        dbias = fold_bias(sums, plan, bias).to(bias.dtype)
-    block_m, block_n, options = _blocks(q, v, "dkv", functions)
-    plan = make_plan(q, k, bias, table, parameters, block_m, block_n, True)
-    sizes = _sizes(q, v, plan, scale)
-    tensors = (*maps, grad, tensor_map(dk), tensor_map(dv), lse, delta)
-    _launch(_backward_dkv, len(q) * k.shape[3] * plan.tiles, tensors, plan, functions, sizes, options)
-    return dq, dk, dv, dbias
+    prepared = call.prepare("tile")
+    if prepared.plan.is_closed:
+        block_m, block_n = prepared.blocks
+        programs, partial, *share = call.share(prepared, (1, block_m, 1, block_n) if needs_bias else None)
+        call.launch(_backward_tile, programs, prepared, output, dq, dk, dv, lse, grad_lse, partial, *share)
+    else:
+        prepared = call.prepare("dq")
+        tables = 2, prepared.plan.relative[0], prepared.constants.BLOCK_D.value
+        is_relative = call.functions.relative is not None
+        programs, partial, *share = call.share(prepared, tables if needs_bias and is_relative else None)
+        call.launch(_backward_dq, programs, prepared, output, dq, lse, grad_lse, delta, partial, *share)
+        by_key = call.prepare("dkv")
+        call.launch(_backward_dkv, len(q) * q.shape[3] * by_key.plan.tiles, by_key, dk, dv, lse, delta)
+    fold_bias = PATTERNS[pattern].fold_bias
+    if not needs_bias or bias is None or fold_bias is None:
+        return dq, dk, dv, q.new_zeros(0)
+    sums = call.sum_bias(prepared, lse, delta) if partial is None else partial.sum(0)
+    return dq, dk, dv, fold_bias(sums, prepared.plan, bias).to(bias.dtype)
 
 
 @_operator_backward.register_fake
@@ -493,44 +718,78 @@ def _gradients(ctx, grad_output: Tensor | None, grad_lse: Tensor | None) -> tupl
 _operator.register_autograd(_gradients, setup_context=_setup_context)
 
 
-def _blocks(q: Tensor, v: Tensor, kernel: str, functions: Functions) -> tuple[int, int, dict]:
-    """BLOCK_M and BLOCK_N, at most, and launch options of one of the kernels."""
-    dim = max(32, triton.next_power_of_2(max(q.shape[-1], v.shape[-1])))
-    if q.dtype == torch.float32:  # products of float32 take no matrix instruction, but many registers
-        large = dim == 128 or functions.relative is not None
-        block_m, block_n = {"forward": (32, 16), "dq": (16 if large else 32, 16), "dkv": (16, 32)}[kernel]
-        warps, stages = 8 if large else 4, 1
-    else:
-        block_m, block_n, warps, stages = BLOCKS[kernel][dim]
-    return block_m, block_n, {"num_warps": warps, "num_stages": stages}
+class _Prepared(NamedTuple):
+    plan: Plan
+    constants: Constants
+    options: dict[str, int]
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        return self.constants.BLOCK_M.value, self.constants.BLOCK_N.value
 
 
-def _sizes(q: Tensor, v: Tensor, plan: Plan, scale: float) -> Sizes:
-    _, height, width, heads, dim = q.shape
-    padded = (max(MIN_BLOCK, triton.next_power_of_2(x)) for x in (dim, v.shape[-1]))
-    constants = (dim, v.shape[-1], *padded, plan.block_m, plan.block_n, *plan.relative)
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"
-    return Sizes(height, width, heads, plan.tiles, scale, *map(constant, (*constants, precision)))
+class _Call:
+    """A call of a pattern: what all of its kernels get."""
 
+    def __init__(
+        self,
+        pattern: str,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        bias: Tensor | None,
+        table: Tensor | None,
+        parameters: Sequence[int],
+        scale: float,
+        grad_output: Tensor | None = None,
+    ):
+        self.pattern, self.functions = pattern, PATTERNS[pattern].functions
+        maps, self.align = flat(qkv if grad_output is None else [*qkv, grad_output])
+        self.maps, self.grad = [*itertools.chain(*maps[:3])], [*itertools.chain(*maps[3:])]
+        self.q, _, self.v = qkv
+        self.arguments = (*qkv[:2], bias, table, parameters)
+        self.make_plan, self.scale = PATTERNS[pattern].plan, scale
 
-def _launch(kernel, programs: int, arguments, plan: Plan, functions: Functions, sizes: Sizes, options: dict) -> None:
-    if programs:
-        with torch.cuda.device_of(arguments[0].pointer):
-            kernel[(programs,)](*arguments, plan.geometry, functions, sizes, **OPTIONS, **options)
+    def prepare(self, kernel: str) -> _Prepared:
+        """The plan, and what is compiled for, of one of the kernels."""
+        dim = max(32, triton.next_power_of_2(max(self.q.shape[-1], self.v.shape[-1])))
+        entry = Entry(_capability(self.q.device), self.pattern, kernel, 8 * self.q.element_size(), dim)
+        block_m, block_n, warps, stages = blocks(entry)
+        plan = self.make_plan(*self.arguments, block_m, block_n, kernel == "dkv")
+        dims = self.q.shape[-1], self.v.shape[-1]
+        padded = (max(MIN_BLOCK, triton.next_power_of_2(x)) for x in dims)
+        tokens = (math.prod(x.value for x in block[:2]) * block.boxes.value for block in plan.geometry[:2])
+        precision = "ieee" if self.q.dtype == torch.float32 and not allows_tf32() else "tf32"
+        constants = Constants(*map(constant, (*dims, *padded, *tokens, self.align, *plan.relative, precision)))
+        return _Prepared(plan, constants, {"num_warps": warps, "num_stages": stages})
 
+    def launch(self, kernel: Any, programs: int, prepared: _Prepared, *rest: Any) -> None:
+        if not programs:
+            return
+        sizes = (self.q.shape[3], *self.q.shape[1:3], *self.arguments[1].shape[1:3], prepared.plan.tiles)
+        compiled_for = prepared.plan.geometry, self.functions, prepared.constants
+        with torch.cuda.device_of(self.q):
+            kernel[(programs,)](
+                *self.maps, *sizes, self.scale, *self.grad, *rest, *compiled_for, **OPTIONS, **prepared.options
+            )
 
-def _bias_sums(tensors, plan: Plan, functions: Functions, sizes: Sizes, total_tiles: int, options: dict) -> Tensor:
-    """Gradients of the logits, summed over the q_tiles of all images that look alike to the bias.
+    def share(self, prepared: _Prepared, summed: tuple[int, ...] | None) -> tuple[int, Tensor | None, int, int]:
+        """Number of programs, and what they get: memory for a sum of this shape for each, numbers of tiles."""
+        total_tiles, heads = len(self.q) * prepared.plan.tiles, self.q.shape[3]
+        if summed is None:
+            return total_tiles * heads, None, total_tiles, 1
+        tiles_per_program = max(1, total_tiles * heads // BIAS_PROGRAMS)
+        shares = triton.cdiv(total_tiles, tiles_per_program)
+        partial = torch.empty((shares, heads, *summed), dtype=torch.float32, device=self.q.device)
+        return shares * heads, partial, total_tiles, tiles_per_program
 
-    Returns (heads, bias_kinds * BLOCK_M, bias_keys).
-    """
-    kinds, n_blocks = plan.bias_kinds, triton.cdiv(plan.bias_keys, plan.block_n)
-    total_tiles //= kinds
-    tiles_per_program = triton.cdiv(total_tiles, max(1, BIAS_PROGRAMS // (sizes.heads * kinds * n_blocks)))
-    programs = (triton.cdiv(total_tiles, max(1, tiles_per_program)), sizes.heads, kinds, n_blocks)
-    shape = (*programs, plan.block_m, plan.block_n)
-    partial = torch.empty(shape, dtype=torch.float32, device=tensors[0].pointer.device)
-    arguments = (*tensors, partial, total_tiles, tiles_per_program, kinds, n_blocks)
-    _launch(_backward_dbias, math.prod(programs), arguments, plan, functions, sizes, options | {"num_stages": 1})
-    sums = partial.sum(0).permute(0, 1, 3, 2, 4)  # [heads, kinds, BLOCK_M, n_blocks, BLOCK_N]
-    return sums.flatten(3).flatten(1, 2)[..., : plan.bias_keys]
+    def sum_bias(self, prepared: _Prepared, lse: Tensor, delta: Tensor) -> Tensor:
+        """Gradients of the logits, summed over the q_tiles of all images that look alike to the bias: (heads,
+        bias_kinds, BLOCK_M, bias_blocks, BLOCK_N)."""
+        plan, heads = prepared.plan, self.q.shape[3]
+        groups = heads, plan.bias_kinds, plan.bias_blocks
+        total_tiles = plan.tiles // plan.bias_kinds
+        tiles_per_program = max(1, total_tiles * math.prod(groups) // BIAS_PROGRAMS)
+        programs = triton.cdiv(total_tiles, tiles_per_program), *groups
+        partial = torch.empty((*programs, *prepared.blocks), dtype=torch.float32, device=lse.device)
+        rest = lse, delta, partial, len(self.q), total_tiles, tiles_per_program, *groups[1:]
+        self.launch(_backward_dbias, math.prod(programs), prepared, *rest)
+        return partial.sum(0).transpose(2, 3)

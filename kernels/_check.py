@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "allows_tf32",
     "autocasting",
     "check_alike",
     "check_int",
@@ -30,6 +31,12 @@ def autocasting(tensor: Tensor) -> bool:
 def precise(x: Tensor) -> torch.dtype:
     """The dtype of statistics and sums: float32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+@torch.compiler.assume_constant_result
+def allows_tf32() -> bool:
+    """Whether torch's settings let CUDA multiply matrices of float32 with 10 bits of their mantissa."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @torch.compiler.assume_constant_result

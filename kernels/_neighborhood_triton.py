@@ -15,35 +15,43 @@ from torch import Tensor
 from visionattn.kernels._attention_triton import (
     LOG2E,
     PATTERNS,
+    Block,
     Functions,
     Pattern,
     Plan,
+    Tokens,
+    across,
     attend,
+    ceil_div,
     constant,
+    down,
+    fit,
+    in_block,
     unsupported_tensors,
 )
 from visionattn.kernels._proof import draw, draw_maps
 
 
 class Axis(NamedTuple):
-    length: Any
     kernel: Any
     dilation: Any
     stride: Any
-    tile: Any  # tokens of a q_tile or kv_tile along this axis
-    tiles: Any  # along this axis, in one class
+    bias_start: Any  # of the keys that `_bias_kv_at` numbers, before the first query of a q_tile
+    bias_blocks: Any  # of them
 
 
 class Geometry(NamedTuple):
+    q: Any
+    k: Any
     bias: Any  # (heads, 2 * kernel - 1, 2 * kernel - 1), contiguous, or None
     y: Any
     x: Any
 
 
 @triton.jit
-def _places(axis, residue):
+def _places(axis, length, residue):
     """Number of tokens in a class."""
-    return (axis.length - residue + axis.dilation - 1) // axis.dilation
+    return (length - residue + axis.dilation - 1) // axis.dilation
 
 
 @triton.jit
@@ -55,132 +63,142 @@ def _start(axis, places, place):
 
 
 @triton.jit
-def _split(g, tile):
-    """Class residues and first places of a tile."""
-    x = tile % (g.x.tiles * g.x.dilation)
-    y = tile // (g.x.tiles * g.x.dilation)
-    return y // g.y.tiles, x // g.x.tiles, y % g.y.tiles * g.y.tile, x % g.x.tiles * g.x.tile
+def _first(axis, length, tile, TILE: tl.constexpr):
+    """Class residue, number of tokens in the class and first place of the tile that has this number on an axis."""
+    tiles = ceil_div(ceil_div(length, axis.dilation), TILE)
+    residue = tile // tiles
+    return residue, _places(axis, length, residue), tile % tiles * TILE
 
 
 @triton.jit
-def _tile_at(g, batch, tile, n):
-    residue_y, residue_x, first_y, first_x = _split(g, tile)
-    y, x = first_y + n // g.x.tile, first_x + n % g.x.tile
-    valid = (y < _places(g.y, residue_y)) & (x < _places(g.x, residue_x))
-    return y * g.y.dilation + residue_y, x * g.x.dilation + residue_x, valid
+def _split(g, n, tile, block):
+    """`_first` of both axes."""
+    tiles = ceil_div(ceil_div(n.width, g.x.dilation), block.columns) * g.x.dilation
+    return _first(g.y, n.height, tile // tiles, block.rows), _first(g.x, n.width, tile % tiles, block.columns)
 
 
 @triton.jit
-def _kv_range(axis, residue, first):
+def _kv_range(axis, first, TILE: tl.constexpr):
     """First key, and number of keys, of a tile's queries along an axis."""
-    places = _places(axis, residue)
-    last = tl.minimum(first + axis.tile, places) - 1
-    start = _start(axis, places, first)
-    stop = _start(axis, places, last) + axis.kernel
-    return start, tl.where(first < places, stop - start, 0)
+    _, places, place = first
+    start = _start(axis, places, place)
+    stop = _start(axis, places, tl.minimum(place + TILE, places) - 1) + axis.kernel
+    return start, tl.where(place < places, stop - start, 0)
 
 
 @triton.jit
-def _q_range(axis, residue, first):
+def _q_range(axis, first, TILE: tl.constexpr):
     """First query, and number of queries, that may attend to a tile's keys along an axis."""
-    places = _places(axis, residue)
-    last = tl.minimum(first + axis.tile, places) - 1
-    start = first - axis.kernel + 1
+    _, places, place = first
+    last = tl.minimum(place + TILE, places) - 1
+    start = place - axis.kernel + 1
     stop = last + axis.kernel // 2 + 1
     if axis.stride > 1:
         stop += axis.stride
         start -= axis.stride
-    start = tl.where(first < axis.kernel, 0, start + axis.kernel // 2)
+    start = tl.maximum(tl.where(place < axis.kernel, 0, start + axis.kernel // 2), 0)
     stop = tl.where(last >= places - axis.kernel, places, tl.minimum(stop, places))
-    return tl.maximum(start, 0), tl.where(first < places, stop - tl.maximum(start, 0), 0)
+    return start, tl.where(place < places, stop - start, 0)
 
 
 @triton.jit
-def _box_at(g, residue_y, residue_x, start_y, start_x, height, width, n):
-    """The n-th token of a box in a class."""
-    y, x = start_y + n // width, start_x + n % width
-    return y * g.y.dilation + residue_y, x * g.x.dilation + residue_x, n < height * width
+def _at(g, walk, row, column, block):
+    """Row and column in the map of a block of a walk's box, whether they are in the box, and their places."""
+    (residue_y, _, _), (residue_x, _, _) = walk[3], walk[4]
+    _, rows, columns = in_block(block)
+    rows, columns = rows + row, columns + column
+    valid = (rows < walk[1]) & (columns < walk[2])
+    y, x = walk[5] + rows, walk[6] + columns
+    return y * g.y.dilation + residue_y, x * g.x.dilation + residue_x, valid, (y, x)
 
 
 @triton.jit
-def _kv_count(g, batch, tile):
-    residue_y, residue_x, first_y, first_x = _split(g, tile)
-    _, height = _kv_range(g.y, residue_y, first_y)
-    _, width = _kv_range(g.x, residue_x, first_x)
-    return height * width
+def _queries(g, walk, row, column):
+    """Logits see of a query its place, and those of its first key; of what is none, those of the last."""
+    y, x, valid, place = _at(g, walk, row, column, g.q)
+    (_, rows, _), (_, columns, _) = walk[3], walk[4]
+    place_y, place_x = tl.minimum(place[0], rows - 1), tl.minimum(place[1], columns - 1)
+    return Tokens(y, x, valid, (place_y, place_x, _start(g.y, rows, place_y), _start(g.x, columns, place_x)))
 
 
 @triton.jit
-def _kv_at(g, batch, tile, n):
-    residue_y, residue_x, first_y, first_x = _split(g, tile)
-    start_y, height = _kv_range(g.y, residue_y, first_y)
-    start_x, width = _kv_range(g.x, residue_x, first_x)
-    return _box_at(g, residue_y, residue_x, start_y, start_x, height, width, n)
+def _own(first_y, first_x):
+    """The walk over the tokens of a tile itself."""
+    return 1, first_y[1] - first_y[2], first_x[1] - first_x[2], first_y, first_x, first_y[2], first_x[2]
 
 
 @triton.jit
-def _q_count(g, batch, tile):
-    residue_y, residue_x, first_y, first_x = _split(g, tile)
-    _, height = _q_range(g.y, residue_y, first_y)
-    _, width = _q_range(g.x, residue_x, first_x)
-    return height * width
+def _q_tile(g, n, batch, tile):
+    y, x = _split(g, n, tile, g.q)
+    start_y, height = _kv_range(g.y, y, g.q.rows)
+    start_x, width = _kv_range(g.x, x, g.q.columns)
+    return _queries(g, _own(y, x), 0, 0), (1, height, width, y, x, start_y, start_x)
 
 
 @triton.jit
-def _q_at(g, batch, tile, n):
-    residue_y, residue_x, first_y, first_x = _split(g, tile)
-    start_y, height = _q_range(g.y, residue_y, first_y)
-    start_x, width = _q_range(g.x, residue_x, first_x)
-    return _box_at(g, residue_y, residue_x, start_y, start_x, height, width, n)
+def _kv_at(g, n, batch, walk, box, row, column):
+    y, x, valid, place = _at(g, walk, row, column, g.k)
+    return Tokens(y, x, valid, place)
 
 
 @triton.jit
-def _bias_kv_at(g, batch, tile, n):
-    """All places within kernel - 1 of the tile, row by row."""
-    residue_y, residue_x, first_y, first_x = _split(g, tile)
-    height, width = g.y.tile + 2 * g.y.kernel - 2, g.x.tile + 2 * g.x.kernel - 2
-    y, x = first_y - g.y.kernel + 1 + n // width, first_x - g.x.kernel + 1 + n % width
-    valid = (y >= 0) & (y < _places(g.y, residue_y)) & (x >= 0) & (x < _places(g.x, residue_x)) & (n < height * width)
-    return y * g.y.dilation + residue_y, x * g.x.dilation + residue_x, valid
+def _kv_tile(g, n, batch, tile):
+    y, x = _split(g, n, tile, g.k)
+    start_y, height = _q_range(g.y, y, g.k.rows)
+    start_x, width = _q_range(g.x, x, g.k.columns)
+    return _kv_at(g, n, batch, _own(y, x), 0, 0, 0), (1, height, width, y, x, start_y, start_x)
 
 
 @triton.jit
-def _near(axis, position, key_position):
-    """Whether a query, which must be in the map, has a key along an axis, and its place in the bias table."""
-    place, key_place = position // axis.dilation, key_position // axis.dilation
-    places = _places(axis, position % axis.dilation)
-    start = _start(axis, places, place)
-    near = (place < places) & (key_place >= start) & (key_place < start + axis.kernel)
-    return near, key_place - place + axis.kernel - 1
+def _q_at(g, n, batch, walk, box, row, column):
+    return _queries(g, walk, row, column)
 
 
 @triton.jit
-def _logits(g, logits, batch, head, y, x, key_y, key_x, valid):
-    near_y, bias_y = _near(g.y, y, key_y)
-    near_x, bias_x = _near(g.x, x, key_x)
-    near = near_y & near_x & valid
+def _bias_kv_at(g, n, batch, walk, block):
+    """All within kernel - 1 of the tile, and more, so that those of most tiles lie at the start of a block."""
+    (_, _, first_y), (_, _, first_x) = walk[3], walk[4]
+    row = first_y - g.y.bias_start + block // g.x.bias_blocks * g.k.rows - walk[5]  # in the walk's box
+    column = first_x - g.x.bias_start + block % g.x.bias_blocks * g.k.columns - walk[6]
+    is_near = (row + g.k.rows > 0) & (row < walk[1]) & (column + g.k.columns > 0) & (column < walk[2])
+    keys = _kv_at(g, n, batch, walk, 0, row, column)
+    _, rows, columns = in_block(g.k)
+    return Tokens(keys.y, keys.x, keys.valid & (row + rows >= 0) & (column + columns >= 0), keys.place), is_near
+
+
+@triton.jit
+def _logits(g, b_s, head, queries, keys, BY_KEY: tl.constexpr):
+    y, x, start_y, start_x = queries.place
+    key_y, key_x = keys.place
+    down_y, down_x = across(key_y, BY_KEY) - down(start_y, BY_KEY), across(key_x, BY_KEY) - down(start_x, BY_KEY)
+    near = (down_y >= 0) & (down_y < g.y.kernel) & (down_x >= 0) & (down_x < g.x.kernel)
     if g.bias is not None:
         width: tl.constexpr = 2 * g.x.kernel - 1
-        row = g.bias + head * ((2 * g.y.kernel - 1) * width)
-        logits += tl.load(row + bias_y * width + bias_x, mask=near, other=0.0).to(tl.float32) * LOG2E
-    return tl.where(near, logits, float("-inf"))
+        p_bias = g.bias + head * ((2 * g.y.kernel - 1) * width) + (g.y.kernel - 1) * width + g.x.kernel - 1
+        o_bias = across(key_y * width + key_x, BY_KEY) - down(y * width + x, BY_KEY)
+        b_s += tl.load(p_bias + o_bias, mask=near, other=0.0).to(tl.float32) * LOG2E
+    return tl.where(near, b_s, float("-inf"))
 
 
 def _plan(q, k, bias, table, parameters, block_m: int, block_n: int, by_key: bool) -> Plan:
     sizes, kernels, dilations, strides = q.shape[1:3], parameters[:2], parameters[2:4], parameters[4:]
     places = [triton.cdiv(size, dilation) for size, dilation in zip(sizes, dilations, strict=True)]
-    tiles = _tile(block_n if by_key else block_m, *map(triton.next_power_of_2, places))
-    counts = [triton.cdiv(place, tile) for place, tile in zip(places, tiles, strict=True)]
-    y, x = (
-        Axis(size, constant(kernel), constant(dilation), constant(stride), constant(tile), count)
-        for size, kernel, dilation, stride, tile, count in zip(
-            sizes, kernels, dilations, strides, tiles, counts, strict=True
-        )
-    )
-    geometry = Geometry(None if bias is None else bias.contiguous(), y, x)
-    height, width = (tile + 2 * kernel - 2 for tile, kernel in zip(tiles, kernels, strict=True))
-    block_m, block_n = (block_m, math.prod(tiles)) if by_key else (math.prod(tiles), block_n)
-    return Plan(geometry, math.prod(counts) * math.prod(dilations), block_m, block_n, height * width)
+    tile = _tile(block_n if by_key else block_m, *map(triton.next_power_of_2, places))
+    box = [size + kernel + stride - 2 for size, kernel, stride in zip(tile, kernels, strides, strict=True)]
+    own = Block(*map(constant, (*tile, False, 1, False)))
+    if by_key:
+        walked = fit(*box, block_m)._replace(is_wide=constant(True))
+    else:
+        walked = fit(*box, block_n)
+    axes = []
+    for size, kernel, dilation, stride, step in zip(tile, kernels, dilations, strides, walked[:2], strict=True):
+        start = kernel - 1 + (kernel // 2 - kernel + 1) % step.value
+        blocks = triton.cdiv(start + size + kernel - 1, step.value)
+        axes.append(Axis(*map(constant, (kernel, dilation, stride, start, blocks))))
+    bias = None if bias is None else bias.contiguous()
+    geometry = Geometry(*((walked, own) if by_key else (own, walked)), bias, *axes)
+    tiles = math.prod(triton.cdiv(*x) * dilation for *x, dilation in zip(places, tile, dilations, strict=True))
+    return Plan(geometry, tiles, math.prod(axis.bias_blocks.value for axis in axes))
 
 
 def _tile(tokens: int, height: int, width: int) -> tuple[int, int]:
@@ -191,19 +209,19 @@ def _tile(tokens: int, height: int, width: int) -> tuple[int, int]:
 
 
 def _fold_bias(sums: Tensor, plan: Plan, bias: Tensor) -> Tensor:
-    """Adds up (heads, BLOCK_M, bias_keys) along equal distances of key and query."""
-    axes = plan.geometry.y, plan.geometry.x
-    rows, columns = (axis.tile.value for axis in axes)
-    height, width = (axis.tile.value + 2 * axis.kernel.value - 2 for axis in axes)
-    sums = sums.contiguous()
-    keys = height * width
-    strides = (sums.stride(0), width, 1, columns * keys + width, keys + 1)
-    return sums.as_strided((*bias.shape, rows, columns), strides).sum((3, 4))
+    """Adds up (heads, 1, BLOCK_M, bias_blocks, BLOCK_N) along equal distances of key and query."""
+    g = plan.geometry
+    rows, columns = g.q.rows.value, g.q.columns.value
+    (down, along), step = (axis.bias_blocks.value for axis in (g.y, g.x)), [x.value for x in g.k[:2]]
+    sums = sums.squeeze(1).unflatten(3, step).unflatten(2, (down, along)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    sums = sums.unflatten(1, (rows, columns)).contiguous()  # [heads, rows, columns, keys down, keys along]
+    head, row, column, key_row, _ = sums.stride()
+    first = [axis.bias_start.value - axis.kernel.value + 1 for axis in (g.y, g.x)]
+    strides = head, key_row, 1, row + key_row, column + 1
+    return sums.as_strided((*bias.shape, rows, columns), strides, first[0] * key_row + first[1]).sum((3, 4))
 
 
-PATTERNS["neighborhood"] = Pattern(
-    Functions(_tile_at, _kv_count, _kv_at, _tile_at, _q_count, _q_at, _logits, _bias_kv_at), _plan, _fold_bias
-)
+PATTERNS["neighborhood"] = Pattern(Functions(_q_tile, _kv_at, _kv_tile, _q_at, _logits, _bias_kv_at), _plan, _fold_bias)
 
 
 def unsupported(

@@ -29,6 +29,9 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from visionattn.kernels import _blocks
+from visionattn.kernels._check import allows_tf32
+
 __all__ = [
     "Kind",
     "Verdict",
@@ -94,8 +97,7 @@ def mode() -> str:
 
 def path() -> Path:
     """The file of verdicts."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "visionattn" / "kernels.json"
+    return _blocks.cache() / "kernels.json"
 
 
 def kind_of(pattern: str, arguments: tuple) -> Kind:
@@ -112,6 +114,8 @@ def facts_of(pattern: str, arguments: tuple) -> tuple[torch.device, str, torch.d
     training = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     dims = tuple(_rounded(x.shape[-1], 16) for x in maps)
     options = tuple("given" if isinstance(x, Tensor) else x for x in arguments if not isinstance(x, float))
+    if tensors[0].dtype == torch.float32 and allows_tf32():
+        options += ("tf32",)
     return tensors[0].device, pattern, tensors[0].dtype, dims, options, training
 
 
@@ -175,7 +179,8 @@ def _key(kind: Kind) -> Key:
 def _machine(where: torch.device) -> str:
     """The device, its driver, the versions and the source that a verdict belongs to."""
     source = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("_*_triton.py")):
+    tables = [file for file in (_blocks.OURS, _blocks.user_file()) if file.exists()]
+    for file in [*sorted(Path(__file__).parent.glob("_*_triton.py")), *tables]:
         source.update(file.read_bytes())
     device, driver = where.type, ""
     if where.type == "cuda":
@@ -301,7 +306,8 @@ def _error(kernel: Callable[..., Any], reference: Callable[..., tuple], problem:
     leaves = _leaves(problem, training)
     with _poisoned_memory():
         first, second = (_run(kernel, leaves, training) for _ in range(2))
-    tolerance = TOLERANCES[leaves[0].dtype]
+    tf32 = leaves[0].dtype == torch.float32 and allows_tf32()
+    tolerance = TOLERANCES[torch.float16 if tf32 else leaves[0].dtype]  # tf32 has as many bits
     where = f"on {tuple(leaves[0].shape)} {str(leaves[0].dtype).removeprefix('torch.')}"
     for i, (x, again, right) in enumerate(zip(first, second, expected, strict=True)):
         if not torch.equal(_bits(x), _bits(again)):

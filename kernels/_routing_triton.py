@@ -1,5 +1,6 @@
 """Routing attention in Triton: the kernels read the table of routed regions, and its inverse in backward."""
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,117 +14,108 @@ from visionattn.kernels._attention_triton import (
     Functions,
     Pattern,
     Plan,
+    Tokens,
+    across,
     attend,
-    fit_block,
+    ceil_div,
+    constant,
+    fit,
+    in_block,
     unsupported_tensors,
 )
 from visionattn.kernels._proof import draw, draw_maps
 
 
 class Geometry(NamedTuple):
-    routes: Any  # (B, R, K): regions that a region attends to
-    order: Any  # (B, R * K): pairs (region, route), sorted by the region routed to
-    starts: Any  # (B, R + 1): where the pairs of a region start in that order
-    regions: Any
+    q: Any
+    k: Any
+    routes: Any  # (B, R, K) int32: regions that a region attends to
+    order: Any  # (B, R * K) int32: for each pair of a region and one that it attends to, by the latter, the former
+    starts: Any  # (B, R + 1) int32: where the pairs of a region start in that order
+    rows: Any  # regions of a column of the grid
+    columns: Any
     topk: Any
-    columns: Any  # regions of a row of the grid
-    query_width: Any  # tokens of a region
-    query_tokens: Any
-    key_width: Any
-    key_tokens: Any
-    region_tiles: Any  # tiles of a region
-    tile: Any  # tokens of a tile
 
 
 @triton.jit
-def _token(g, region, n, width, tokens):
-    """Place in the map of the n-th token of a region."""
-    return region // g.columns * (tokens // width) + n // width, region % g.columns * width + n % width
+def _at(g, height, width, region, row, column, exists):
+    """Tokens at a row and column of a region."""
+    height, width = height // g.rows, width // g.columns
+    y, x = region // g.columns * height + row, region % g.columns * width + column
+    return Tokens(y, x, exists & (row < height) & (column < width), (exists,))
 
 
 @triton.jit
-def _tile_at(g, tile, n, width, tokens):
-    n += tile % g.region_tiles * g.tile
-    y, x = _token(g, tile // g.region_tiles, n, width, tokens)
-    return y, x, n < tokens
+def _tile(g, n, height, width, tile, block):
+    """A region's number, and the tokens of one of its tiles."""
+    across = ceil_div(width // g.columns, block.columns)
+    tiles = ceil_div(height // g.rows, block.rows) * across
+    region, part = tile // tiles, tile % tiles
+    boxes, row, column = in_block(block)
+    row += part // across * block.rows
+    column += part % across * block.columns
+    return region, _at(g, height, width, region, row, column, boxes == 0)
 
 
 @triton.jit
-def _q_tile_at(g, batch, tile, n):
-    return _tile_at(g, tile, n, g.query_width, g.query_tokens)
+def _listed(g, height, width, p_list, walk, box, row, column, block):
+    """Tokens of the regions of a list."""
+    boxes, rows, columns = in_block(block)
+    exists = boxes + box < walk[0]
+    region = tl.load(p_list + walk[3] + box + boxes, mask=exists, other=0)
+    return _at(g, height, width, region, rows + row, columns + column, exists)
 
 
 @triton.jit
-def _kv_count(g, batch, tile):
-    return g.topk * g.key_tokens
+def _q_tile(g, n, batch, tile):
+    region, queries = _tile(g, n, n.height, n.width, tile, g.q)
+    first = (batch * (g.rows * g.columns) + region) * g.topk
+    return queries, (g.topk, n.key_height // g.rows, n.key_width // g.columns, first)
 
 
 @triton.jit
-def _kv_at(g, batch, tile, n):
-    valid = n < g.topk * g.key_tokens
-    routes = g.routes + (batch * g.regions + tile // g.region_tiles) * g.topk
-    region = tl.load(routes + n // g.key_tokens, mask=valid, other=0).to(tl.int32)
-    y, x = _token(g, region, n % g.key_tokens, g.key_width, g.key_tokens)
-    return y, x, valid
+def _kv_at(g, n, batch, walk, box, row, column):
+    return _listed(g, n.key_height, n.key_width, g.routes, walk, box, row, column, g.k)
 
 
 @triton.jit
-def _kv_tile_at(g, batch, tile, n):
-    return _tile_at(g, tile, n, g.key_width, g.key_tokens)
+def _kv_tile(g, n, batch, tile):
+    region, keys = _tile(g, n, n.key_height, n.key_width, tile, g.k)
+    p_start = g.starts + batch * (g.rows * g.columns + 1) + region
+    start, stop = tl.load(p_start), tl.load(p_start + 1)
+    first = batch * (g.rows * g.columns * g.topk) + start
+    return keys, (stop - start, n.height // g.rows, n.width // g.columns, first)
 
 
 @triton.jit
-def _starts(g, batch, tile):
-    starts = g.starts + batch * (g.regions + 1) + tile // g.region_tiles
-    return tl.load(starts), tl.load(starts + 1)
+def _q_at(g, n, batch, walk, box, row, column):
+    return _listed(g, n.height, n.width, g.order, walk, box, row, column, g.q)
 
 
 @triton.jit
-def _q_count(g, batch, tile):
-    start, stop = _starts(g, batch, tile)
-    return (stop - start) * g.query_tokens
-
-
-@triton.jit
-def _q_at(g, batch, tile, n):
-    start, stop = _starts(g, batch, tile)
-    pair = start + n // g.query_tokens
-    valid = pair < stop
-    region = tl.load(g.order + batch * g.regions * g.topk + pair, mask=valid, other=0).to(tl.int32) // g.topk
-    y, x = _token(g, region, n % g.query_tokens, g.query_width, g.query_tokens)
-    return y, x, valid
-
-
-@triton.jit
-def _logits(g, logits, batch, head, y, x, key_y, key_x, valid):
-    return tl.where(valid, logits, float("-inf"))
+def _logits(g, b_s, head, queries, keys, BY_KEY: tl.constexpr):
+    return tl.where(across(keys.valid, BY_KEY), b_s, float("-inf"))
 
 
 def _plan(q, k, bias, routes, parameters, block_m: int, block_n: int, by_key: bool) -> Plan:
     rows, columns = parameters
-    b, regions, topk = routes.shape
-    (query_height, query_width), (key_height, key_width) = ((x.shape[1] // rows, x.shape[2] // columns) for x in (q, k))
-    query_tokens, key_tokens = query_height * query_width, key_height * key_width
-    order = starts = routes
+    regions, topk = routes.shape[1:]
+    sizes = [(x.shape[1] // rows, x.shape[2] // columns) for x in (q, k)]
+    own, walked = reversed(sizes) if by_key else sizes
+    tile = fit(*own, block_n if by_key else block_m)
+    block = fit(*walked, block_m if by_key else block_n, topk)
+    order = starts = routes = routes.int()
     if by_key:
-        tokens = key_tokens
-        tile = block_n = fit_block(key_tokens, block_n)
         pairs, order = routes.flatten(1).sort(stable=True)
-        edges = torch.arange(regions + 1, device=routes.device, dtype=pairs.dtype).expand(b, -1).contiguous()
-        order, starts = order.int(), torch.searchsorted(pairs, edges, out_int32=True)
-    else:
-        tokens = query_tokens
-        tile = block_m = fit_block(query_tokens, block_m)
-        block_n = fit_block(topk * key_tokens, block_n)
-    region_tiles = triton.cdiv(tokens, tile)
-    geometry = Geometry(
-        routes.contiguous(), order, starts, regions, topk, columns,
-        query_width, query_tokens, key_width, key_tokens, region_tiles, tile,
-    )  # fmt: skip
-    return Plan(geometry, regions * region_tiles, block_m, block_n)
+        edges = torch.arange(regions + 1, device=routes.device, dtype=pairs.dtype).expand(len(routes), -1).contiguous()
+        order, starts = (order // topk).int(), torch.searchsorted(pairs, edges, out_int32=True)
+    blocks = (block, tile) if by_key else (tile, block)
+    geometry = Geometry(*blocks, routes.contiguous(), order, starts, *map(constant, (rows, columns, topk)))
+    tiles = regions * math.prod(triton.cdiv(size, n.value) for size, n in zip(own, tile[:2], strict=True))
+    return Plan(geometry, tiles)
 
 
-PATTERNS["routing"] = Pattern(Functions(_q_tile_at, _kv_count, _kv_at, _kv_tile_at, _q_count, _q_at, _logits), _plan)
+PATTERNS["routing"] = Pattern(Functions(_q_tile, _kv_at, _kv_tile, _q_at, _logits), _plan)
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Tensor | None, *_: Any) -> str | None:

@@ -1,17 +1,14 @@
 """The Triton kernels against the definition in float64: outputs and every gradient.
 
 Without a CUDA device they run in Triton's interpreter (conftest.py asks for it), on tiny maps; its products of bfloat16
-are wrong, so that dtype waits for a device. Run as a script (a pattern, a compute capability, head dims), this file
-compiles instead what the pattern would launch, and prints what the compiler says of registers.
+are wrong, so that dtype waits for a device.
 """
 
+import csv
 import importlib
-import json
 import os
-import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -408,84 +405,61 @@ def test_results_repeat_bit_by_bit_without_waiting(pattern, case):
         assert torch.equal(first, second)
 
 
-COMPILED = {
-    "routing": {"size": (56, 56), "grid": (7, 7), "topk": 4},
-    "neighborhood": {"size": (56, 56), "kernel": (7, 7)},
-    "window": {"size": (56, 56), "window": (7, 7), "shift": (3, 3)},
-    "halo": {"size": (64, 64), "block": 8, "halo": 3},
-    "outlook": {"size": (28, 28)},
-}
-
-
-class Target:
-    """Stands for Triton's driver of a device that is not here."""
-
-    def __init__(self, capability: int):
-        self.target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def registers_and_spills(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers of a thread, and bytes spilled, by the assembler that Triton brings."""
-    name, suffix = ("ptxas-blackwell" if capability >= 100 else "ptxas"), ("a" if capability >= 90 else "")
-    assembler = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    command = [assembler, "-v", f"--gpu-name=sm_{capability}{suffix}", "-o", os.devnull, "/dev/stdin"]
-    log = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
-    spills = [int(x) for pair in re.findall(r"(\d+) bytes spill stores, (\d+)", log) for x in pair]
-    return int(re.search(r"Used (\d+) registers", log)[1]), sum(spills)
-
-
-def compiled(pattern: str, capability: int, dims: list[int]) -> list[dict]:
-    """Compile, without a device, each kernel that forward and backward of the pattern would launch."""
-    launches, run = [], triton.JITFunction.run
-    triton.runtime.driver.set_active(Target(capability))
-
-    def warm_up(self, *arguments, **options):
-        kernel = run(self, *arguments, **options | {"warmup": True})
-        registers, spills = registers_and_spills(kernel.asm["ptx"], capability)
-        call = {"dtype": str(dtype), "dim": dim, "kernel": self.__name__}
-        launches.append({**call, "registers": registers, "spills": spills, "shared": kernel.metadata.shared})
-
-    triton.JITFunction.run = warm_up
-    for dtype in (torch.bfloat16, torch.float32):
-        for dim in dims:
-            arguments = cast(globals()[pattern](dim=dim, **COMPILED[pattern]), dtype)
-            outputs(kernels(pattern).attention(*arguments))[0].sum().backward()
-    return launches
-
-
-def compile_apart(pattern: str, capability: int, dims: list[int]) -> list[dict]:
-    """`compiled`, in a process that does not interpret."""
+def apart(*command: str) -> str:
+    """Output of Python in a process that does not interpret kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, pattern, str(capability), *map(str, dims)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    return result.stdout
 
 
-def test_compiles_for_hopper():
-    assert len(compile_apart("window", 90, [32])) == 8  # forward, dq, dbias, dkv; two dtypes
+def compile_apart(folder: Path, **options: Any) -> list[dict[str, str]]:
+    """What `visionattn.tools.instructions` tells of kernels that it compiles, without a device."""
+    command = [x for name, value in options.items() for x in (f"--{name}", *map(str, value))]
+    apart("-m", "visionattn.tools.instructions", "--out", str(folder / "found.csv"), *command)
+    with (folder / "found.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_compiles_for_hopper(tmp_path):
+    found = compile_apart(tmp_path, pattern=["routing"], capability=[90], dim=[16])
+    assert [row["kernel"] for row in found] == ["forward", "backward_dq", "backward_dkv"]
+    assert all(int(row["matrix"]) and int(row["instructions"]) < 1000 for row in found)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_compiles_everywhere_without_spills(pattern, capability):
+def test_compiles_everywhere_without_spills(pattern, capability, tmp_path):
     """Spills are those of the assembler of this version of Triton."""
     dims = [16, 32, 64] if pattern == "halo" else [16, 32, 64, 128]  # with tables, its backward spills at 128
-    kernels = compile_apart(pattern, capability, dims)
-    assert len(kernels) >= 6 * len(dims)
-    assert not [x for x in kernels if x["spills"]]
+    options = {"pattern": [pattern], "capability": [capability], "dim": dims, "dtype": ["bfloat16", "float32"]}
+    found = compile_apart(tmp_path, **options)
+    assert len(found) >= 6 * len(dims)
+    assert not [row for row in found if int(row["spilled"])]
 
 
-if __name__ == "__main__":
-    warnings.simplefilter("error")
-    print(json.dumps(compiled(sys.argv[1], int(sys.argv[2]), list(map(int, sys.argv[3:])))))
+SIZES = """
+import torch, triton
+from visionattn.kernels import _{pattern}_triton as kernels
+from visionattn.tools.instructions import Target
+
+triton.runtime.driver.set_active(Target(80))
+run, compiled = triton.JITFunction.run, set()
+triton.JITFunction.run = lambda self, *x, **options: compiled.add(run(self, *x, **options | {{"warmup": True}}).hash)
+for batch, height, width, heads in ((1, 56, 56, 2), (2, 40, 61, 3), (16, 48, 64, 16), (1, 29, 31, 1)):
+    q, k, v = torch.zeros(batch, height, width, 3, heads, 16, dtype=torch.bfloat16).unbind(3)
+    kernels.attention({call})
+print(len(compiled))
+"""
+
+
+@pytest.mark.parametrize(
+    ("pattern", "call"),
+    [
+        ("window", "q, k, v, None, None, (7, 7), (3, 3), False, 0.25, False"),
+        pytest.param("neighborhood", "q, k, v, None, (7, 7), (1, 1), (1, 1), 0.25, False", marks=pytest.mark.slow),
+    ],
+)
+def test_other_sizes_compile_nothing_new(pattern, call):
+    assert apart("-W", "ignore", "-c", SIZES.format(pattern=pattern, call=call)).split() == ["1"]
