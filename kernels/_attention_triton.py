@@ -55,12 +55,14 @@ __all__ = [
     "in_block",
     "load",
     "store",
+    "unsuited_map",
     "unsupported_tensors",
 ]
 
 LOG2E = tl.constexpr(math.log2(math.e))
 MIN_BLOCK = 16  # of a matrix product in Triton
 MAX_DIM = 128
+FEW = 2**15  # tokens of all heads and images, below which launching takes longest, by a kernel author's estimate
 # maxnreg: without it ptxas spills a few bytes to hold fewer than 100 registers. Fusion is Triton's default until 3.10.
 OPTIONS = {"enable_fp_fusion": True, "maxnreg": 255}
 BIAS_PROGRAMS = 1024  # about as many as the gradient of a bias is split over; each keeps a partial sum
@@ -593,6 +595,12 @@ def unsupported_tensors(*tensors: Tensor) -> str | None:
     if dim > MAX_DIM:
         return f"head_dim is {dim}, at most {MAX_DIM} is supported"
     return _unsupported_device(tensors[0].device) if tensors[0].is_cuda else None
+
+
+def unsuited_map(q: Tensor) -> str | None:
+    """Why PyTorch's own operators are better for queries of this shape, or None."""
+    few = q.shape[:-1].numel() < FEW
+    return f"there are fewer than {FEW} tokens of all heads, for which launches take longest" if few else None
 
 
 @torch.compiler.assume_constant_result

@@ -153,26 +153,26 @@ def _choose(pattern: str, backend: str, forms: Forms, arguments: tuple) -> tuple
 
 def _unproved(pattern: str, forms: Forms, arguments: tuple) -> str | None:
     """Why "auto" does not take a Triton kernel that could run: None where this machine has seen it right and faster."""
-    mode = _mode()
-    if mode != "check":
-        return None if mode == "trust" else "VISIONATTN_KERNELS=off"
-    sibling = _sibling(pattern)
-    reason = sibling.unsuited(*arguments)
+    mode, sibling = _mode(), _sibling(pattern)
+    if mode == "off":
+        return "VISIONATTN_KERNELS=off"
+    reason = sibling.unsuited(*arguments) if mode == "check" else None
     if reason is not None:
         return reason
     if torch.compiler.is_compiling():
-        return _unproved_when_compiled(*_proof.facts_of(pattern, arguments))
+        return None if mode == "trust" else _unproved_when_compiled(*_proof.facts_of(pattern, arguments))
     kind = _proof.kind_of(pattern, arguments)
     if not can_keep(arguments[0].detach()):  # fake, or being captured, when no kernel can be compiled
         return None if kind in _taken else "it has not run before the capture"
-    verdict = _proof.prove(
-        kind,
-        lambda: _proof.try_kernel(
-            sibling.attention, forms.plain, forms.reference, sibling.problems(*arguments), arguments, kind.training
-        ),
-    )
-    if not verdict.is_taken:
-        return str(verdict)
+    if mode == "check":
+        verdict = _proof.prove(
+            kind,
+            lambda: _proof.try_kernel(
+                sibling.attention, forms.plain, forms.reference, sibling.problems(*arguments), arguments, kind.training
+            ),
+        )
+        if not verdict.is_taken:
+            return str(verdict)
     _taken.add(kind)
     return None
 

@@ -29,6 +29,7 @@ from visionattn.kernels._attention_triton import (
     constant,
     fit,
     in_block,
+    unsuited_map,
     unsupported_tensors,
 )
 from visionattn.kernels._proof import draw, draw_maps
@@ -225,7 +226,7 @@ def unsuited(
     *_: Any,
 ) -> str | None:
     whole = block_size >= max(k.shape[1:3])
-    return "one block is the whole map, for which PyTorch has its own kernel" if whole else None
+    return "one block is the whole map, for which PyTorch has its own kernel" if whole else unsuited_map(q)
 
 
 def problems(

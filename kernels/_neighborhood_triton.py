@@ -27,6 +27,7 @@ from visionattn.kernels._attention_triton import (
     down,
     fit,
     in_block,
+    unsuited_map,
     unsupported_tensors,
 )
 from visionattn.kernels._proof import draw, draw_maps
@@ -234,7 +235,7 @@ def unsupported(
 
 def unsuited(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernel_size: tuple[int, ...], *_: Any) -> str | None:
     whole = tuple(q.shape[1:-2]) == kernel_size
-    return "a window is the whole map, for which PyTorch has its own kernel" if whole else None
+    return "a window is the whole map, for which PyTorch has its own kernel" if whole else unsuited_map(q)
 
 
 def problems(

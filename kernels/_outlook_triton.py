@@ -29,6 +29,7 @@ from visionattn.kernels._attention_triton import (
     flat,
     load,
     store,
+    unsuited_map,
     unsupported_tensors,
 )
 from visionattn.kernels._proof import draw
@@ -203,8 +204,8 @@ def unsupported(logits: Tensor, v: Tensor, kernel_size: int, stride: int, paddin
     return unsupported_tensors(logits, v)
 
 
-def unsuited(*_: Any) -> str | None:
-    return None
+def unsuited(logits: Tensor, v: Tensor, *_: Any) -> str | None:
+    return unsuited_map(v)
 
 
 def problems(logits: Tensor, v: Tensor, kernel_size: int, stride: int, padding: int, scale: float) -> Iterator[tuple]:

@@ -21,6 +21,7 @@ from visionattn.kernels._attention_triton import (
     constant,
     fit,
     in_block,
+    unsuited_map,
     unsupported_tensors,
 )
 from visionattn.kernels._proof import draw, draw_maps
@@ -128,7 +129,7 @@ def unsuited(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: None, grid: tuple[int, int], *_: Any
 ) -> str | None:
     whole = routes.shape[2] == grid[0] * grid[1]
-    return "all regions are routed to, for which PyTorch has its own kernel" if whole else None
+    return "all regions are routed to, for which PyTorch has its own kernel" if whole else unsuited_map(q)
 
 
 def problems(

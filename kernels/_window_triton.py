@@ -27,6 +27,7 @@ from visionattn.kernels._attention_triton import (
     down,
     fit,
     in_block,
+    unsuited_map,
     unsupported_tensors,
 )
 from visionattn.kernels._proof import draw, draw_maps
@@ -186,7 +187,7 @@ def unsuited(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, window: tuple[int, int], *_: Any
 ) -> str | None:
     whole = window[0] >= q.shape[1] and window[1] >= q.shape[2]
-    return "one window is the whole map, for which PyTorch has its own kernel" if whole else None
+    return "one window is the whole map, for which PyTorch has its own kernel" if whole else unsuited_map(q)
 
 
 def problems(

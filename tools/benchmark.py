@@ -11,6 +11,7 @@ backward pass) and for reading and writing each map once.
 Memory: on CUDA the peak of the allocator during one call; on a CPU the growth of the resident set during the first call
 in a fresh process (Linux only). Both are above what the inputs take, and include outputs and gradients.
 With --count nothing is timed: what the same calls would do on a CUDA device is counted, which needs none (`_count.py`).
+With --tune the tiles of Triton kernels are chosen by time on a GPU, and kept for the user (`_tune.py`).
 """
 
 import argparse
@@ -484,6 +485,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels.add_argument("--sizes", nargs="+", type=int, default=[224, 512], metavar="PX", help="image sizes")
     further = sorted({name for pattern in PATTERNS.values() for name in pattern.inference})
     kernels.add_argument("--compare", nargs="+", choices=further, default=[], help="further peers, forward only")
+    kernels.add_argument("--tune", action="store_true", help="find the fastest tiles of Triton kernels on this GPU")
     models = kinds.add_parser("models", help="whole models, by their names in timm; the first is the peer")
     models.add_argument("names", nargs="*", default=[], metavar="NAME")
     models.add_argument(
@@ -505,6 +507,11 @@ def run(args: argparse.Namespace) -> None:
     """Measure what the arguments ask for, print it and write it to `--out`; UserError for the impossible."""
     if args.count:
         _run_counts(args)
+        return
+    if args.kind == "kernels" and args.tune:
+        from visionattn.tools._tune import tune  # which imports this module
+
+        tune(args.pattern)
         return
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")

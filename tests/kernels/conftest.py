@@ -1,4 +1,4 @@
-"""One thread for tests of kernels: on tensors this small, threads wait for each other more than they work."""
+"""What tests of kernels share. One thread: on tensors this small, threads wait for each other more than they work."""
 
 import pytest
 import torch
@@ -10,3 +10,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["ieee", "tf32"])
+def fp32_precision(request):
+    """How exactly torch is told to multiply matrices of float32 on CUDA."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = request.param
+    yield request.param
+    torch.backends.cuda.matmul.fp32_precision = before

@@ -88,7 +88,7 @@ def sibling(monkeypatch):
 
 def run(number: int, backend: str = "auto"):
     forms = _dispatch.Forms(lambda *_: ("reference", None, None), lambda *_: "on a CPU", lambda *_: "plain")
-    return _dispatch.dispatch("fake", backend, forms, torch.empty(()), number)
+    return _dispatch.dispatch("fake", backend, forms, torch.empty(1, 1, 1, 1, 1), number)
 
 
 def test_a_triton_sibling_is_found_and_used_where_it_supports_the_call(sibling):

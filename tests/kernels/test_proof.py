@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from visionattn.kernels import _dispatch, _proof, bodies, set_backend, window
+from visionattn.kernels import _attention_triton, _dispatch, _proof, bodies, set_backend, window
 from visionattn.kernels._window_triton import problems, unsuited
 from visionattn.tools import benchmark
 
@@ -77,6 +77,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(_dispatch, "TRITON_DEVICES", {"cpu"})
     monkeypatch.setattr(_dispatch, "_ran", {})
     monkeypatch.setattr(_dispatch, "_taken", set())
+    monkeypatch.setattr(_attention_triton, "FEW", 0)
     monkeypatch.setattr(_proof, "_known", {})
     speedup = [2.0]
     monkeypatch.setattr(_proof, "_speedup", lambda *_: speedup[0])
@@ -345,7 +346,9 @@ def test_compiled_code_reads_verdicts_and_tries_nothing(machine, faster, expecte
     assert ("visionattn doctor --kernels" in why) == (faster is None)
 
 
-def test_captured_code_takes_what_has_run_before(machine, monkeypatch):
+@pytest.mark.parametrize("mode", ["check", "trust"])
+def test_captured_code_takes_what_has_run_before(machine, monkeypatch, mode):
+    monkeypatch.setenv("VISIONATTN_KERNELS", mode)
     calls = machine(right)
     can_keep = _dispatch.can_keep
     monkeypatch.setattr(_dispatch, "can_keep", lambda x: False)
@@ -358,6 +361,16 @@ def test_captured_code_takes_what_has_run_before(machine, monkeypatch):
     tried = len(calls)
     call()
     assert len(calls) == tried + 1
+
+
+def test_float32_is_tried_as_exactly_as_torch_is_told(machine, fp32_precision):
+    def rounded(q, *rest):
+        """As tf32 reads it: 10 bits of the mantissa."""
+        return right((q.view(torch.int32) & ~0x1FFF).view(torch.float32), *rest)
+
+    machine(rounded)
+    call()
+    assert verdict().status == {"ieee": "wrong", "tf32": "ok"}[fp32_precision]
 
 
 def test_fake_tensors_try_nothing(machine):

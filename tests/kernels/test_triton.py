@@ -295,6 +295,26 @@ def test_reasons_for_what_is_not_supported():
     assert "at most 7" in kernels("outlook").unsupported(*outlook(size=(9, 9), kernel=9, padding=4))
 
 
+def test_what_pytorch_does_better_is_not_tried():
+    assert "whole map" in kernels("window").unsuited(*window(b=999, size=(7, 7), window=(7, 7)))
+    assert "whole map" in kernels("neighborhood").unsuited(*neighborhood(b=999, size=(3, 3)))
+    assert "whole map" in kernels("halo").unsuited(*halo(b=999, size=(4, 4)))
+    assert "all regions" in kernels("routing").unsuited(*routing(b=999, topk=4))
+    assert kernels("window").unsuited(*window(b=8, size=(64, 64))) is None
+    for few in ("window", "neighborhood", "routing", "outlook"):
+        assert "fewer than 32768 tokens" in kernels(few).unsuited(*globals()[few]())
+
+
+def test_products_of_float32_are_as_exact_as_torch_is_told(fp32_precision, monkeypatch):
+    """The interpreter multiplies exactly: what kernels are told is all there is to see."""
+    from visionattn.kernels import _attention_triton
+
+    told = []
+    monkeypatch.setattr(_attention_triton._Call, "launch", lambda self, kernel, n, prepared, *_: told.append(prepared))
+    outputs(kernels("window").attention(*cast(tiny("window"), torch.float32)))[0].sum().backward()
+    assert [prepared.constants.precision.value for prepared in told] == [fp32_precision] * 2
+
+
 def test_devices_of_amd_and_old_ones_are_refused_by_name(monkeypatch):
     from visionattn.kernels import _attention_triton
 
