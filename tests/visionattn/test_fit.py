@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,17 +157,45 @@ def test_what_was_trained_with_adapters_is_used_without_peft(recipe_file, tmp_pa
     fit(recipe_file, tmp_path / "next", f"model.checkpoint={run / 'checkpoints/best.ckpt'}", "train.epochs=1")
 
 
+def test_a_teacher_is_no_part_of_its_student(run, recipe_file, tmp_path, capsys, refused):
+    taught = fit(recipe_file, tmp_path / "taught", f"model.teacher={{checkpoint: {run}}}", "train.ema=0.9")
+    assert f"teacher biformer_tiny (of {run}, weights" in capsys.readouterr().out
+    alone = fit(recipe_file, tmp_path / "alone", "train.ema=0.9")
+    kept, usual = (torch.load(r / "checkpoints/last.ckpt", weights_only=True) for r in (taught, alone))
+    for key in ("state_dict", "current_model_state", "averaging_state"):
+        assert list(kept[key]) == list(usual[key])
+    parameters = [sum(len(g["params"]) for g in c["optimizer_states"][0]["param_groups"]) for c in (kept, usual)]
+    assert parameters[0] == parameters[1]
+    assert rows(taught)[0]["train/loss"] != rows(alone)[0]["train/loss"]
+    facts = json.loads((taught / "environment.json").read_text())
+    facts["teacher"]["weights"] = "of another run"
+    (taught / "environment.json").write_text(json.dumps(facts))
+    assert "the teacher is" in refused("fit", "--resume", taught)
+
+
+def test_a_run_that_knows_other_classes_is_no_teacher(run, recipe_file, pictures, tmp_path, refused):
+    shutil.copytree(pictures, tmp_path / "other")
+    for folder in (tmp_path / "other").glob("*/upright"):
+        folder.rename(folder.with_name("slanted"))
+    told = refused("fit", recipe_file, f"model.teacher={{checkpoint: {run}}}", f"data.root={tmp_path / 'other'}")
+    assert "knows the classes level, upright, but the images have level, slanted" in told
+    assert "not a checkpoint" in refused("fit", recipe_file, f"model.teacher={{checkpoint: {recipe_file}}}")
+
+
 RESUMED = {
     "adapted": [ADAPTER, "train.ema=0.9", "model.drop_path_rate=0.2"],
     "plain": [],
     "averaged and mixed": ["train.ema=0.9", "data.augment.mixup=0.8", "model.drop_path_rate=0.2", "optim.accumulate=2"],
+    "taught": ["data.image_size=48", "data.augment.cutmix=1.0", "train.precision=bf16-mixed"],
     "plateau": ["optim.schedule=plateau", "optim.patience_epochs=1", "optim.lr=0.02", "data.workers=2"],
 }
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_killed_run_resumes_to_the_same_weights(name, recipe_file, tmp_path):
+def test_a_killed_run_resumes_to_the_same_weights(name, recipe_file, tmp_path, request):
     overrides = [*RESUMED[name], "train.epochs=5"]
+    if name == "taught":
+        overrides.append(f"model.teacher={{checkpoint: {request.getfixturevalue('run')}}}")
     whole = fit(recipe_file, tmp_path / "whole", *overrides)
     run = tmp_path / "killed"
     command = [sys.executable, "-m", "visionattn", "fit", str(recipe_file), "--run", str(run), *overrides]

@@ -30,6 +30,7 @@ __all__ = [
     "Recipe",
     "Section",
     "Share",
+    "Teacher",
     "Train",
 ]
 
@@ -40,6 +41,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 AbovePositive = Annotated[float, Field(gt=0)]
 Side = Annotated[int, Field(ge=32, le=8192)]  # pixels
+Size = Side | Annotated[list[Side], Field(min_length=2, max_length=2)]  # or [height, width]
 FilePath = Annotated[Path, Field(strict=False), AfterValidator(lambda path: Path(os.path.expanduser(path)).absolute())]
 Share = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)]
 Ratio = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
@@ -91,6 +93,23 @@ class FineTuned(Model):
         return self
 
 
+class Teacher(Section):
+    """A trained network that is asked what it makes of the images, and never changed."""
+
+    name: str | None = Field(None, description="a model of timm's registry, with its published weights")
+    checkpoint: FilePath | None = Field(None, description="or a run directory or checkpoint of ours")
+    bands: list[Positive] | None = Field(
+        None, description="the band of the images, from 1, that each of its channels is; unset: all, in their order"
+    )
+    image_size: Size | None = Field(None, description="unset: that which it was trained at")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.name is None) == (self.checkpoint is None):
+            raise ValueError("either name or checkpoint")
+        return self
+
+
 class Lists(Section):
     """Text files with an image's name (or case) in each line."""
 
@@ -102,9 +121,7 @@ class Lists(Section):
 class Data(Section):
     """What every source of data shares."""
 
-    image_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] = Field(
-        224, description="pixels, one number or [height, width]"
-    )
+    image_size: Size = Field(224, description="pixels, one number or [height, width]")
     mean: list[float] | None = Field(
         None, description="per channel, of values in 0..1; unset: the weights' own, else measured"
     )

@@ -137,6 +137,15 @@ class RunDirectory:
                 f"fit {self.path / 'recipe.yaml'}"
             )
 
+    def refuse_other_facts(self, facts: dict[str, Any]) -> None:
+        """Raises UserError where one of these is not what it was when the run began."""
+        for key, value in facts.items():
+            if (before := self.facts.get(key)) != value:
+                raise UserError(
+                    f"{self.path}: the {key} is {value}, but the run began with {before}; start a new run with "
+                    f"fit {self.path / 'recipe.yaml'}"
+                )
+
 
 def now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")

@@ -61,7 +61,7 @@ def fit(spec: Recipe, name: str, run: Path | None = None) -> Path:
         resolved, dataset, task = prepare(spec)
         for warning in dataset.warnings:
             log.warning(warning)
-        directory.make(resolved, dataset, monitor=task.monitored.removeprefix("val/"))
+        directory.make(resolved, dataset, monitor=task.monitored.removeprefix("val/"), **task.facts)
         return directory, resolved, dataset
 
     return _train(*from_first(begin))
@@ -76,8 +76,9 @@ def resume(run: Path) -> Path:
 
     def begin() -> tuple[RunDirectory, Recipe, Dataset]:
         directory = RunDirectory.existing(run)
-        spec, dataset, _ = prepare(directory.recipe)
+        spec, dataset, task = prepare(directory.recipe)
         directory.refuse_other_data(dataset)
+        directory.refuse_other_facts(task.facts)
         if directory.last.is_file():
             log.info("continuing %s after epoch %d of %d", run, epoch_of(directory.last), spec.train.epochs)
         return directory, spec, dataset

@@ -62,6 +62,7 @@ class Task(pl.LightningModule):
 
     Attributes:
         provenance: plain data saved with every checkpoint, enough to use it without its run.
+        facts: plain data that environment.json keeps; where one has changed the run is not resumed.
     """
 
     evaluates_last = False  # besides the best weights
@@ -78,7 +79,7 @@ class Task(pl.LightningModule):
         super().__init__()
         self.network: nn.Module = network
         self.optim, self.train_spec, self.monitored = optim, train, monitored
-        self.names, self.provenance = names, dict[str, Any]()
+        self.names, self.provenance, self.facts = names, dict[str, Any](), dict[str, Any]()
         self.val_loss = MeanMetric()
         self._unchecked: list[tuple[int, Tensor, Tensor]] = []  # batch, its samples, its loss
         freeze(network, frozen)

@@ -1,10 +1,11 @@
 """Losses of classification."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-__all__ = ["ClassificationLoss"]
+__all__ = ["ClassificationLoss", "distillation"]
 
 
 class ClassificationLoss(nn.Module):
@@ -42,3 +43,17 @@ class ClassificationLoss(nn.Module):
             return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=self.weights)
         loss = sigmoid_focal_loss(logits, targets, alpha=-1, gamma=self.gamma)
         return (loss if self.weights is None else loss * self.weights).sum(1).mean()
+
+
+def distillation(student: Tensor, teacher: Tensor, temperature: float, several: bool) -> Tensor:
+    """T^2 KL(teacher / T || student / T), the mean over images (Hinton et al. 2015, arXiv 1503.02531).
+
+    Args:
+        student, teacher: logits (B, classes).
+        temperature: T.
+        several: each class is a decision of its own, between it and 0; then the mean over classes too.
+    """
+    if several:
+        student, teacher = (torch.stack([x, torch.zeros_like(x)], -1).flatten(0, 1) for x in (student, teacher))
+    student, teacher = (F.log_softmax(x.float() / temperature, 1) for x in (student, teacher))
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)

@@ -7,9 +7,24 @@ from pydantic import Field
 from visionattn.data import formats
 from visionattn.data.labels import ClassSection
 from visionattn.recipe import sections
-from visionattn.recipe.sections import AbovePositive, FineTuned, NotNegative, Probability, Rate, Ratio, Section, Share
+from visionattn.recipe.sections import AbovePositive, NotNegative, Probability, Rate, Ratio, Section, Share
 
-__all__ = ["DATA", "EXAMPLE", "AnyData", "Augment", "Data", "Loss", "Recipe"]
+__all__ = ["DATA", "EXAMPLE", "AnyData", "Augment", "Data", "Loss", "Model", "Recipe", "Teacher"]
+
+
+class Teacher(sections.Teacher):
+    """A classifier of the same classes, whose logits the student learns besides the labels."""
+
+    weight: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="of the teacher; 1 - weight of the labels")
+    temperature: AbovePositive = Field(2.0, description="of both logits, which are divided by it")
+
+
+class Model(sections.FineTuned):
+    """A network that may learn from another one."""
+
+    teacher: Teacher | None = Field(
+        None, description="such as {checkpoint: runs/large}: learn what this network says of the images too"
+    )
 
 
 class Augment(Section):
@@ -79,7 +94,7 @@ class Recipe(sections.Recipe):
     """A whole classification experiment."""
 
     task: Literal["classification"]
-    model: FineTuned
+    model: Model
     data: AnyData
     loss: Loss = Loss()
     train: Train = Train()

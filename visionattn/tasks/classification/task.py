@@ -1,5 +1,6 @@
 """The classification task: one step for training and validation, and prediction with views averaged."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from visionattn.errors import UserError, listed
 from visionattn.inference.views import views
 from visionattn.models.adapters import adapt
 from visionattn.models.networks import make_network, statistics_of, try_out
+from visionattn.models.teacher import Teacher, make_teacher
 from visionattn.tasks.base import Task, predict_in_batches, refuse_names
 from visionattn.tasks.classification.check import too_small
 from visionattn.tasks.classification.labels import Labelling, MultiLabel, labelling_of, targets_of
-from visionattn.tasks.classification.losses import ClassificationLoss
+from visionattn.tasks.classification.losses import ClassificationLoss, distillation
 from visionattn.tasks.classification.metrics import Scores, measurable
 from visionattn.tasks.classification.recipe import Data, Recipe
 from visionattn.tasks.classification.transforms import Images, eval_transform, mix_transform, train_transform
@@ -41,6 +43,7 @@ __all__ = [
     "training_set",
 ]
 
+log = logging.getLogger(__name__)
 collate = None  # torch's own
 
 
@@ -54,6 +57,9 @@ class Classifier(Task):
         tta: names of views that predictions are averaged over.
         turnable: images may be turned by a quarter.
         mix: mixup or cutmix of a training batch, or None.
+        teacher: whose logits are learned besides the labels, or None.
+        teacher_weight: of these; 1 - teacher_weight of the labels.
+        temperature: that both logits are divided by.
     """
 
     def __init__(
@@ -64,18 +70,35 @@ class Classifier(Task):
         tta: Sequence[str],
         turnable: bool,
         mix: Any = None,
+        teacher: Teacher | None = None,
+        teacher_weight: float = 0.5,
+        temperature: float = 2.0,
         **task: Any,
     ) -> None:
         super().__init__(network, **task)
         self.loss, self.labelling, self.mix = loss, labelling, mix
         self.views = views(tta, turnable)
+        self.teacher, self.teacher_weight, self.temperature = teacher, teacher_weight, temperature
+        self.facts = {"teacher": teacher.about} if teacher else {}
         self.val_scores = Scores(self.monitored in ("val/auroc", "val/average_precision"))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         image, label = batch["image"], batch["label"]
         if self.mix is not None:
             image, label = self.mix(image, label)
-        return self.log_loss(self.loss(self(image), label), batch, batch_idx)
+        logits = self(image)
+        loss = self.loss(logits, label)
+        if self.teacher is not None:
+            several = isinstance(self.labelling, MultiLabel)
+            taught = distillation(logits, self.teacher.logits(image), self.temperature, several)
+            loss = (1 - self.teacher_weight) * loss + self.teacher_weight * taught
+        return self.log_loss(loss, batch, batch_idx)
+
+    def on_fit_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+            if self.trainer.is_global_zero:
+                log.info(self.teacher)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         logits, size = self(batch["image"]), len(batch["image"])
@@ -175,6 +198,9 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> Classifier:
     result = try_out(network, spec.model.name, (data.channels, *data.side))
     if tuple(result.shape) != (1, len(data.classes)):
         raise UserError(f"model {spec.model.name} gives {tuple(result.shape)} for an image: it is no classifier")
+    if (teacher := spec.model.teacher) is not None:
+        settings["teacher"] = make_teacher(teacher, data.classes, (data.mean, data.std))
+        settings |= {"teacher_weight": teacher.weight, "temperature": teacher.temperature}
     if spec.model.adapter:
         adapt(network, spec.model.adapter.lora.rank, spec.model.name, (data.channels, *data.side))
     return Classifier(
