@@ -1,15 +1,14 @@
 """Losses of segmentation over labelled pixels, for one output or for all outputs of a decoder.
 
 Each takes logits (B, K, H, W), or a list of such from `forward_deep`, and labels (B, H, W) of class numbers. Pixels
-that are labelled `ignore_index` are taken out before anything is computed: neither the loss nor a gradient depends on
+that are labelled `ignore_index` have no weight, whatever their logits are: neither the loss nor a gradient depends on
 them. Where no pixel is labelled the loss is 0. Region losses count a class over the whole batch, and only if it has
-pixels there.
+pixels there. Nothing waits for the device.
 """
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
 
-import segmentation_models_pytorch.losses as smp
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ __all__ = ["LOSSES", "SegmentationLoss", "balanced_weights", "make_loss"]
 class SegmentationLoss(nn.Module):
     """The sum of a loss over the outputs of a decoder.
 
-    A subclass has `pixel_loss`, which sees labelled pixels only.
+    A subclass has `pixel_loss` of logits (B, K, H, W), labels (B, H, W), 0 where there are none, and `targets`.
 
     Args:
         ignore_index: number of unlabelled pixels.
@@ -31,7 +30,7 @@ class SegmentationLoss(nn.Module):
     """
 
     class_weights: Tensor | None
-    pixel_loss: Callable[..., Tensor]  # logits (P, K) and `targets` of P > 0 pixels -> a scalar
+    pixel_loss: Callable[..., Tensor]
 
     def __init__(self, ignore_index: int = IGNORE, class_weights: Sequence[float] | None = None) -> None:
         super().__init__()
@@ -54,32 +53,38 @@ class SegmentationLoss(nn.Module):
                     "expected (B, K, H, W) and (B, H, W)"
                 )
         labelled = labels != self.ignore_index
-        pixels = [logits.movedim(1, -1)[labelled] for logits in outputs]
-        pixels = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in pixels]
-        if not len(pixels[0]):
-            return torch.cat(pixels).sum()
-        targets = self.targets(labels.long(), labelled)
-        first, *others = (self.pixel_loss(logits, *targets) for logits in self.combine(pixels))
+        labels = torch.where(labelled, labels.long(), 0)
+        outputs = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in outputs]
+        outputs = self.combine([torch.where(labelled[:, None], x, 0.0) for x in outputs])
+        targets = self.targets(labels, labelled.to(outputs[0].dtype), outputs[0].shape[1])
+        first, *others = (self.pixel_loss(logits, labels, *targets) for logits in outputs)
         return sum(others, first)
 
     def combine(self, outputs: list[Tensor]) -> list[Tensor]:
         """The logits to be supervised, of the outputs' logits."""
         return outputs
 
-    def targets(self, labels: Tensor, labelled: Tensor) -> tuple[Tensor, ...]:
-        """What `pixel_loss` gets beside logits: the labels (P,) of labelled pixels first."""
-        return (labels[labelled],)
+    def targets(self, labels: Tensor, labelled: Tensor, classes: int) -> tuple[Tensor, ...]:
+        """What `pixel_loss` gets beside logits and labels: where there are labels, (B, H, W) of 1 and 0, first."""
+        return (labelled,)
 
     def weights(self, logits: Tensor) -> Tensor | None:
         """The class weights in the type of the logits, whatever the model around this was cast to."""
         return None if self.class_weights is None else self.class_weights.to(logits)
 
+    def entropy(self, logits: Tensor, labels: Tensor, pixels: Tensor, gamma: float = 0.0) -> Tensor:
+        """Cross-entropy times (1 - p)^gamma, the mean weighted by `pixels` (B, H, W) and by the weights of classes."""
+        entropy, weights = F.cross_entropy(logits, labels, reduction="none"), self.weights(logits)
+        if gamma:
+            entropy = (-torch.expm1(-entropy)).clamp_min(1e-7) ** gamma * entropy  # 0 ** gamma may have no gradient
+        return _mean(entropy, pixels if weights is None else pixels * weights[labels])
+
 
 class CrossEntropy(SegmentationLoss):
     """Cross-entropy, the mean over pixels weighted by the weight of their class."""
 
-    def pixel_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels, self.weights(logits))
+    def pixel_loss(self, logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
+        return self.entropy(logits, labels, labelled)
 
 
 class Focal(SegmentationLoss):
@@ -89,13 +94,8 @@ class Focal(SegmentationLoss):
         super().__init__(**common)
         self.gamma = gamma
 
-    def pixel_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        entropy = F.cross_entropy(logits, labels, reduction="none")
-        focal = (-torch.expm1(-entropy)).clamp_min(1e-7) ** self.gamma * entropy  # 0 ** gamma may have no gradient
-        if self.class_weights is None:
-            return focal.mean()
-        weights = self.class_weights[labels]
-        return (focal * weights).sum() / weights.sum()
+    def pixel_loss(self, logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
+        return self.entropy(logits, labels, labelled, self.gamma)
 
 
 class Tversky(SegmentationLoss):
@@ -107,21 +107,26 @@ class Tversky(SegmentationLoss):
 
     def __init__(self, alpha: float = 0.5, **common) -> None:
         super().__init__(**common)
-        self.tversky = smp.TverskyLoss("multiclass", alpha=alpha, beta=1 - alpha, class_weights=self.class_weights)
+        self.alpha = alpha
 
-    def pixel_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return self.tversky(logits.T[None], labels[None]) * _all_over_present(logits, labels, self.weights(logits))
+    def pixel_loss(self, logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
+        return _tversky(logits, labels, labelled, self.alpha, self.weights(logits))
 
 
 class Lovasz(SegmentationLoss):
     """The Lovasz-softmax loss, a surrogate of the Jaccard index (Berman et al. 2018, arXiv 1705.08790)."""
 
-    def __init__(self, **common) -> None:
-        super().__init__(**common)
-        self.lovasz = smp.LovaszLoss("multiclass")
-
-    def pixel_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return self.lovasz(logits.float().T[None, :, :, None], labels[None, :, None])  # theirs is for float32 only
+    def pixel_loss(self, logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
+        """Errors of each class, largest first, times what each adds to 1 - the Jaccard index (their algorithm 1)."""
+        truth = (_one_hot(labels, logits.shape[1]) * labelled[:, None]).transpose(0, 1).flatten(1)
+        errors = (truth - logits.softmax(1).transpose(0, 1).flatten(1)).abs()
+        errors, order = torch.where(labelled.flatten() > 0, errors, -1.0).sort(1, descending=True)
+        truth = truth.gather(1, order)
+        count, found = truth.sum(1, keepdim=True), truth.cumsum(1)
+        rank = torch.arange(1, truth.shape[1] + 1, device=truth.device)
+        jaccard = 1 - (count - found) / (count + rank - found)
+        steps = torch.diff(jaccard, prepend=torch.zeros_like(count))
+        return _mean((errors.clamp_min(0) * steps).sum(1), (count[:, 0] > 0).to(errors.dtype))
 
 
 class DiceCrossEntropy(SegmentationLoss):
@@ -130,12 +135,10 @@ class DiceCrossEntropy(SegmentationLoss):
     def __init__(self, ce_weight: float = 1.0, dice_weight: float = 1.0, **common) -> None:
         super().__init__(**common)
         self.ce_weight, self.dice_weight = ce_weight, dice_weight
-        self.dice = smp.DiceLoss("multiclass")
 
-    def pixel_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        entropy = F.cross_entropy(logits, labels, self.weights(logits))
-        dice = self.dice(logits.T[None], labels[None]) * _all_over_present(logits, labels)
-        return self.ce_weight * entropy + self.dice_weight * dice
+    def pixel_loss(self, logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
+        dice = _tversky(logits, labels, labelled, 0.5)
+        return self.ce_weight * self.entropy(logits, labels, labelled) + self.dice_weight * dice
 
 
 class Mutation(DiceCrossEntropy):
@@ -157,29 +160,44 @@ class Boundary(SegmentationLoss):
     labelled pixels of the 31 x 31 around it). Class weights weigh the pixels of the cross-entropy too.
     """
 
-    def targets(self, labels: Tensor, labelled: Tensor) -> tuple[Tensor, ...]:
-        numbers = labels[labelled]
-        maps = F.one_hot(torch.where(labelled, labels, 0), int(numbers.max()) + 1).movedim(-1, 1)
-        maps = maps.float() * labelled[:, None]
+    def targets(self, labels: Tensor, labelled: Tensor, classes: int) -> tuple[Tensor, ...]:
+        maps = _one_hot(labels, classes) * labelled[:, None]
         near = F.avg_pool2d(maps, (31, 1), 1, (15, 0))
         near = F.avg_pool2d(near, (1, 31), 1, (0, 15))
-        same = (near * maps).sum(1)[labelled] / near.sum(1)[labelled]
-        return numbers, 1 + 5 * (1 - same)
+        same = (near * maps).sum(1) / near.sum(1).clamp_min(_TINY)
+        return (labelled * (1 + 5 * (1 - same)),)
 
-    def pixel_loss(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        entropy = F.cross_entropy(logits, labels, reduction="none")
-        total = weights if self.class_weights is None else weights * self.class_weights[labels]
-        probabilities, truth = logits.softmax(1), F.one_hot(labels, logits.shape[1])
-        overlap = (probabilities * truth * weights[:, None]).sum(0)
-        union = ((probabilities + truth - probabilities * truth) * weights[:, None]).sum(0)
-        iou = (overlap / union)[truth.any(0)]
-        return (entropy * total).sum() / total.sum() + 1 - iou.mean()
+    def pixel_loss(self, logits: Tensor, labels: Tensor, pixels: Tensor) -> Tensor:
+        probabilities, truth = logits.softmax(1), _one_hot(labels, logits.shape[1])
+        overlap, union = (
+            (x * pixels[:, None]).sum((0, 2, 3))
+            for x in (probabilities * truth, probabilities + truth - probabilities * truth)
+        )
+        present = ((truth * pixels[:, None]).sum((0, 2, 3)) > 0).to(overlap.dtype)
+        return self.entropy(logits, labels, pixels) + _mean(1 - overlap / union.clamp_min(_TINY), present)
 
 
-def _all_over_present(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """What turns smp's mean over all classes, where absent ones count 0, into the mean over those that have pixels."""
-    weights = logits.new_ones(logits.shape[1]) if weights is None else weights
-    return weights.sum() / weights[labels.unique()].sum()
+_TINY = 1e-30  # in the place of no weight at all
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Weighted; 0 where nothing has a weight."""
+    return (values * weights).sum() / weights.sum().clamp_min(_TINY)
+
+
+def _one_hot(labels: Tensor, classes: int) -> Tensor:
+    """(B, H, W) -> (B, classes, H, W) of 1 and 0; torch's own looks at the values, for which it waits."""
+    return (labels[:, None] == torch.arange(classes, device=labels.device)[:, None, None]).to(torch.float32)
+
+
+def _tversky(logits: Tensor, labels: Tensor, labelled: Tensor, alpha: float, weights: Tensor | None = None) -> Tensor:
+    """See `Tversky`."""
+    predicted = logits.softmax(1) * labelled[:, None]
+    truth = _one_hot(labels, logits.shape[1]) * labelled[:, None]
+    right, all_predicted, all_true = (x.sum((0, 2, 3)) for x in (predicted * truth, predicted, truth))
+    score = right / (alpha * all_predicted + (1 - alpha) * all_true).clamp_min(_TINY)
+    present = (all_true > 0).to(score.dtype)
+    return _mean(1 - score, present if weights is None else present * weights)
 
 
 LOSSES = {

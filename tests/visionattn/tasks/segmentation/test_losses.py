@@ -3,6 +3,7 @@
 from itertools import combinations
 
 import pytest
+import segmentation_models_pytorch.losses as smp
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -87,10 +88,25 @@ def test_one_labelled_pixel(name):
 # Values
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "lovasz"])  # which is computed in float32
+@every_loss
 def test_gradients(name):
-    loss, truth = make_loss(name, CLASSES, [1.0, 2.0, 0.5, 1.5]), labels(2, 3, 0.2)
+    loss, truth = make_loss(name, CLASSES, None if name == "lovasz" else [1.0, 2.0, 0.5, 1.5]), labels(2, 3, 0.2)
     assert torch.autograd.gradcheck(lambda x: loss(x, truth), logits(2, 3, torch.float64))
+
+
+@every_loss
+def test_nothing_depends_on_a_value_that_a_device_would_have_to_be_asked_for(name):
+    """Tensors without values are enough."""
+    x, truth = torch.randn(2, CLASSES, 6, 7, device="meta", requires_grad=True), labels(ignored=0.2).to("meta")
+    make_loss(name, CLASSES)([x, x], truth).backward()
+
+
+def test_lovasz_is_that_of_another_library():
+    x, truth = logits(40, 50), labels(40, 50, ignored=0.3)
+    theirs = smp.LovaszLoss("multiclass", ignore_index=IGNORE)(x, truth)
+    ours = make_loss("lovasz", CLASSES)(x, truth)
+    assert_close(ours, theirs)
+    assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (ours, theirs)))
 
 
 @every_loss
