@@ -44,6 +44,7 @@ evaluate: {bootstrap: 10}
 trainer: {enable_progress_bar: false, accelerator: cpu}
 """
 TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2"]
 
 
 def write_squares(root: Path) -> None:
@@ -167,16 +168,17 @@ def test_validation_on_two_processes_gives_the_numbers_of_one(recipe, tmp_path):
     assert metrics(tmp_path / "two")["overall"] == pytest.approx(metrics(tmp_path / "one")["overall"], abs=1e-5)
 
 
-def test_a_run_whose_second_process_was_killed_resumes(recipe_file, tmp_path):
-    overrides = [*TWO, "train.epochs=40"]
-    command = [sys.executable, "-m", "visionattn", "fit", str(recipe_file), "--run", str(tmp_path / "run"), *overrides]
-    process = subprocess.Popen(command, start_new_session=True, cwd=tmp_path, stdout=subprocess.DEVNULL)
+@pytest.mark.parametrize("launcher", [[], pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["fit", "torchrun"])
+def test_a_run_whose_second_process_was_killed_resumes(launcher, recipe_file, tmp_path):
+    command = [sys.executable, *launcher, "-m", "visionattn", "fit"]
+    words = [str(recipe_file), "--run", str(tmp_path / "run"), *TWO, "train.epochs=40"]
+    process = subprocess.Popen([*command, *words], start_new_session=True, cwd=tmp_path, stdout=subprocess.DEVNULL)
     try:
         while not (tmp_path / "run" / "metrics.csv").is_file() or len(rows(tmp_path / "run")) < 2:
             assert process.poll() is None
             time.sleep(0.05)
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-        os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+        os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
         assert process.wait(timeout=60) != 0  # the first process does not wait for ever
     finally:
         os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
@@ -186,13 +188,14 @@ def test_a_run_whose_second_process_was_killed_resumes(recipe_file, tmp_path):
         .replace("epochs: 40", f"epochs: {len(rows(tmp_path / 'run')) + 1}")
     )
     (tmp_path / "run" / "recipe.yaml").write_text(saved)
-    done = visionattn("fit", "--resume", tmp_path / "run", cwd=tmp_path)
+    words = ["--resume", str(tmp_path / "run")]
+    done = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "report.html").is_file()
 
 
 def test_processes_that_torchrun_starts_share_a_run(recipe_file, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "visionattn"]
+    command = [sys.executable, *TORCHRUN, "-m", "visionattn"]
     words = ["fit", str(recipe_file), *TWO, "train.epochs=1"]
     done = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -224,7 +227,7 @@ def test_each_of_two_processes_predicts_its_share(recipe, tmp_path):
     images = tmp_path / "data" / "images" / "test" if masks else Path(re.search(r"root: (\S+),", recipe.read_text())[1])
     one, two = (tmp_path / (name if masks else f"{name}.csv") for name in ("one", "two"))
     assert main(["predict", str(tmp_path / "run"), str(images), "-o", str(one)]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "visionattn", "predict"]
+    command = [sys.executable, *TORCHRUN, "-m", "visionattn", "predict"]
     words = [str(tmp_path / "run"), str(images), "-o", str(two)]
     done = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

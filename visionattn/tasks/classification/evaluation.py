@@ -15,14 +15,12 @@ from visionattn.data.prediction import Prediction
 from visionattn.data.sample import Sample, unit_range
 from visionattn.report.evaluation import Evaluation
 from visionattn.tasks.classification import metrics
-from visionattn.tasks.classification.labels import Labelling, labelling_of, targets_of
+from visionattn.tasks.classification.labels import WIDEST, Labelling, labelling_of, probability_cells, targets_of
 from visionattn.tasks.classification.recipe import Recipe
 
 __all__ = ["measure"]
 
 MISTAKES = 12
-WIDEST = 100  # classes that a table has columns for
-LIKELIEST = 5
 THUMBNAIL = 160  # pixels of the longer side
 
 
@@ -76,17 +74,7 @@ def _table(labelling: Labelling, samples: Sequence[Sample], probabilities: np.nd
         truth, guess = labelling.name(sample.label), labelling.name(labelling.decided(row))
         confidence = "" if np.ndim(sample.label) else f"{row.max():.6f}"
         cells = {"name": sample.name, "label": truth, "predicted": guess, "correct": int(truth == guess)}
-        yield cells | {"confidence": confidence} | _probabilities(labelling, row)
-
-
-def _probabilities(labelling: Labelling, row: np.ndarray) -> dict[str, str]:
-    """Cells with the probability of each class, or of many classes with the likeliest ones and theirs."""
-    if len(row) <= WIDEST:
-        return {f"p:{name}": f"{p:.6f}" for name, p in zip(labelling.classes, row, strict=True)}
-    likeliest = np.argpartition(-row, LIKELIEST)[:LIKELIEST]
-    ranked = likeliest[np.argsort(-row[likeliest], kind="stable")]
-    cells = {f"top{n}": labelling.classes[k] for n, k in enumerate(ranked, 1)}
-    return cells | {f"p{n}": f"{row[k]:.6f}" for n, k in enumerate(ranked, 1)}
+        yield cells | {"confidence": confidence} | probability_cells(labelling.classes, row)
 
 
 def _mistakes(

@@ -11,9 +11,11 @@ from torch import Tensor
 from visionattn.data.sample import Sample
 from visionattn.errors import UserError
 
-__all__ = ["Labelling", "MultiLabel", "SingleLabel", "labelling_of", "targets_of"]
+__all__ = ["WIDEST", "Labelling", "MultiLabel", "SingleLabel", "labelling_of", "probability_cells", "targets_of"]
 
 THRESHOLD = 0.5  # of a label's probability
+WIDEST = 100  # classes that a table has columns for
+LIKELIEST = 5
 
 
 class Labelling(ABC):
@@ -130,3 +132,13 @@ def targets_of(samples: Sequence[Sample]) -> Tensor:
     """(N,) int64 class indices, or (N, K) float32 of 0 and 1."""
     labels = np.array([sample.label for sample in samples])
     return torch.from_numpy(labels if labels.ndim == 2 else labels.astype(np.int64))
+
+
+def probability_cells(classes: Sequence[str], row: np.ndarray) -> dict[str, str]:
+    """Cells with the probability of each class, or of more than `WIDEST` classes with the likeliest ones and theirs."""
+    if len(row) <= WIDEST:
+        return {f"p:{name}": f"{p:.6f}" for name, p in zip(classes, row, strict=True)}
+    likeliest = np.argpartition(-row, LIKELIEST)[:LIKELIEST]
+    ranked = likeliest[np.argsort(-row[likeliest], kind="stable")]
+    cells = {f"top{n}": classes[k] for n, k in enumerate(ranked, 1)}
+    return cells | {f"p{n}": f"{row[k]:.6f}" for n, k in enumerate(ranked, 1)}

@@ -23,7 +23,14 @@ from visionattn.models.networks import make_network, statistics_of, try_out
 from visionattn.models.teacher import Teacher, make_teacher
 from visionattn.tasks.base import Task, predict_in_batches, refuse_names
 from visionattn.tasks.classification.check import too_small
-from visionattn.tasks.classification.labels import Labelling, MultiLabel, labelling_of, targets_of
+from visionattn.tasks.classification.labels import (
+    WIDEST,
+    Labelling,
+    MultiLabel,
+    labelling_of,
+    probability_cells,
+    targets_of,
+)
 from visionattn.tasks.classification.losses import ClassificationLoss, distillation
 from visionattn.tasks.classification.metrics import Scores, measurable
 from visionattn.tasks.classification.recipe import Data, Recipe
@@ -254,15 +261,21 @@ def predictions(task: Classifier, samples: Sequence[Sample], spec: Recipe, fabri
 
 
 def open_writer(spec: Recipe, out: Path, polygons: bool = False) -> Writer:
-    """What writes the predicted class (labels joined by ;) and the probability of each class into a table."""
+    """What writes the predicted class (labels joined by ;) and the probability of each class into a table.
+
+    Of many classes the table has the likeliest ones, and an .npy file beside it the probabilities of all, row by row.
+    """
     if polygons:
         raise UserError("--polygons is for segmenters of scenes")
     labelling = labelling_of(spec.data.classes, spec.data.multi_label)
 
     def cells(probabilities: np.ndarray) -> list[str]:
-        return [labelling.name(labelling.decided(probabilities)), *(f"{p:.6f}" for p in probabilities)]
+        of_classes = probability_cells(labelling.classes, probabilities)
+        return [labelling.name(labelling.decided(probabilities)), *of_classes.values()]
 
-    return table.open(out, ["predicted", *(f"p:{name}" for name in labelling.classes)], cells)
+    count = len(labelling.classes)
+    columns = probability_cells(labelling.classes, np.zeros(count))
+    return table.open(out, ["predicted", *columns], cells, count if count > WIDEST else 0)
 
 
 def refuse_other(spec: Recipe, dataset: Dataset) -> None:
