@@ -90,7 +90,21 @@ def split(samples: list[Sample], classes: list[str], section: Data) -> tuple[Dat
             raise UserError("data: no validation images; add a val split, or set data.val_fraction, for example to 0.2")
         splits["train"], splits["val"] = _held_out(splits["train"], classes, section, fraction)
     splits = {name: splits[name] for name in SPLITS if name in splits}
+    if section.labels is not None:
+        splits["train"] = _few(splits["train"], section.labels, section.split_seed)
     return Dataset(classes, splits), problems + _crossing(splits)
+
+
+def _few(samples: list[Sample], count: int, seed: int) -> list[Sample]:
+    """So many samples of each class, or cases in all, drawn by the seed, in their order."""
+    kinds: dict[int, list[str]] = {}
+    for sample in samples:
+        cases = kinds.setdefault(-1 if sample.label is None or np.ndim(sample.label) else int(sample.label), [])
+        if not cases or cases[-1] != sample.case:
+            cases.append(sample.case)
+    draw = np.random.default_rng(seed)
+    kept = {cases[i] for cases in kinds.values() for i in draw.permutation(len(cases))[:count]}
+    return [sample for sample in samples if sample.case in kept]
 
 
 def given_splits(samples: list[Sample], section: Data) -> tuple[dict[str, list[Sample]], list[str]]:

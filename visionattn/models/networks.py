@@ -10,7 +10,7 @@ from torch import nn
 
 import visionattn.backbones  # noqa: F401  registers the models
 from visionattn.errors import UserError, nearest
-from visionattn.models.weights import start_from
+from visionattn.models.handover import about, start_from
 from visionattn.recipe.sections import Model
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "freeze",
     "make_network",
     "refuse_unknown",
+    "started",
     "statistics_of",
     "try_out",
 ]
@@ -64,14 +65,28 @@ def make_network(spec: Model, num_classes: int, channels: int, image_size: tuple
     """
     arguments = arguments_of(spec, image_size)
     network = create(spec.name, arguments, pretrained=spec.pretrained, num_classes=num_classes, in_chans=channels)
+    return started(network, spec, arguments)
+
+
+def started(network: Any, spec: Model, arguments: dict[str, Any]) -> Any:
+    """The network with the weights of `model.checkpoint`, if any; its attribute `start` then says what it has taken."""
+    if spec.bands is not None and spec.checkpoint is None:
+        raise UserError("model.bands says how a checkpoint's bands are adapted, but there is no model.checkpoint")
     if spec.checkpoint is not None:
-        start_from(network, spec.checkpoint, spec.name)
+        network.start = start_from(network, spec.checkpoint, spec.name, arguments, spec.bands)
     return network
 
 
-def statistics_of(spec: Model, channels: int) -> dict[str, list[float]]:
-    """Mean and std that published weights were trained with, where the network starts from them."""
-    known = timm.get_pretrained_cfg(spec.name) if spec.pretrained else None
+def statistics_of(spec: Model, channels: int, unit_range: bool) -> dict[str, list[float]]:
+    """Mean and std that the weights were trained with which the network starts from, where they can be known and fit.
+
+    Args:
+        unit_range: of the images, see `visionattn.data.formats.Kind`.
+    """
+    if spec.checkpoint is not None and (source := about(spec.checkpoint)):
+        fits = len(source.mean) == channels and source.unit_range in (None, unit_range) and spec.bands is None
+        return {"mean": source.mean, "std": source.std} if fits else {}
+    known = timm.get_pretrained_cfg(spec.name) if spec.pretrained and unit_range else None
     if known is None or len(known.mean) != channels:
         return {}
     return {"mean": list(known.mean), "std": list(known.std)}

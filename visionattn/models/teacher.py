@@ -16,7 +16,7 @@ from torch import Tensor
 
 from visionattn.errors import UserError, listed
 from visionattn.models.networks import create, make_network, refuse_unknown
-from visionattn.models.weights import load_checkpoint, start_from
+from visionattn.models.weights import load_checkpoint
 from visionattn.recipe import sections
 from visionattn.recipe.sections import Model
 
@@ -124,8 +124,8 @@ def _of_run(spec: sections.Teacher, classes: list[str]) -> tuple[Any, list[float
         theirs, ours = listed(data["classes"], most=5), listed(classes, most=5)
         raise UserError(f"model.teacher.checkpoint: {path} knows the classes {theirs}, but the images have {ours}")
     size = _pair(spec.image_size or data["image_size"])
-    network = make_network(Model(name=model["name"], args=model["args"]), len(classes), len(data["mean"]), size)
-    start_from(network, file, model["name"])
+    started = Model(name=model["name"], args=model["args"], checkpoint=file)
+    network = make_network(started, len(classes), len(data["mean"]), size)
     return network, data["mean"], data["std"], size, {"name": model["name"], "of": str(path)}
 
 

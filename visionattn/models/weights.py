@@ -1,4 +1,4 @@
-"""Weights in files: read without executing anything, and taken over by a network."""
+"""Weights in files, read without executing anything, and resampled where networks see another size of images."""
 
 import logging
 import math
@@ -7,7 +7,7 @@ import sys
 import warnings
 import zipfile
 from argparse import Namespace
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed, resample_abs_pos_embed_nhwc
 from torch import Tensor, nn
 
-from visionattn.errors import UserError, listed
+from visionattn.errors import UserError
 
-__all__ = ["classifier_names", "load_checkpoint", "start_from"]
+__all__ = ["classifier_names", "load_checkpoint", "resampled", "unwrapped"]
 
 log = logging.getLogger(__name__)
 WRAPPERS = (
@@ -29,7 +29,6 @@ WRAPPERS = (
     "model_state_dict",
     "module",
 )  # what checkpoints keep their weights under
-PREFIXES = ("network.", "module.", "_orig_mod.", "model.", "backbone.")  # of ours, DDP, compiled, Lightning, others
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -83,55 +82,15 @@ def classifier_names(network: nn.Module) -> list[str]:
     return [key for key in network.state_dict() if any(key.startswith(f"{name}.") for name in names)]
 
 
-def start_from(network: nn.Module, path: Path, name: str) -> None:
-    """Load a checkpoint into the network called `name`; the head may differ in its class count.
-
-    What depends on the size of images (position embeddings, tables of relative positions) is resampled as timm does
-    it; nothing else may differ.
-
-    Raises:
-        UserError: not a checkpoint, or one of another network.
-    """
-    own, classifier = network.state_dict(), classifier_names(network)
-    saved = _weights(load_checkpoint(path), own)
-    state = saved if _same_shapes(own, saved, classifier) else _resampled(saved, network)
-    sized = [key for key in own.keys() & saved.keys() & state.keys() if saved[key].shape != state[key].shape]
-    if sized:
-        log.info("%s: resampled for the size of images: %s", path, listed(sorted(sized), most=3))
-    differ = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
-    if differ and differ <= set(classifier):
-        old, new = (len(weights[sorted(differ)[0]]) for weights in (state, own))
-        log.info("%s: head of %d classes left out, the new one has %d", path, old, new)
-        state = {key: value for key, value in state.items() if key not in classifier}
-        differ = set()
-    missing, unknown = own.keys() - state.keys() - set(classifier), state.keys() - own.keys()
-    if differ or missing or unknown:
-        raise UserError(f"{path}: not a checkpoint of {name}: {_differences(own, state, missing, unknown, differ)}")
-    network.load_state_dict(state, strict=False)
-
-
-def _weights(content: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint, without the wrappers and prefixes of whoever saved it."""
+def unwrapped(content: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint, without the wrappers of whoever saved it; `own` is the network's."""
     for wrapper in WRAPPERS:
         if isinstance(content.get(wrapper), Mapping) and wrapper not in own:
             content = content[wrapper]
-    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    for prefix in PREFIXES:
-        bare = {key.removeprefix(prefix): value for key, value in state.items()}
-        if all(key.startswith(prefix) for key in state) and len(bare.keys() & own.keys()) > len(
-            state.keys() & own.keys()
-        ):
-            state = bare
-    return state
+    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
 
 
-def _same_shapes(own: Mapping[str, Tensor], state: Mapping[str, Tensor], classifier: Collection[str]) -> bool:
-    """Of all but the classifier."""
-    mine, theirs = ({k: v.shape for k, v in weights.items() if k not in classifier} for weights in (own, state))
-    return mine == theirs
-
-
-def _resampled(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+def resampled(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """The weights as the models inside the network take over weights of another image size, where they do."""
     models: list[str] = []  # the outermost ones, each with the filter of timm that stands beside its class
     for prefix, module in network.named_modules():
@@ -170,9 +129,3 @@ def _resized(table: Tensor, shape: Sequence[int]) -> Tensor:
             if (old**2 + prefix, new**2 + prefix) == (table.shape[1], shape[1]):
                 return resample_abs_pos_embed(table, [new, new], [old, old], prefix)
     return table
-
-
-def _differences(own: Mapping, state: Mapping, missing: set, unknown: set, differ: set) -> str:
-    shapes = [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in sorted(differ)]
-    titles = {"missing": sorted(missing), "unknown": sorted(unknown), "other shape": shapes}
-    return "; ".join(f"{title}: {listed(names, most=3)}" for title, names in titles.items() if names)

@@ -75,16 +75,13 @@ class _Explanation:
         value: Any = self.content
         for key in keys[:-1]:
             annotation, value = section.model_fields[key].annotation, value[key]
-            sections = [one for one in typing.get_args(annotation) if one is not type(None)]
-            if len(sections) > 1:
-                section = self._formats(annotation)[value["format"]]
-            else:
-                section = sections[0] if sections else annotation
+            sections = _sections(annotation)
+            section = sections[0] if len(sections) == 1 else self._formats(annotation)[value["format"]]
         return section
 
     @staticmethod
     def _formats(union: Any) -> dict[str, type[Section]]:
-        return {typing.get_args(m.model_fields["format"].annotation)[0]: m for m in typing.get_args(union)}
+        return {typing.get_args(m.model_fields["format"].annotation)[0]: m for m in _sections(union)}
 
     def _nearest_key(self, keys: tuple) -> str:
         """The nearest spelling in the same section, else the same name in another one."""
@@ -100,6 +97,13 @@ class _Explanation:
             if isinstance(section, type) and issubclass(section, Section) and keys[-1] in section.model_fields:
                 return f"; did you mean {name}.{keys[-1]}?"
         return f"; allowed here: {', '.join(fields)}"
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    """The sections that a key can be."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in typing.get_args(annotation) for section in _sections(part)]
 
 
 def _expected(item: Any) -> str:

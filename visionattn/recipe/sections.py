@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 __all__ = [
     "AbovePositive",
     "Adapter",
+    "Bands",
     "Count",
     "Data",
     "Evaluate",
@@ -53,12 +54,27 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+class Bands(Section):
+    """Which bands a checkpoint's network has seen, and which it is to see: those of one name keep their kernels."""
+
+    source: list[str] | None = Field(None, description="names of the checkpoint's bands, in order")
+    target: list[str] | None = Field(
+        None, description="names of the images' bands, in order; one that is not among source gets the mean of all"
+    )
+
+
 class Model(Section):
     """The network, made by `timm.create_model`."""
 
     name: str = Field(description="a model of timm's registry, ours included: see `visionattn list`")
     pretrained: bool = Field(False, description="start from the published weights")
-    checkpoint: FilePath | None = Field(None, description="start from the weights in this file")
+    checkpoint: FilePath | None = Field(
+        None, description="start from the weights of a run of any task: its directory, a checkpoint, or any such file"
+    )
+    bands: Bands | None = Field(
+        None,
+        description="adapt the checkpoint's first convolutions to other bands, by name; {}: repeat or average them",
+    )
     drop_rate: Rate = 0.0
     drop_path_rate: Rate = 0.0
     freeze: Literal["backbone"] | list[str] | None = Field(
@@ -142,6 +158,9 @@ class Data(Section):
     fold: Count | None = Field(None, description="validate on this fold of train and val pooled, train on the others")
     folds: Annotated[int, Field(ge=2)] = 5
     split_seed: Count = Field(0, description="seed of every split that is drawn")
+    labels: Positive | None = Field(
+        None, description="train on so many images of each class only, or of masks, objects or several labels in all"
+    )
 
     @property
     def side(self) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from visionattn.data.splits import split
 from visionattn.data.survey import across_splits, contradicting, equal_images, mean_std, not_looked_at, read_through
 from visionattn.environment import silence
 from visionattn.errors import UserError, listed
+from visionattn.models.handover import with_bands
 from visionattn.recipe import Recipe, part_of
 from visionattn.recipe.sections import Data
 from visionattn.runs.fit import rehearse
@@ -67,6 +68,7 @@ def check(spec: Recipe) -> Findings:
         UserError: the data cannot be read as labelled splits at all.
     """
     silence()
+    spec = spec.model_copy(update={"data": with_bands(spec.data, spec.model)})
     samples, classes, problems = formats.find(spec.data)
     dataset, more = split(samples, classes, spec.data)
     problems = [*problems, *more]

@@ -11,6 +11,7 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from visionattn import __version__, recipe
+from visionattn.data import formats
 from visionattn.errors import UserError
 from visionattn.files import make_folder, new_file
 from visionattn.models import adapters
@@ -26,7 +27,8 @@ FORMAT = 2
 
 def provenance(spec: Recipe) -> dict[str, Any]:
     """What every checkpoint says of itself, under the key "visionattn"."""
-    return {"format": FORMAT, "version": __version__, "recipe": recipe.dump(spec)}
+    unit_range = formats.module_of(spec.data).KIND.unit_range
+    return {"format": FORMAT, "version": __version__, "recipe": recipe.dump(spec), "unit_range": unit_range}
 
 
 def _migrated(about: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -118,6 +118,7 @@ def evaluate_split(
     predictions = [prediction for share in shares for prediction in share]
     samples = data.dataset.splits[part]
     evaluation = part_of(spec.task, "evaluation").measure(predictions, samples, spec, part)
+    task.complete(evaluation)
     evaluation.about |= about | {"tta": spec.evaluate.tta}
     return evaluation
 

@@ -23,6 +23,7 @@ from visionattn.environment import silence
 from visionattn.errors import UserError, listed
 from visionattn.models.adapters import trained_parameters
 from visionattn.models.determinism import refuse_nondeterministic
+from visionattn.models.handover import about, save_backbone, with_bands
 from visionattn.models.networks import try_out
 from visionattn.recipe import Recipe, part_of
 from visionattn.report.page import write_report
@@ -61,6 +62,8 @@ def fit(spec: Recipe, name: str, run: Path | None = None) -> Path:
         resolved, dataset, task = prepare(spec)
         for warning in dataset.warnings:
             log.warning(warning)
+        if resolved.model.checkpoint is not None:
+            log.info(f"{task.network.start}; {_statistics(resolved)}")
         directory.make(resolved, dataset, monitor=task.monitored.removeprefix("val/"), **task.facts)
         return directory, resolved, dataset
 
@@ -96,6 +99,7 @@ def prepare(spec: Recipe) -> tuple[Recipe, Dataset, Task]:
     check_trainer(spec)
     kind = part_of(spec.task, "task")
     kind.refuse_names(spec)
+    spec = spec.model_copy(update={"data": with_bands(spec.data, spec.model)})
     samples, classes, problems = formats.find(spec.data)
     dataset, more = split(samples, classes, spec.data)
     _refuse([*problems, *more], dataset)
@@ -104,6 +108,16 @@ def prepare(spec: Recipe) -> tuple[Recipe, Dataset, Task]:
     dataset = replace(dataset, warnings=doubts(dataset))
     spec, dataset = kind.resolve(spec, dataset)
     return spec, dataset, make_task(spec, dataset)
+
+
+def _statistics(spec: Recipe) -> str:
+    """Whether the mean and std of a resolved recipe are those that its starting weights were trained with."""
+    assert spec.model.checkpoint is not None
+    source = about(spec.model.checkpoint)
+    if source is None:
+        return "it does not say with which mean and std it was trained"
+    same = (spec.data.mean, spec.data.std) == (source.mean, source.std)
+    return "mean and std are its own" if same else "mean and std are this recipe's or measured, not its own"
 
 
 def make_task(spec: Recipe, dataset: Dataset) -> Task:
@@ -176,6 +190,8 @@ def _evaluate(task: Task, data: SplitDataModule, trainer: pl.Trainer, directory:
     done: set[int] = set()
     for checkpoint in (directory.best, directory.last) if task.evaluates_last else (directory.best,):
         epoch, spec = load_weights(task, checkpoint)
+        if checkpoint == directory.best and trainer.is_global_zero:
+            save_backbone(task.network, checkpoint)
         if epoch in done:
             continue
         done.add(epoch)

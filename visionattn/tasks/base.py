@@ -43,6 +43,7 @@ from visionattn.errors import UserError
 from visionattn.models import adapters
 from visionattn.models.networks import freeze, refuse_unknown, statistics_of
 from visionattn.recipe.sections import Optim, Recipe, Train
+from visionattn.report.evaluation import Evaluation
 
 __all__ = ["Task", "predict_in_batches", "refuse_few_crops", "refuse_names", "statistics"]
 
@@ -190,6 +191,9 @@ class Task(pl.LightningModule):
             f"Lower optim.lr (now {self.optim.lr:g}), set optim.clip_grad, or use another train.precision"
         )
 
+    def complete(self, evaluation: Evaluation) -> None:
+        """Add what is measured of the weights themselves, whatever split is evaluated; on the first process only."""
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Weights are kept as they are used, merged with adapters, and where there are any as they go on too."""
         checkpoint["visionattn"] = self.provenance
@@ -220,8 +224,8 @@ def statistics(spec: Recipe, dataset: Dataset) -> dict[str, list[float]]:
     if dataset.readings:
         mean, std = mean_std(dataset.readings["train"])
         resolved = {key: [float(f"{v:.7g}") for v in values] for key, values in (("mean", mean), ("std", std))}
-    if data.mean is None and formats.module_of(data).KIND.unit_range:
-        resolved |= statistics_of(spec.model, channels)
+    if data.mean is None:
+        resolved |= statistics_of(spec.model, channels, formats.module_of(data).KIND.unit_range)
     resolved |= {key: given for key in ("mean", "std") if (given := getattr(data, key)) is not None}
     for key, values in resolved.items():
         if len(values) != channels:

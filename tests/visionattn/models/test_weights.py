@@ -1,6 +1,5 @@
 """Starting from weights that were saved at another size of images: what timm would make of them."""
 
-import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 
 import visionattn.backbones  # noqa: F401  registers the models
 from visionattn.errors import UserError
+from visionattn.models.handover import start_from
 from visionattn.models.segmenters import make_segmenter
-from visionattn.models.weights import start_from
 
 VIT = {"embed_dim": 32, "depth": 1, "num_heads": 2}
 Rule = Callable[[Tensor, Tensor], Tensor]
@@ -68,7 +67,7 @@ MODELS = {  # arguments, part of the tables' names, how they are resampled
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("size", [96, 256])
-def test_weights_of_another_image_size_are_resampled_by_the_rule_of_timm(name, size, tmp_path, caplog):
+def test_weights_of_another_image_size_are_resampled_by_the_rule_of_timm(name, size, tmp_path):
     arguments, part, rule = MODELS[name]
     saved = timm.create_model(name, img_size=160, num_classes=3, **arguments)
     for weight in saved.parameters():
@@ -76,9 +75,8 @@ def test_weights_of_another_image_size_are_resampled_by_the_rule_of_timm(name, s
     torch.save({"state_dict": saved.state_dict()}, tmp_path / "saved.pth")
     network = timm.create_model(name, img_size=size, num_classes=5, **arguments)
     own = {key: value.clone() for key, value in network.state_dict().items()}
-    with caplog.at_level(logging.INFO, "visionattn"):
-        start_from(network, tmp_path / "saved.pth", name)
-    assert "resampled for the size of images" in caplog.text
+    line = start_from(network, tmp_path / "saved.pth", name)
+    assert "resampled for the size of images" in line
     resampled = 0
     for key, weight in network.state_dict().items():
         theirs = saved.state_dict()[key]

@@ -146,7 +146,7 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
     if dataset.readings:
         mean, std = mean_std(dataset.readings["train"])
         resolved = {"mean": mean.round(6).tolist(), "std": std.round(6).tolist()}
-    resolved |= statistics_of(spec.model, channels) if data.mean is None else {}
+    resolved |= statistics_of(spec.model, channels, True) if data.mean is None else {}
     resolved |= {key: given for key in ("mean", "std") if (given := getattr(data, key)) is not None}
     for key, values in resolved.items():
         if len(values) != channels:

@@ -35,8 +35,7 @@ from visionattn.models.detectors import (
     measured_levels,
     refuse_unusable,
 )
-from visionattn.models.networks import arguments_of
-from visionattn.models.weights import start_from
+from visionattn.models.networks import arguments_of, started
 from visionattn.tasks import base
 from visionattn.tasks.base import Task, predict_in_batches
 from visionattn.tasks.detection.losses import DetectionLoss
@@ -437,9 +436,7 @@ def _network(spec: Recipe, limit: int) -> Detector:
     network = make_detector(
         model.name, model.detector, len(data.classes), len(data.mean), model.pretrained, arguments, detector_args
     )
-    if model.checkpoint is not None:
-        start_from(network, model.checkpoint, model.name)
-    return network
+    return started(network, model, arguments)
 
 
 def _prove(network: Detector, spec: Recipe, dataset: Dataset) -> None:

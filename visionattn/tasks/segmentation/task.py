@@ -26,9 +26,8 @@ from visionattn.files import Unwritable
 from visionattn.inference.sliding import predict_windows, slide, strips
 from visionattn.inference.views import views
 from visionattn.models.adapters import adapt
-from visionattn.models.networks import arguments_of, refuse_unknown
+from visionattn.models.networks import arguments_of, refuse_unknown, started
 from visionattn.models.segmenters import DECODERS, make_segmenter
-from visionattn.models.weights import start_from
 from visionattn.tasks import base
 from visionattn.tasks.base import Task, predict_in_batches
 from visionattn.tasks.segmentation.losses import balanced_weights, make_loss
@@ -257,9 +256,7 @@ def _network(spec: Recipe, classes: int, channels: int) -> EncoderDecoder:
     network = make_segmenter(
         model.name, model.decoder, classes, channels, model.pretrained, arguments, model.decoder_args
     )
-    if model.checkpoint is not None:
-        start_from(network, model.checkpoint, model.name)
-    return network
+    return started(network, model, arguments)
 
 
 def _loss(spec: Recipe, dataset: Dataset) -> nn.Module:
