@@ -129,6 +129,7 @@ class Predicted:
         boxes: the objects, see `visionattn.data.boxes`. None for anything else.
         mask: (H, W) uint8 class numbers; of volumes (slices, rows, columns). 255 where there are no data.
         classes: names of the class numbers.
+        features: (D,) of a network that has learned without labels. None for anything else.
         error: why it cannot be read; then there is nothing else.
     """
 
@@ -138,6 +139,7 @@ class Predicted:
     probabilities: dict[str, float] | None = None
     mask: np.ndarray | None = None
     boxes: Boxes | None = None
+    features: np.ndarray | None = None
     error: str | None = None
 
 
@@ -156,6 +158,9 @@ class PredictedTable(list[Predicted]):
             if one.mask is not None:
                 row.pop("label")
                 row |= {name: float((one.mask == k).mean()) for k, name in enumerate(one.classes)}
+            if one.features is not None:
+                row.pop("label")
+                row |= {f"f{k}": float(value) for k, value in enumerate(one.features, 1)}
             if one.boxes is not None:
                 row.pop("label")
                 row |= {name: int((one.boxes.labels == k).sum()) for k, name in enumerate(one.classes)}

@@ -4,6 +4,7 @@ import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from visionattn.data.boxes import Boxes
 from visionattn.data.sample import Window
@@ -26,7 +27,8 @@ class Prediction(NamedTuple):
 
     Attributes:
         index: position of the sample.
-        value: an array, or what numpy reads as one: probabilities (K,), a mask (h, w) of class numbers; or objects,
+        value: an array, or what numpy reads as one: probabilities (K,), features (D,), a mask (h, w) of class
+            numbers; or objects,
             always in the pixels of the whole sample.
         window: that `value` is about; None: the whole sample.
         confidence: (h, w) uint8, the probability of a mask's classes in per cent, where a writer wants it.
@@ -35,7 +37,7 @@ class Prediction(NamedTuple):
     """
 
     index: int  # type: ignore[assignment]  # in place of tuple.index, which nobody calls
-    value: np.ndarray | PackedMask | Boxes | None = None
+    value: ArrayLike | Boxes | None = None
     window: Window | None = None
     confidence: np.ndarray | None = None
     bins: np.ndarray | None = None

@@ -111,7 +111,7 @@ def _read(sample: Sample, classes: int) -> Reading:
     target: Any = None
     positions: dict[int, np.ndarray] = {}
     size, channels, missing = (0, 0), 0, 0
-    for window, image, target in _pieces(sample):
+    for window, image, target in _pieces(sample, classes > 0):
         size = window[0].stop, window[1].stop
         channels = len(image)
         for digest in (image_digest, pair_digest):
@@ -122,7 +122,7 @@ def _read(sample: Sample, classes: int) -> Reading:
             image = match_channels(image, channels, sample.name)
         here, without = _sums(image)
         sums, missing = sums + here, missing + without
-        if isinstance(target, Boxes):
+        if target is None or isinstance(target, Boxes):
             continue
         pair_digest.update(np.ascontiguousarray(target).data)
         if sample.label is None:
@@ -166,14 +166,18 @@ def _sums(image: np.ndarray) -> tuple[np.ndarray, int]:
     return sums, int((~valid.any(0)).sum())
 
 
-def _pieces(sample: Sample) -> Iterator[tuple[Window, np.ndarray, Any]]:
+def _pieces(sample: Sample, labelled: bool) -> Iterator[tuple[Window, np.ndarray, Any]]:
     """Windows that cover the sample, with image and target there: the whole unless it is large and read by windows."""
     if sample.windowed:
         for window in blocks(sample.size, BLOCK):
-            yield window, sample.image(window), _labelled(sample, sample.target(window))
+            yield window, sample.image(window), _labelled(sample, sample.target(window)) if labelled else None
     else:
         image = sample.image()
-        yield (slice(0, image.shape[1]), slice(0, image.shape[2])), image, _labelled(sample, sample.target())
+        yield (
+            (slice(0, image.shape[1]), slice(0, image.shape[2])),
+            image,
+            (_labelled(sample, sample.target()) if labelled else None),
+        )
 
 
 def _labelled(sample: Sample, target: Any) -> Any:

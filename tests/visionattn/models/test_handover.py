@@ -13,6 +13,7 @@ from torch import nn
 from visionattn.errors import UserError
 from visionattn.models.detectors import make_detector
 from visionattn.models.handover import about, save_backbone, start_from
+from visionattn.models.pretrainers import make_pretrainer
 from visionattn.models.segmenters import make_segmenter
 from visionattn.recipe.sections import Bands, Model
 
@@ -33,6 +34,7 @@ def network(task: str, channels: int = 3, **options: object) -> nn.Module:
         return make_segmenter(NAME, "fpn", 4, channels, encoder_args=arguments)
     if task == "detection":
         return make_detector(NAME, "fcos", 3, channels, args=arguments, detector_args={"fpn_channels": 32, "convs": 1})
+    return make_pretrainer(Model(name=NAME, args=arguments), channels, (64, 64), "mim")
 
 
 def backbone(made: nn.Module) -> nn.Module:
@@ -49,7 +51,7 @@ def saved(made: nn.Module, path: Path) -> Path:
     return path
 
 
-TASKS = ["classification", "segmentation", "detection"]
+TASKS = ["classification", "segmentation", "detection", "pretraining"]
 
 
 @pytest.mark.parametrize("new", TASKS)

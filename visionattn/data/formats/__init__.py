@@ -5,7 +5,7 @@ A format module has
 - `Section`: what a recipe's `data` says about it, its name as `format: Literal[...]`; the task adds what it wants of
   the images itself (their size, augmentation ...);
 - `KIND`: what its samples are, see `Kind`;
-- `find(section) -> Found`: the labelled samples of a section, from names and headers only;
+- `find(section) -> Found`: the samples of a section, labelled if the format is, from names and headers only;
 - `unlabelled(paths, section, channels) -> (samples, problems)`: images to predict, files or folders of this format;
 - optionally `notes(samples)`, what `visionattn check` should say of them, and `of_array(name, pixels, section,
   channels)`, a sample of pixels in memory.
@@ -38,7 +38,7 @@ class Kind(NamedTuple):
     """What the samples of a format are.
 
     Attributes:
-        target: what they are labelled with: "class" (one or several), "mask" or "boxes".
+        target: what they are labelled with: "class" (one or several), "mask" or "boxes"; "" without labels.
         noun: what a case is called.
         writer: the output format of what is predicted, a module of `visionattn.writers`.
         endings: of the paths that a section's `root` can be; "" is a folder.
@@ -56,7 +56,7 @@ class Kind(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Labelled samples, the names of their classes in order, and a line for each thing that is wrong with them."""
+    """Samples, the names of their classes in order (none without labels), and a line for each thing that is wrong."""
 
     samples: list[Sample]
     classes: list[str]
@@ -108,15 +108,17 @@ def _readable(section: Data) -> ModuleType:
 
 
 def find(section: Data) -> Found:
-    """The labelled samples of a section, from names and headers only.
+    """The samples of a section, from names and headers only.
 
     Raises:
         UserError: a package that reads the format is missing, or there is nothing that can be used.
     """
-    labelled = _readable(section).find(section)
-    if not labelled.samples:
-        raise UserError("\n".join(["data: no labelled image that can be used", *labelled.problems[:20]]))
-    return labelled
+    module = _readable(section)
+    found = module.find(section)
+    if not found.samples:
+        noun = "labelled image" if module.KIND.target else "image"
+        raise UserError("\n".join([f"data: no {noun} that can be used", *found.problems[:20]]))
+    return found
 
 
 def unlabelled(paths: Sequence[Path], section: Data, channels: int) -> tuple[list[Sample], list[str]]:

@@ -28,7 +28,7 @@ from pydicom.config import IGNORE, disable_value_validation
 from pydicom.pixels import apply_modality_lut, get_decoder
 from pydicom.uid import UID, ImplicitVRLittleEndian
 
-from visionattn.data.formats.nifti import VolumeSection
+from visionattn.data.formats.nifti import SliceSection, VolumeSection
 from visionattn.data.labels import Labels
 from visionattn.data.pairs import Pair
 from visionattn.data.remarks import names_its_file
@@ -163,7 +163,7 @@ class Volume:
         return np.ascontiguousarray(np.moveaxis(1 - image if self.inverted else image, -1, 0))
 
 
-def scaled(values: np.ndarray, section: VolumeSection) -> np.ndarray:
+def scaled(values: np.ndarray, section: SliceSection) -> np.ndarray:
     """(H, W, channels) -> float32 in 0..1 as `Volume.image` does it."""
     if section.window is not None and section.level is not None:
         low, high = _limits(section.window, section.level)
@@ -231,27 +231,34 @@ def labelled(pairs: Sequence[Pair], section: VolumeSection) -> tuple[list[Sample
     return samples, problems + _channel_problems(channels)
 
 
-def unlabelled(paths: Mapping[str, Path], section: VolumeSection, channels: int) -> tuple[list[Sample], list[str]]:
-    """The slices of volumes by name, and a line for each volume that cannot be read or has other channels."""
+def unlabelled(
+    paths: Mapping[str, Path], section: SliceSection, channels: int | None
+) -> tuple[list[Sample], list[str]]:
+    """The slices of volumes by name, and a line for each volume that cannot be read or has other channels.
+
+    channels: None: those that most volumes have.
+    """
     samples: list[Sample] = []
     problems: list[str] = []
+    found: dict[Path, int] = {}
     for name, path in paths.items():
         try:
             volume = open_volume(path, section.axis)
         except UserError as error:
             problems.append(str(error))
             continue
-        if volume.channels != channels:
+        found[path] = volume.channels
+        if channels is not None and volume.channels != channels:
             problems.append(f"{path}: {volume.channels} channels, but the network was trained on {channels}")
         else:
             samples += _slices(name, volume, section, group=name)
-    return samples, problems
+    return samples, problems + (_channel_problems(found) if channels is None else [])
 
 
 def _slices(
     name: str,
     volume: Volume,
-    section: VolumeSection,
+    section: SliceSection,
     group: str,
     split: str = "",
     mask: Volume | None = None,

@@ -29,22 +29,30 @@ class Section(ClassSection):
 
 def find(section: Section) -> Found:
     """All images of the set, in its order."""
-    if section.name == "digits":
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        images, labels = (digits.images * (255 / 16)).round().astype(np.uint8), digits.target  # 0..16 in the source
-    else:
-        images, labels = mnist_5k()
+    images, labels = images_of(section.name)
     classes = section.classes or [str(k) for k in range(10)]
     if len(classes) != 10:
         raise UserError(f"data.classes has {len(classes)} names, but {section.name} has 10 classes")
-    names = [f"{section.name}[{i}]" for i in range(len(labels))]
-    samples: list[Sample] = [
-        ImageArray(n, n, n, section.channels, image.shape, label=label, pixels=image)
+    return Found(samples_of(section.name, images, labels, section.channels), classes, [])
+
+
+def images_of(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(N, H, W) uint8 and (N,) labels of a set."""
+    if name == "mnist_5k":
+        return mnist_5k()
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return (digits.images * (255 / 16)).round().astype(np.uint8), digits.target  # 0..16 in the source
+
+
+def samples_of(name: str, images: np.ndarray, labels: np.ndarray, channels: int | None) -> list[Sample]:
+    """The images as samples."""
+    names = [f"{name}[{i}]" for i in range(len(labels))]
+    return [
+        ImageArray(n, n, n, channels, image.shape, label=label, pixels=image)
         for n, image, label in zip(names, images, labels.astype(np.int64), strict=True)
     ]
-    return Found(samples, classes, [])
 
 
 def mnist_5k() -> tuple[np.ndarray, np.ndarray]:

@@ -32,10 +32,10 @@ def find(section: Section) -> Found:
 def unlabelled(paths: Sequence[Path], section: Section, channels: int) -> tuple[list[Sample], list[str]]:
     from visionattn.data.formats import _volumes
 
-    return _volumes.unlabelled(_series_folders(paths), section, channels)
+    return _volumes.unlabelled(series_folders(paths), section, channels)
 
 
-def _series_folders(paths: Sequence[Path]) -> dict[str, Path]:
+def series_folders(paths: Sequence[Path]) -> dict[str, Path]:
     """Folders that hold a series, at or below the given ones, by the name of their result.
 
     Raises:

@@ -13,13 +13,14 @@ from visionattn.data.labels import MaskFileSection
 from visionattn.data.pairs import PairSection, find_pairs
 from visionattn.data.sample import Sample
 from visionattn.recipe.sections import AbovePositive
+from visionattn.recipe.sections import Section as BaseSection
 
 KIND = Kind("mask", noun="volume", writer="nifti", endings=("",), needs=("nibabel", "pydicom"), extra="medical")
 ENDINGS = {".nii", ".nii.gz"}
 
 
-class VolumeSection(PairSection, MaskFileSection):
-    """Volumes as 2-D slices; a volume is a case."""
+class SliceSection(BaseSection):
+    """How volumes become 2-D slices."""
 
     axis: Literal[0, 1, 2] = Field(2, description="slices: 0 sagittal, 1 coronal, 2 axial, however files store them")
     window: AbovePositive | None = Field(
@@ -32,6 +33,10 @@ class VolumeSection(PairSection, MaskFileSection):
         if (self.window is None) != (self.level is None):
             raise ValueError("window and level go together: give both or none")
         return self
+
+
+class VolumeSection(PairSection, MaskFileSection, SliceSection):
+    """Volumes as 2-D slices; a volume is a case."""
 
 
 class Section(VolumeSection):
@@ -55,7 +60,7 @@ def unlabelled(paths: Sequence[Path], section: Section, channels: int) -> tuple[
     return _volumes.unlabelled(named_files(paths, ENDINGS), section, channels)
 
 
-def of_array(name: str, pixels: np.ndarray, section: VolumeSection, channels: int) -> Sample:
+def of_array(name: str, pixels: np.ndarray, section: SliceSection, channels: int) -> Sample:
     """A slice (H, W) in the values of its volume: by window and level, else by its own percentiles."""
     from visionattn.data.formats import _volumes
 

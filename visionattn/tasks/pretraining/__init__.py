@@ -1,0 +1,1 @@
+"""The pretraining task: a backbone that learns from images without labels."""
