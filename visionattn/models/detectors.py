@@ -176,7 +176,7 @@ DETECTORS = {
     ),
     "mask_rcnn": Kind("Mask R-CNN (2017): Faster R-CNN with the mask of each object", MaskRCNN, (4, 3, 2), ("ratios",)),
     "rt_detr": Kind(
-        "RT-DETR v2 (2024), of transformers: queries become objects, without anchors or duplicates",
+        "RT-DETR v2 (2024), of transformers: queries become objects, without anchors",
         RTDETR,
         (4,),
         ("gamma", "queries", "layers"),

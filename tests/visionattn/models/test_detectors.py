@@ -261,7 +261,7 @@ def test_images_keep_their_size(detector, size):
     assert [tuple(shape) for shape in seen] == [tuple(-(-side // 32) * 32 for side in size)]
 
 
-@pytest.mark.parametrize("detector", [name for name, kind in DETECTORS.items() if not kind.queries])
+@every_detector
 @torch.no_grad()
 def test_duplicates_are_of_a_class_or_of_any(detector):
     image = torch.randn(1, 3, 64, 64)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from torchvision.ops import box_convert, nms
+from torchvision.ops import box_convert
 
 from visionattn.errors import UserError
 from visionattn.models.detectors import Detector, Objects, make_detector
@@ -120,15 +120,6 @@ def test_images_of_fewer_places_than_queries(detector):
     network = small(detector, queries=200, fpn_channels=64).eval()
     assert len(network(torch.randn(1, 3, 32, 32))[0].xyxy) <= 3 * 21
     assert network.train()(torch.randn(2, 3, 32, 32), [objects((3, 3, 20, 20))] * 2)["box"] > 0
-
-
-@every_family
-@torch.no_grad()
-def test_duplicates_of_any_class_are_removed_where_asked(detector):
-    network = small(detector, agnostic=True, overlap=0.4).eval()
-    network.head.classifier.bias.zero_()
-    (found,) = network(torch.randn(1, 3, 64, 64))
-    assert len(nms(found.xyxy, found.scores, 0.4)) == len(found.scores) > 1
 
 
 @every_family

@@ -36,10 +36,7 @@ class DetectorArgs(Section):
         "least 100",
     )
     layers: Positive = Field(6, description="rt_detr, d_fine: of the decoder")
-    nms: Iou = Field(
-        0.6,
-        description="IoU above which the less sure of two detections is a duplicate; rt_detr, d_fine: only if agnostic",
-    )
+    nms: Iou = Field(0.6, description="IoU above which the less sure of two detections is a duplicate")
     agnostic: bool = Field(False, description="detections of different classes can be duplicates of each other")
 
     @model_validator(mode="after")

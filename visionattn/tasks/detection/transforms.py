@@ -164,20 +164,22 @@ class TrainingCrops(Dataset):
 
     def _drawn(self, index: int) -> tuple[int, Window, float]:
         """An image, this one unless its crop would be one too many without an object, a window of it, and its scale."""
-        window, scale = self._window(index, self._object(index, self.data.object_crops))
+        window, scale = self._window(index, self.data.object_crops)
         if self.kept < 1 and not self._shows(index, window) and torch.rand(1).item() >= self.kept:
             if not self.places[index]:
                 index = self.with_objects[int(torch.randint(len(self.with_objects), (1,)))]
-            window, scale = self._window(index, self._object(index, 1.0))
+            window, scale = self._window(index, 1.0)
         return index, window, scale
 
     def _kept(self) -> float:
-        """See `kept`; from as many crops as there are in an epoch, or some."""
-        empty, crops = 0, range(0, len(self), max(1, len(self) // COUNTED))
+        """See `kept`; from the crops of an epoch, or some."""
+        with seeded(self.seed, -1):
+            crops = torch.randperm(len(self))[:COUNTED].tolist()
+        empty = 0
         for crop in crops:
             with seeded(self.seed, -1, crop):
                 index = crop % len(self.samples)
-                window, _ = self._window(index, self._object(index, self.data.object_crops))
+                window, _ = self._window(index, self.data.object_crops)
                 empty += not self._shows(index, window)
         return min(1.0, self.data.empty_crops * len(crops) / max(1, empty))
 
@@ -191,13 +193,14 @@ class TrainingCrops(Dataset):
         zoom = math.exp(torch.empty(1).uniform_(math.log(low), math.log(high)).item())
         return factor_of(self.samples[index].size, self.data) * zoom
 
-    def _window(self, index: int, centre: tuple[int, int] | None) -> tuple[Window, float]:
-        """What of an image becomes a crop, and by what it is scaled."""
+    def _window(self, index: int, chance: float) -> tuple[Window, float]:
+        """What of an image becomes a crop, with this chance around an object, and by what it is scaled."""
         size, scale = self.samples[index].size, self._scale(index)
         extents = [
             max(1, min(round(side / scale), own)) for side, own in zip(frame(size, self.data), size, strict=True)
         ]
-        starts = [_start(*sides) for sides in zip(size, extents, centre or (None, None), strict=True)]
+        centre = self._object(index, chance) or (None, None)
+        starts = [_start(*sides) for sides in zip(size, extents, centre, strict=True)]
         rows, columns = (slice(start, start + extent) for start, extent in zip(starts, extents, strict=True))
         return (rows, columns), scale
 
