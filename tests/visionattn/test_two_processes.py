@@ -171,10 +171,10 @@ def test_validation_on_two_processes_gives_the_numbers_of_one(recipe, tmp_path):
 @pytest.mark.parametrize("launcher", [[], pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["fit", "torchrun"])
 def test_a_run_whose_second_process_was_killed_resumes(launcher, recipe_file, tmp_path):
     command = [sys.executable, *launcher, "-m", "visionattn", "fit"]
-    words = [str(recipe_file), "--run", str(tmp_path / "run"), *TWO, "train.epochs=40"]
+    words = [str(recipe_file), *TWO, "train.epochs=40"]
     process = subprocess.Popen([*command, *words], start_new_session=True, cwd=tmp_path, stdout=subprocess.DEVNULL)
     try:
-        while not (tmp_path / "run" / "metrics.csv").is_file() or len(rows(tmp_path / "run")) < 2:
+        while not (found := list(tmp_path.glob("runs/*/metrics.csv"))) or len(rows(found[0].parent)) < 2:
             assert process.poll() is None
             time.sleep(0.05)
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
@@ -182,16 +182,13 @@ def test_a_run_whose_second_process_was_killed_resumes(launcher, recipe_file, tm
         assert process.wait(timeout=60) != 0  # the first process does not wait for ever
     finally:
         os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
-    saved = (
-        (tmp_path / "run" / "recipe.yaml")
-        .read_text()
-        .replace("epochs: 40", f"epochs: {len(rows(tmp_path / 'run')) + 1}")
-    )
-    (tmp_path / "run" / "recipe.yaml").write_text(saved)
-    words = ["--resume", str(tmp_path / "run")]
+    run = found[0].parent
+    saved = (run / "recipe.yaml").read_text().replace("epochs: 40", f"epochs: {len(rows(run)) + 1}")
+    (run / "recipe.yaml").write_text(saved)
+    words = ["--resume", str(run)]
     done = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "report.html").is_file()
+    assert (run / "report.html").is_file()
 
 
 def test_processes_that_torchrun_starts_share_a_run(recipe_file, tmp_path):
