@@ -39,7 +39,7 @@ class UnlabelledSection(GroupSection):
 
 
 class Section(UnlabelledSection):
-    """Image files in any subfolders."""
+    """Image files in any subfolders, numpy arrays (.npy) too."""
 
     format: Literal["unlabelled"]
     channels: Positive | None = Field(None, description="unset: 1 where all images are grey, else 3")
@@ -47,7 +47,7 @@ class Section(UnlabelledSection):
 
 def find(section: Section) -> Found:
     """Every image; only headers are read."""
-    files = section.named(sorted(SUFFIXES))
+    files = section.named(sorted({*SUFFIXES, ".npy"}))
     with ThreadPoolExecutor(8) as pool:
         headers = dict(zip(files, pool.map(_header, files.values()), strict=True))
     readable = {name: it for name, it in headers.items() if isinstance(it, Header)}

@@ -69,6 +69,13 @@ def dicom(root: Path) -> dict:
     return {"format": "dicom", "root": root}
 
 
+def arrays(root: Path) -> dict:
+    root.mkdir()
+    for k in range(4):
+        np.save(root / f"{k}.npy", RNG.integers(0, 9000, (40, 50, 13), dtype=np.uint16))
+    return {"format": "unlabelled", "root": root}
+
+
 def npz(root: Path) -> dict:
     root.mkdir()
     np.savez(root / "a.npz", images=RNG.integers(0, 255, (6, 32, 32, 3), dtype=np.uint8))
@@ -95,6 +102,7 @@ def builtin(root: Path) -> dict:
 
 EXPECTED = {  # samples, groups, channels
     images: (6, 3, 1),
+    arrays: (4, 4, 13),
     geotiff: (3, 3, 3),
     nifti: (12, 2, 1),
     dicom: (6, 2, 1),
