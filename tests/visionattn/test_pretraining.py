@@ -150,3 +150,13 @@ def test_images_that_are_all_alike_train_without_nan_and_are_reported(unlabelled
 def test_what_cannot_work_is_refused_before_anything_is_written(override, words, unlabelled, tmp_path, refused):
     assert words in refused("fit", unlabelled, "--run", tmp_path / "run", override)
     assert not (tmp_path / "run").exists()
+
+
+def test_two_views_are_learned_from(unlabelled, recipe_file, tmp_path):
+    pytest.importorskip("lightly")
+    run = fit(unlabelled, tmp_path / "run", "objective={name: vicreg, width: 32}", "probe=null", "train.ema=null")
+    assert metrics(run)["headline"] == "spread"
+    assert [row["val/epoch"] for row in rows(run)] == ["1.0", "2.0"]
+    best, last = (torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True) for name in ("best", "last"))
+    assert best["epoch"] == last["epoch"]
+    fit(recipe_file, tmp_path / "tuned", f"model.checkpoint={run / 'checkpoints' / 'last.ckpt'}", "train.epochs=1")
