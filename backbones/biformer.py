@@ -35,6 +35,7 @@ from visionattn.backbones._twins import unwrap
 from visionattn.backbones.backbone import MapClassifier, create
 from visionattn.backbones.layers import check_in_chans, init_linear, linear
 from visionattn.kernels import routing_attention
+from visionattn.kernels._packed import unpack
 
 __all__ = ["BiFormer"]
 
@@ -220,7 +221,7 @@ class RefactoredRoutingAttention(nn.Module):
         if height % size[0] or width % size[1]:
             routes = self.routes(qkv, size, topk)
             qkv = pad_to_multiple(qkv, *size)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        q, k, v = unpack(qkv.unflatten(-1, (3, self.num_heads, -1)))
         out = routing_attention(q, k, v, regions, topk, self.scale, routes=routes).flatten(3)
         return linear(self.output_linear, out[:, :height, :width] + lepe)
 
@@ -248,7 +249,7 @@ class GlobalAttention(nn.Module):
         self.lepe = DepthwiseConv(dim, side_dwconv) if side_dwconv else None
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        q, k, v = unpack(linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)))
         out = routing_attention(q, k, v, regions=1, topk=1).flatten(3)
         if self.lepe is not None:
             out = out + self.lepe(x if self.lepe_of == "input" else v.flatten(3))

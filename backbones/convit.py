@@ -42,6 +42,7 @@ from visionattn.backbones.layers import (
     position_embedding,
 )
 from visionattn.kernels import gated_positional_attention, routing_attention
+from visionattn.kernels._packed import unpack
 from visionattn.kernels._plain import keep
 
 __all__ = ["ConViT"]
@@ -101,7 +102,7 @@ class GatedPositionalAttention(nn.Module):
         return [*(x - bias for x in sums), bias]
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k = linear(self.qk, x).unflatten(-1, (2, self.num_heads, -1)).unbind(3)
+        q, k = unpack(linear(self.qk, x).unflatten(-1, (2, self.num_heads, -1)))
         v = linear(self.v, x).unflatten(-1, (self.num_heads, -1))
         x = gated_positional_attention(q, k, v, self.position_logits(*x.shape[1:3]), self.gating_param)
         return linear(self.proj, x.flatten(3))
@@ -126,7 +127,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = linear(self.qkv, x[:, :, None]).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        q, k, v = unpack(linear(self.qkv, x[:, :, None]).unflatten(-1, (3, self.num_heads, -1)))
         return linear(self.proj, routing_attention(q, k, v, regions=1, topk=1)[:, :, 0].flatten(2))
 
 

@@ -41,6 +41,7 @@ from visionattn.backbones.backbone import MapClassifier, create
 from visionattn.backbones.layers import Mlp, check_in_chans, init_linear, linear, pad_to_multiple
 from visionattn.kernels import window_attention
 from visionattn.kernels._check import autocasting
+from visionattn.kernels._packed import unpack
 from visionattn.kernels._plain import keep
 
 __all__ = ["CrossFormer"]
@@ -176,7 +177,7 @@ class GroupAttention(nn.Module):
 
     def _attend(self, x: Tensor, group: int, interval: int, mask: Tensor | None) -> Tensor:
         """(B, H, W, dim) -> the same before the last projection; mask (1, H, W)"""
-        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        q, k, v = unpack(linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)))
         if interval == 1:
             groups = min(group, x.shape[1]), min(group, x.shape[2])
             return window_attention(q, k, v, groups, bias=self.bias(groups, q), mask=mask).flatten(3)

@@ -34,6 +34,7 @@ from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
 from visionattn.backbones.backbone import HeadClassifier, create
 from visionattn.backbones.layers import Mlp, channels_last, check_in_chans, init_linear, linear, pad_to_multiple
 from visionattn.kernels import channel_attention, window_attention
+from visionattn.kernels._packed import unpack
 
 __all__ = ["DaViT"]
 
@@ -66,7 +67,7 @@ class WindowAttention(nn.Module):
         below, right = -height % self.window_size, -width % self.window_size
         if below or right:
             x = F.pad(x, (0, 0, 0, right, 0, below))
-        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        q, k, v = unpack(linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)))
         x = window_attention(q, k, v, self.window_size)
         return linear(self.proj, x[:, :height, :width].flatten(3))
 
@@ -82,7 +83,7 @@ class ChannelAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_groups, -1)).unbind(3)
+        q, k, v = unpack(linear(self.qkv, x).unflatten(-1, (3, self.num_groups, -1)))
         return linear(self.proj, channel_attention(k, v, q, self.num_groups).flatten(3))
 
 

@@ -39,6 +39,7 @@ from visionattn.backbones._twins import unwrap
 from visionattn.backbones.backbone import MapClassifier, create
 from visionattn.backbones.layers import Mlp, check_in_chans, init_linear, linear
 from visionattn.kernels import neighborhood_attention
+from visionattn.kernels._packed import unpack
 
 __all__ = ["NAT"]
 
@@ -87,7 +88,7 @@ class NeighborhoodAttention(nn.Module):
         window = self.kernel_size * self.dilation
         if height < window or width < window:
             x = F.pad(x, (0, 0, 0, max(0, window - width), 0, max(0, window - height)))
-        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        q, k, v = unpack(linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)))
         x = neighborhood_attention(q, k, v, self.kernel_size, self.dilation, bias=self.rpb)
         return linear(self.proj, x.flatten(3)[:, :height, :width])
 

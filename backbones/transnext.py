@@ -40,6 +40,7 @@ from visionattn.backbones.layers import channels_last, check_in_chans, linear
 from visionattn.kernels import _record, window_attention
 from visionattn.kernels._check import precise
 from visionattn.kernels._dispatch import takes_plain
+from visionattn.kernels._packed import unpack
 from visionattn.kernels._plain import keep
 
 __all__ = ["TransNeXt"]
@@ -129,7 +130,7 @@ class GlobalAttention(CosineAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[1], x.shape[2]
-        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        q, k, v = unpack(linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)))
         q = self.queries(_unit(q).movedim(3, 1), math.log(size[0] * size[1])).movedim(1, 3)
         bias = position_bias(*self.distances(q, size), size)
         x = window_attention(q, _unit(k), v, size, bias=bias, scale=1.0)

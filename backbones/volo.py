@@ -44,6 +44,7 @@ from visionattn.backbones.layers import (
     position_embedding,
 )
 from visionattn.kernels import outlook_attention, routing_attention
+from visionattn.kernels._packed import unpack
 
 __all__ = ["VOLO"]
 
@@ -80,7 +81,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        q, k, v = unpack(linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)))
         return linear(self.proj, routing_attention(q, k, v, regions=1, topk=1).flatten(3))
 
 
@@ -97,7 +98,7 @@ class ClassAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q = linear(self.q, x[:, :1, None]).unflatten(-1, (self.num_heads, -1))
-        k, v = linear(self.kv, x[:, :, None]).unflatten(-1, (2, self.num_heads, -1)).unbind(3)
+        k, v = unpack(linear(self.kv, x[:, :, None]).unflatten(-1, (2, self.num_heads, -1)))
         return linear(self.proj, routing_attention(q, k, v, regions=1, topk=1)[:, :, 0].flatten(2))
 
 

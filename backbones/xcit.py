@@ -26,6 +26,7 @@ from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
 from visionattn.backbones.backbone import TokenClassifier, create
 from visionattn.backbones.layers import Mlp, channels_last, check_in_chans, check_pool, conv_norm, init_linear, linear
 from visionattn.kernels import cross_covariance_attention, routing_attention
+from visionattn.kernels._packed import unpack
 
 __all__ = ["XCiT"]
 
@@ -114,7 +115,7 @@ class CrossCovarianceAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        q, k, v = unpack(linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)))
         return linear(self.proj, cross_covariance_attention(q, k, v, self.temperature).flatten(3))
 
 

@@ -30,7 +30,8 @@ import triton.language as tl
 from torch import Tensor
 
 from visionattn.kernels._blocks import Entry, blocks
-from visionattn.kernels._check import allows_tf32
+from visionattn.kernels._check import allows_tf32, transforms
+from visionattn.kernels._plain import slice_step
 
 __all__ = [
     "LOG2E",
@@ -164,6 +165,7 @@ class Constants(NamedTuple):
     BLOCK_M: Any
     BLOCK_N: Any
     ALIGN: Any  # all strides are multiples of it
+    SLICES: Any  # of a contiguous tensor that the gradients of q, k and v are: 3, or each one of its own
     P: Any
     R: Any
     precision: Any
@@ -246,8 +248,9 @@ def aligned_map(pointer, stride_b, stride_y, stride_x, stride_h, c):
 
 
 @triton.jit
-def contiguous_map(pointer, n, height, width, DIM: tl.constexpr):
-    stride_x = n.heads.to(tl.int64) * DIM
+def contiguous_map(pointer, n, height, width, DIM: tl.constexpr, SLICES: tl.constexpr = 1):
+    """SLICES: how many maps a contiguous (B, H, W, SLICES, heads, dim) tensor holds, of which this is one."""
+    stride_x = n.heads.to(tl.int64) * (DIM * SLICES)
     return Map(pointer, height * width * stride_x, width * stride_x, stride_x, DIM)
 
 
@@ -361,7 +364,7 @@ def _backward_dq(
         aligned_map(v, v_b, v_y, v_x, v_h, c),
     )
     do, output = aligned_map(do, do_b, do_y, do_x, do_h, c), contiguous_map(output, n, height, width, c.DIM_V)
-    dq = contiguous_map(dq, n, height, width, c.DIM)
+    dq = contiguous_map(dq, n, height, width, c.DIM, c.SLICES)
     program = tl.program_id(0)
     if p_partial is not None:
         b_dtable_y = tl.zeros([c.P, c.BLOCK_D], tl.float32)
@@ -448,10 +451,8 @@ def _backward_dkv(
         b_ds = b_p * (tl.dot(b_v, b_do.T, input_precision=c.precision) - b_delta[None, :])
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=c.precision)
         box, row, column = _advance(walk, g.q, box, row, column)
-    dk, dv = (
-        contiguous_map(dk, n, key_height, key_width, c.DIM),
-        contiguous_map(dv, n, key_height, key_width, c.DIM_V),
-    )
+    dk = contiguous_map(dk, n, key_height, key_width, c.DIM, c.SLICES)
+    dv = contiguous_map(dv, n, key_height, key_width, c.DIM_V, c.SLICES)
     store(dk, b_dk * scale, batch, head, keys, c.DIM, c.BLOCK_D)
     store(dv, b_dv, batch, head, keys, c.DIM_V, c.BLOCK_DV)
 
@@ -470,8 +471,14 @@ def _backward_tile(
     n = Sizes(heads, height, width, key_height, key_width)
     q, k = aligned_map(q, q_b, q_y, q_x, q_h, c), aligned_map(k, k_b, k_y, k_x, k_h, c)
     v, do = aligned_map(v, v_b, v_y, v_x, v_h, c), aligned_map(do, do_b, do_y, do_x, do_h, c)
-    output, dq = contiguous_map(output, n, height, width, c.DIM_V), contiguous_map(dq, n, height, width, c.DIM)
-    dk, dv = contiguous_map(dk, n, height, width, c.DIM), contiguous_map(dv, n, height, width, c.DIM_V)
+    output, dq = (
+        contiguous_map(output, n, height, width, c.DIM_V),
+        contiguous_map(dq, n, height, width, c.DIM, c.SLICES),
+    )
+    dk, dv = (
+        contiguous_map(dk, n, height, width, c.DIM, c.SLICES),
+        contiguous_map(dv, n, height, width, c.DIM_V, c.SLICES),
+    )
     program = tl.program_id(0)
     if p_partial is not None:
         b_sum = tl.zeros([c.BLOCK_M, c.BLOCK_N], tl.float32)
@@ -675,9 +682,15 @@ def _operator_backward(
     parameters: Sequence[int],
     scale: float,
     needs_bias: bool,
+    is_packed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = _Call(pattern, (q, k, v), bias, table, parameters, scale, grad_output)
-    dq, dk, dv, delta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, lse))
+    """Gradients of q, k, v, which `is_packed` to one, (B, H, W, 3, heads, dim), and two that are empty; and of bias."""
+    call = _Call(pattern, (q, k, v), bias, table, parameters, scale, grad_output, 3 if is_packed else 1)
+    *gradients, dbias = _operator_backward_fake(
+        grad_output, grad_lse, output, lse, q, k, v, bias, table, pattern, parameters, scale, needs_bias, is_packed
+    )
+    dq, dk, dv = gradients[0].unbind(3) if is_packed else gradients
+    delta = torch.empty_like(lse)
     prepared = call.prepare("tile")
     if prepared.plan.is_closed:
         block_m, block_n = prepared.blocks
@@ -692,18 +705,19 @@ def _operator_backward(
         by_key = call.prepare("dkv")
         call.launch(_backward_dkv, len(q) * q.shape[3] * by_key.plan.tiles, by_key, dk, dv, lse, delta)
     fold_bias = PATTERNS[pattern].fold_bias
-    if not needs_bias or bias is None or fold_bias is None:
-        return dq, dk, dv, q.new_zeros(0)
-    sums = call.sum_bias(prepared, lse, delta) if partial is None else partial.sum(0)
-    return dq, dk, dv, fold_bias(sums, prepared.plan, bias).to(bias.dtype)
+    if needs_bias and bias is not None and fold_bias is not None:
+        sums = call.sum_bias(prepared, lse, delta) if partial is None else partial.sum(0)
+        dbias = fold_bias(sums, prepared.plan, bias).to(bias.dtype)
+    return gradients[0], gradients[1], gradients[2], dbias
 
 
 @_operator_backward.register_fake
 def _operator_backward_fake(
-    grad_output, grad_lse, output, lse, q, k, v, bias, table, pattern, parameters, scale, needs_bias
+    grad_output, grad_lse, output, lse, q, k, v, bias, table, pattern, parameters, scale, needs_bias, is_packed
 ):
+    shapes = [(*q.shape[:3], 3, *q.shape[3:]), (0,), (0,)] if is_packed else [x.shape for x in (q, k, v)]
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device) if needs_bias else q.new_empty(0)
-    return *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)), dbias
+    return *(torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes), dbias
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -718,9 +732,19 @@ def _gradients(ctx, grad_output: Tensor | None, grad_lse: Tensor | None) -> tupl
         grad_output = torch.zeros_like(output)
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
-    needs_bias = ctx.needs_input_grad[3]
-    *gradients, dbias = _operator_backward(grad_output, grad_lse, output, *tensors, *ctx.rest, needs_bias)
+    needs_bias, is_packed = ctx.needs_input_grad[3], _are_packed(*tensors[1:4])
+    *gradients, dbias = _operator_backward(grad_output, grad_lse, output, *tensors, *ctx.rest, needs_bias, is_packed)
+    if is_packed:
+        gradients = gradients[0].unbind(3)
     return *gradients, dbias if needs_bias else None, None, None, None, None
+
+
+def _are_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether these are the three slices of one projection, so that their gradients had better be."""
+    if torch.compiler.is_compiling() or transforms() or not q.shape == k.shape == v.shape:
+        return False
+    step = q.shape[3] * q.shape[4]
+    return q.stride(2) == 3 * step and slice_step(q, k, v) == step
 
 
 _operator.register_autograd(_gradients, setup_context=_setup_context)
@@ -748,6 +772,7 @@ class _Call:
         parameters: Sequence[int],
         scale: float,
         grad_output: Tensor | None = None,
+        slices: int = 1,
     ):
         self.pattern, self.functions = pattern, PATTERNS[pattern].functions
         maps, self.align = flat(qkv if grad_output is None else [*qkv, grad_output])
@@ -755,6 +780,7 @@ class _Call:
         self.q, _, self.v = qkv
         self.arguments = (*qkv[:2], bias, table, parameters)
         self.make_plan, self.scale = PATTERNS[pattern].plan, scale
+        self.slices = slices
 
     def prepare(self, kernel: str) -> _Prepared:
         """The plan, and what is compiled for, of one of the kernels."""
@@ -766,7 +792,9 @@ class _Call:
         padded = (max(MIN_BLOCK, triton.next_power_of_2(x)) for x in dims)
         tokens = (math.prod(x.value for x in block[:2]) * block.boxes.value for block in plan.geometry[:2])
         precision = "ieee" if self.q.dtype == torch.float32 and not allows_tf32() else "tf32"
-        constants = Constants(*map(constant, (*dims, *padded, *tokens, self.align, *plan.relative, precision)))
+        constants = Constants(
+            *map(constant, (*dims, *padded, *tokens, self.align, self.slices, *plan.relative, precision))
+        )
         return _Prepared(plan, constants, {"num_warps": warps, "num_stages": stages})
 
     def launch(self, kernel: Any, programs: int, prepared: _Prepared, *rest: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from visionattn.kernels._check import precise, transforms
 
-__all__ = ["attend", "can_keep", "exact_lse", "forget", "keep", "rows", "together"]
+__all__ = ["attend", "can_keep", "exact_lse", "forget", "keep", "rows", "slice_step", "together"]
 
 HEADS = 65535  # that one launch of fused attention can have on CUDA; windows and tiles count as heads
 KEPT = 64  # index tables of a kind
@@ -60,13 +60,13 @@ def together(move: Callable[[Tensor], Tensor], *maps: Tensor) -> list[Tensor]:
         return [move(x.unsqueeze(-3))[0] for x in maps]
     order = sorted(range(len(maps)), key=lambda i: maps[i].storage_offset())
     slices = [maps[i] for i in order]
-    if not _step(*slices):
+    if not slice_step(*slices):
         return [move(x.unsqueeze(-3))[0] for x in maps]
     moved = move(_Packed.apply(*slices)).unbind(0)
     return [moved[order.index(i)] for i in range(len(maps))]
 
 
-def _step(first: Tensor, *others: Tensor) -> int:
+def slice_step(first: Tensor, *others: Tensor) -> int:
     """How far apart in one memory such slices are; 0 if they are no slices of one tensor."""
     storage, step = first.untyped_storage()._cdata, others[0].storage_offset() - first.storage_offset()
     alike = all(
@@ -85,7 +85,7 @@ class _Packed(torch.autograd.Function):
     def forward(*maps: Tensor) -> Tensor:
         first = maps[0]
         size = (*first.shape[:-2], len(maps), *first.shape[-2:])
-        stride = (*first.stride()[:-2], _step(*maps), *first.stride()[-2:])
+        stride = (*first.stride()[:-2], slice_step(*maps), *first.stride()[-2:])
         return first.detach().as_strided(size, stride, first.storage_offset())
 
     @staticmethod

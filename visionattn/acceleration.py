@@ -20,6 +20,7 @@ from visionattn.backbones import convit as our_convit
 from visionattn.backbones import volo as our_volo
 from visionattn.backbones import xcit as our_xcit
 from visionattn.kernels import channel_attention, halo_attention, window_attention
+from visionattn.kernels._packed import unpack
 
 __all__ = ["accelerate"]
 
@@ -104,14 +105,14 @@ class CrossCovarianceAttention(xcit.XCA):
 
 class ChannelAttention(davit.ChannelAttention):
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x[:, :, None]).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        q, k, v = unpack(self.qkv(x[:, :, None]).unflatten(-1, (3, self.num_heads, -1)))
         return self.proj(channel_attention(k, v, q, self.num_heads)[:, :, 0].flatten(2))
 
 
 class WindowAttention(davit.WindowAttention):
     def forward(self, x: Tensor) -> Tensor:
         """Windows (B, tokens, C)."""
-        q, k, v = self.qkv(x.unflatten(1, self.window_size)).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        q, k, v = unpack(self.qkv(x.unflatten(1, self.window_size)).unflatten(-1, (3, self.num_heads, -1)))
         return self.proj(window_attention(q, k, v, self.window_size).flatten(3)).flatten(1, 2)
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from visionattn.kernels import _proof
+from visionattn.kernels._packed import unpack
 
 triton = pytest.importorskip("triton")  # has no packages for Windows and macOS
 
@@ -206,6 +207,31 @@ def test_gradients_of_the_output_alone(pattern):
     expected = torch.autograd.grad(outputs(reference(pattern)(*exact)[0])[0].sum(), right)
     for result, right in zip(results, expected, strict=True):
         torch.testing.assert_close(result.double(), right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("pattern", "size"), [("window", (3, 3)), ("window", (9, 8)), ("neighborhood", (4, 4))])
+def test_gradients_of_a_packed_projection_are_written_as_one(pattern, size):
+    more = {"window": size} if pattern == "window" else {}
+    arguments = globals()[pattern](b=2, size=size, heads=2, dim=24, **more)
+    packed = torch.stack(arguments[:3], 3).requires_grad_()
+    output = outputs(kernels(pattern).attention(*unpack(packed), *arguments[3:]))[0]
+    called = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        (gradient,) = torch.autograd.grad(output.square().sum(), packed)
+    assert "visionattn::softmax_attention_backward" in called
+    assert not {"aten::stack", "aten::cat", "aten::copy_", "aten::clone"} & set(called)
+    exact = packed.detach().double().requires_grad_()
+    arguments = [x.double() if isinstance(x, Tensor) else x for x in arguments]
+    expected = outputs(reference(pattern)(*exact.unbind(3), *arguments[3:])[0])[0]
+    torch.testing.assert_close(
+        gradient.double(), *torch.autograd.grad(expected.square().sum(), exact), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of opcheck
