@@ -461,7 +461,7 @@ def _backward_dkv(
 def _backward_tile(
     q, q_b, q_y, q_x, q_h, k, k_b, k_y, k_x, k_h, v, v_b, v_y, v_x, v_h,
     heads, height, width, key_height, key_width, tiles, scale, do, do_b, do_y, do_x, do_h,
-    output, dq, dk, dv, p_lse, p_grad_lse, p_partial, total_tiles, tiles_per_program, g, f, c,
+    dq, dk, dv, p_lse, p_grad_lse, p_partial, total_tiles, tiles_per_program, g, f, c,
 ):  # fmt: skip
     """All gradients, where the tokens of a tile attend to each other and to no others.
 
@@ -471,14 +471,9 @@ def _backward_tile(
     n = Sizes(heads, height, width, key_height, key_width)
     q, k = aligned_map(q, q_b, q_y, q_x, q_h, c), aligned_map(k, k_b, k_y, k_x, k_h, c)
     v, do = aligned_map(v, v_b, v_y, v_x, v_h, c), aligned_map(do, do_b, do_y, do_x, do_h, c)
-    output, dq = (
-        contiguous_map(output, n, height, width, c.DIM_V),
-        contiguous_map(dq, n, height, width, c.DIM, c.SLICES),
-    )
-    dk, dv = (
-        contiguous_map(dk, n, height, width, c.DIM, c.SLICES),
-        contiguous_map(dv, n, height, width, c.DIM_V, c.SLICES),
-    )
+    dq = contiguous_map(dq, n, height, width, c.DIM, c.SLICES)
+    dk = contiguous_map(dk, n, height, width, c.DIM, c.SLICES)
+    dv = contiguous_map(dv, n, height, width, c.DIM_V, c.SLICES)
     program = tl.program_id(0)
     if p_partial is not None:
         b_sum = tl.zeros([c.BLOCK_M, c.BLOCK_N], tl.float32)
@@ -492,15 +487,15 @@ def _backward_tile(
         b_k = load(k, batch, head, keys, c.DIM, c.BLOCK_D)  # [BLOCK_N, BLOCK_D]
         b_v = load(v, batch, head, keys, c.DIM_V, c.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         b_do = load(do, batch, head, queries, c.DIM_V, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-        b_o = load(output, batch, head, queries, c.DIM_V, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
         o_lse = _lse_offsets(n, batch, head, queries)
-        b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
-        if p_grad_lse is not None:
-            b_delta -= tl.load(p_grad_lse + o_lse, mask=queries.valid, other=0.0)
         b_lse = _load_lse(p_lse + o_lse, queries)
         b_p = tl.exp2(_scores(g, f, c, scale, head, b_q, b_k, None, queries, keys) - b_lse[:, None])
         b_dv = tl.dot(b_p.to(b_do.dtype).T, b_do, input_precision=c.precision)
-        b_ds = b_p * (tl.dot(b_do, b_v.T, input_precision=c.precision) - b_delta[:, None])
+        b_dp = tl.dot(b_do, b_v.T, input_precision=c.precision)
+        b_delta = tl.sum(b_p * b_dp, 1)
+        if p_grad_lse is not None:
+            b_delta -= tl.load(p_grad_lse + o_lse, mask=queries.valid, other=0.0)
+        b_ds = b_p * (b_dp - b_delta[:, None])
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=c.precision)
         b_dk = tl.dot(b_ds.to(b_q.dtype).T, b_q, input_precision=c.precision)
         store(dq, b_dq * scale, batch, head, queries, c.DIM, c.BLOCK_D)
@@ -695,7 +690,7 @@ def _operator_backward(
     if prepared.plan.is_closed:
         block_m, block_n = prepared.blocks
         programs, partial, *share = call.share(prepared, (1, block_m, 1, block_n) if needs_bias else None)
-        call.launch(_backward_tile, programs, prepared, output, dq, dk, dv, lse, grad_lse, partial, *share)
+        call.launch(_backward_tile, programs, prepared, dq, dk, dv, lse, grad_lse, partial, *share)
     else:
         prepared = call.prepare("dq")
         tables = 2, prepared.plan.relative[0], prepared.constants.BLOCK_D.value

@@ -3,7 +3,7 @@
 They stand in two tables of the same form: `_blocks.csv` beside this file, and before it the user's own, which
 `visionattn benchmark kernels --tune` writes. A row is for devices of its compute capability and newer ones, as long as
 no row is of one nearer to the device; one of a pattern comes before one of "any". The rows of `_blocks.csv` were chosen
-without a device: the largest tiles of those tried that compile without spilled registers.
+without a device: the largest tiles of those tried that compile with few spilled registers or none.
 """
 
 import csv
