@@ -33,9 +33,10 @@ from torchvision.ops import Permute
 
 from visionattn.backbones._twins import unwrap
 from visionattn.backbones.backbone import MapClassifier, create
-from visionattn.backbones.layers import check_in_chans, init_linear, linear
+from visionattn.backbones.layers import check_in_chans, init_linear, linear, missing, pad_map_to_multiple
 from visionattn.kernels import routing_attention
 from visionattn.kernels._packed import unpack
+from visionattn.kernels._plain import crop
 
 __all__ = ["BiFormer"]
 
@@ -46,12 +47,6 @@ def check_heads(dim: int, qk_dim: int, num_heads: int) -> None:
             f"embed_dim {dim} and qk_dims {qk_dim} of a stage must be multiples of its number of heads, {num_heads}"
             " (that is qk_dims // head_dim, in global attention 8)"
         )
-
-
-def pad_to_multiple(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Zero pads a map (B, H, W, C) below and to the right until rows divides H and columns divides W."""
-    below, right = -x.shape[1] % rows, -x.shape[2] % columns
-    return F.pad(x, (0, 0, 0, right, 0, below)) if below or right else x
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -181,7 +176,7 @@ class BiLevelRoutingAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
-        q, k, v = self.qkv(pad_to_multiple(x, self.n_win, self.n_win))
+        q, k, v = self.qkv(pad_map_to_multiple(x, self.n_win, self.n_win))
         lepe = 0 if self.lepe is None else self.lepe(v.flatten(3))
         routes, weights = (None, None) if self.router is None else self.router(q, k)
         if self.kv_down is not None:
@@ -189,7 +184,7 @@ class BiLevelRoutingAttention(nn.Module):
         if not self.soft_routing:
             weights = None
         out = routing_attention(q, k, v, self.n_win, self.topk, self.scale, routes=routes, route_weights=weights)
-        return linear(self.wo, (out.flatten(3) + lepe)[:, :height, :width])
+        return linear(self.wo, crop(out.flatten(3) + lepe, (height, width)))
 
 
 @register_notrace_module
@@ -220,10 +215,10 @@ class RefactoredRoutingAttention(nn.Module):
         routes = None
         if height % size[0] or width % size[1]:
             routes = self.routes(qkv, size, topk)
-            qkv = pad_to_multiple(qkv, *size)
+            qkv = pad_map_to_multiple(qkv, *size)
         q, k, v = unpack(qkv.unflatten(-1, (3, self.num_heads, -1)))
         out = routing_attention(q, k, v, regions, topk, self.scale, routes=routes).flatten(3)
-        return linear(self.output_linear, out[:, :height, :width] + lepe)
+        return linear(self.output_linear, crop(out, (height, width)) + lepe)
 
     @staticmethod
     def routes(qkv: Tensor, size: tuple[int, int], topk: int) -> Tensor:
@@ -340,7 +335,7 @@ class PatchConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if self.pad:
             rows, columns = self.kernel_size
-            x = F.pad(x, (0, -x.shape[3] % columns, 0, -x.shape[2] % rows))
+            x = F.pad(x, (0, missing(x.shape[3], columns), 0, missing(x.shape[2], rows)))
         return self._conv_forward(x, self.weight, self.bias)
 
 

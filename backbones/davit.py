@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import (
     ClassifierHead,
     DropPath,
@@ -32,9 +31,18 @@ from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
 from visionattn.backbones.backbone import HeadClassifier, create
-from visionattn.backbones.layers import Mlp, channels_last, check_in_chans, init_linear, linear, pad_to_multiple
+from visionattn.backbones.layers import (
+    Mlp,
+    channels_last,
+    check_in_chans,
+    init_linear,
+    linear,
+    pad_map_to_multiple,
+    pad_to_multiple,
+)
 from visionattn.kernels import channel_attention, window_attention
 from visionattn.kernels._packed import unpack
+from visionattn.kernels._plain import crop
 
 __all__ = ["DaViT"]
 
@@ -64,12 +72,10 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
-        below, right = -height % self.window_size, -width % self.window_size
-        if below or right:
-            x = F.pad(x, (0, 0, 0, right, 0, below))
+        x = pad_map_to_multiple(x, self.window_size, self.window_size)
         q, k, v = unpack(linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)))
         x = window_attention(q, k, v, self.window_size)
-        return linear(self.proj, x[:, :height, :width].flatten(3))
+        return linear(self.proj, crop(x, (height, width)).flatten(3))
 
 
 @register_notrace_module

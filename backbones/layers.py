@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as hooks_of_all_modules
 
-from visionattn.kernels._check import transforms
+from visionattn.kernels._check import known, transforms
 from visionattn.kernels._dispatch import takes_plain
 
 __all__ = [
@@ -23,6 +23,8 @@ __all__ = [
     "init_linear",
     "is_plain",
     "linear",
+    "missing",
+    "pad_map_to_multiple",
     "pad_to_multiple",
     "position_embedding",
     "refuse_script",
@@ -72,8 +74,19 @@ def init_linear(module: nn.Module) -> None:
 @register_notrace_function
 def pad_to_multiple(x: Tensor, size: int) -> Tensor:
     """Zero pads a map (B, C, H, W) below and to the right until size divides it."""
-    below, right = -x.shape[2] % size, -x.shape[3] % size
-    return F.pad(x, (0, right, 0, below)) if below or right else x
+    below, right = (missing(length, size) for length in x.shape[2:])
+    return x if known(below == 0) and known(right == 0) else F.pad(x, (0, right, 0, below))
+
+
+def pad_map_to_multiple(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Zero pads a map (B, H, W, C) below and to the right until rows divides H and columns divides W."""
+    below, right = missing(x.shape[1], rows), missing(x.shape[2], columns)
+    return x if known(below == 0) and known(right == 0) else F.pad(x, (0, 0, 0, right, 0, below))
+
+
+def missing(length: int, size: int) -> int:
+    """From a length up to a multiple of size; without a remainder, which is slow with a compiler's symbols."""
+    return (length + size - 1) // size * size - length
 
 
 def channels_last(x: Tensor) -> Tensor:

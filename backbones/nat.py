@@ -39,7 +39,9 @@ from visionattn.backbones._twins import unwrap
 from visionattn.backbones.backbone import MapClassifier, create
 from visionattn.backbones.layers import Mlp, check_in_chans, init_linear, linear
 from visionattn.kernels import neighborhood_attention
+from visionattn.kernels._check import known
 from visionattn.kernels._packed import unpack
+from visionattn.kernels._plain import crop
 
 __all__ = ["NAT"]
 
@@ -86,11 +88,11 @@ class NeighborhoodAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         window = self.kernel_size * self.dilation
-        if height < window or width < window:
+        if not (known(height >= window) and known(width >= window)):
             x = F.pad(x, (0, 0, 0, max(0, window - width), 0, max(0, window - height)))
         q, k, v = unpack(linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)))
         x = neighborhood_attention(q, k, v, self.kernel_size, self.dilation, bias=self.rpb)
-        return linear(self.proj, x.flatten(3)[:, :height, :width])
+        return linear(self.proj, crop(x.flatten(3), (height, width)))
 
 
 def check_attention(dim: int, num_heads: int, kernel_size: int, dilation: int) -> None:

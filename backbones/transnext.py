@@ -18,6 +18,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from visionattn.backbones._twins import check_checkpoint, unwrap
 from visionattn.backbones.backbone import MapClassifier, create
 from visionattn.backbones.layers import channels_last, check_in_chans, linear
 from visionattn.kernels import _record, window_attention
-from visionattn.kernels._check import precise
+from visionattn.kernels._check import autocasting, known, precise
 from visionattn.kernels._dispatch import takes_plain
 from visionattn.kernels._packed import unpack
 from visionattn.kernels._plain import keep
@@ -46,6 +47,7 @@ from visionattn.kernels._plain import keep
 __all__ = ["TransNeXt"]
 
 CHUNK = 32 * 2**20  # bytes of logits that attention computes at a time on a CPU, without gradients
+NORM = 1e-12  # least norm of queries and keys
 PLACES = 2**15  # distances that the MLP of the position bias takes at a time there
 
 
@@ -77,7 +79,7 @@ class CosineAttention(nn.Module):
         self.cpb_act = nn.ReLU()
         self.cpb_fc2 = nn.Linear(512, num_heads)
 
-    def queries(self, q: Tensor, log_keys: Tensor | float) -> Tensor:
+    def queries(self, q: Tensor, log_keys: Tensor) -> Tensor:
         """Of q (B, heads, H, W, head_dim), normalised, what is multiplied with keys, by the number of keys."""
         factor = (F.softplus(self.temperature)[:, None] * log_keys).to(q.dtype)
         return (q + self.query_embedding[:, None].to(q.dtype)) * factor
@@ -89,11 +91,17 @@ class CosineAttention(nn.Module):
         """
         dtype = self.temperature.dtype
         rows, columns = (_steps(x, x.shape[1 + i], keys[i], self.side[i], dtype) for i in (0, 1))
-        size = (len(rows[0]), len(columns[0]))
+        size = (rows[0].shape[0], columns[0].shape[0])
         places = torch.stack([rows[0][:, None].expand(size), columns[0].expand(size)], -1).flatten(0, 1)
         parts = [places] if takes_plain(x) or torch.is_grad_enabled() else places.split(PLACES)
-        bias = torch.cat([self.cpb_fc2(self.cpb_act(self.cpb_fc1(part))) for part in parts])
-        return bias.T.unflatten(1, size).to(x.dtype), rows[1], columns[1]
+        with no_autocast(x):  # of few numbers: casts would take longer
+            bias = [self.cpb_fc2(self.cpb_act(self.cpb_fc1(part))) for part in parts]
+        bias = bias[0] if len(bias) == 1 else torch.cat(bias)
+        return bias.T.unflatten(1, size), rows[1], columns[1]
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    return torch.autocast(x.device.type, enabled=False) if autocasting(x) else nullcontext()
 
 
 def position_bias(bias: Tensor, rows: Tensor, columns: Tensor, keys: tuple[int, int]) -> Tensor:
@@ -104,8 +112,15 @@ def position_bias(bias: Tensor, rows: Tensor, columns: Tensor, keys: tuple[int, 
 
 @keep
 def _steps(length: int, keys: int, side: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    values, places = _axis(int(length), int(keys), side)
-    return torch.tensor(values, dtype=dtype, device=device), torch.tensor(places, device=device)
+    if known(length < 2**62):
+        values, places = _axis(int(length), int(keys), side)
+        return torch.tensor(values, dtype=dtype, device=device), torch.tensor(places, device=device)
+    key = torch.arange(keys, device=device)  # of a symbol all distances there can be: multiples of a half
+    doubled = key * length // keys + ((key + 1) * length + keys - 1) // keys - 1
+    step = torch.arange(2 - 2 * length, 2 * length - 1, device=device) / 2
+    scaled = step.to(dtype) / (side - 1) * 8
+    places = 2 * torch.arange(length, device=device)[:, None] - doubled + 2 * length - 2
+    return scaled.sign() * (scaled.abs() + 1).log2() / 3, places.flatten()
 
 
 @torch.compiler.assume_constant_result
@@ -131,7 +146,8 @@ class GlobalAttention(CosineAttention):
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[1], x.shape[2]
         q, k, v = unpack(linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)))
-        q = self.queries(_unit(q).movedim(3, 1), math.log(size[0] * size[1])).movedim(1, 3)
+        keys = torch.full((), size[0] * size[1], dtype=self.temperature.dtype, device=x.device)
+        q = self.queries(_unit(q).movedim(3, 1), keys.log()).movedim(1, 3)
         bias = position_bias(*self.distances(q, size), size)
         x = window_attention(q, _unit(k), v, size, bias=bias, scale=1.0)
         return linear(self.proj, x.flatten(3))
@@ -170,17 +186,35 @@ class AggregatedAttention(CosineAttention):
         self.learnable_bias = nn.Parameter(torch.zeros(num_heads, 1, window))
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1], x.shape[2]
-        keys = self._pooled(height), self._pooled(width)
+        keys = self._pooled(x.shape[1]), self._pooled(x.shape[2])
+        if autocasting(x):  # once for the three layers that take it
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         q = linear(self.q, x).unflatten(-1, (self.num_heads, -1)).movedim(3, 1)
         k, v = linear(self.kv, x).unflatten(-1, (2, self.num_heads, -1)).movedim(4, 1).unbind(4)
-        pooled = self.norm(F.adaptive_avg_pool2d(self.act(self.sr(x.permute(0, 3, 1, 2))), keys).permute(0, 2, 3, 1))
+        pooled = self.norm(_pool(self.act(self.sr(x.permute(0, 3, 1, 2))), keys).permute(0, 2, 3, 1))
         pooled_k, pooled_v = linear(self.kv, pooled).unflatten(-1, (2, self.num_heads, -1)).movedim(4, 1).unbind(4)
+        bias, rows, columns = self.distances(x, keys)
+        with no_autocast(x):
+            x = self._attend_in_parts(q, k, v, pooled_k, pooled_v, bias.to(q.dtype), rows, columns)
+        return linear(self.proj, x.movedim(1, 3).flatten(3))
+
+    def _attend_in_parts(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pooled_k: Tensor,
+        pooled_v: Tensor,
+        bias: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+    ) -> Tensor:
+        """Of projections (B, heads, H, W, head_dim), and the pooled ones; bias, rows and columns as of `distances`."""
+        (height, width), keys = q.shape[2:4], pooled_k.shape[2:4]
         q, k, pooled_k = _unit(q), _unit(k), _unit(pooled_k)
         margin = [self.window_size // 2] * 4
         k, v = (F.pad(y, (0, 0, *margin)) for y in (k, v))
         inside = _inside(q, height, width, self.window_size)
-        bias, rows, columns = self.distances(x, keys)
 
         def attend(first: int, last: int) -> Tensor:
             with_margin = slice(first, last + self.window_size - 1)
@@ -191,15 +225,15 @@ class AggregatedAttention(CosineAttention):
                 pooled_k.flatten(2, 3),
                 pooled_v.flatten(2, 3),
                 inside[first:last],
-                position_bias(bias, rows[first * keys[0] : last * keys[0]], columns, keys).to(q.dtype),
+                position_bias(bias, rows[first * keys[0] : last * keys[0]], columns, keys),
             )
 
-        step = height
-        if not (takes_plain(x) or torch.is_grad_enabled() or torch.jit.is_tracing() or _record.active()):
-            row = x.shape[0] * self.num_heads * width * (self.window_size**2 + keys[0] * keys[1]) * x.element_size()
-            step = max(1, CHUNK // max(1, row))
+        if takes_plain(q) or torch.is_grad_enabled() or torch.jit.is_tracing() or _record.active():
+            return attend(0, height)
+        row = q.shape[0] * self.num_heads * width * (self.window_size**2 + keys[0] * keys[1]) * q.element_size()
+        step = max(1, CHUNK // max(1, row))
         parts = [attend(first, min(first + step, height)) for first in range(0, height, step)]
-        return linear(self.proj, (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).movedim(1, 3).flatten(3))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def _pooled(self, length: int) -> int:
         return max(1, length // self.sr_ratio) if self.pool_size is None else min(self.pool_size, length)
@@ -213,29 +247,69 @@ class AggregatedAttention(CosineAttention):
         inside: (H, W, window), whether a neighbour is inside the map. bias: (heads, H * W, keys).
         """
         height, width, window = inside.shape
-        slices = [
-            (slice(row, row + height), slice(column, column + width))
-            for row, column in itertools.product(range(self.window_size), repeat=2)
-        ]
         scaled = self.queries(q, (inside.sum(-1, keepdim=True) + pooled_k.shape[2]).log()).contiguous()
-        near = torch.stack([(scaled * k[:, :, rows, columns]).sum(-1) for rows, columns in slices], -1)
-        near = near + self.relative_pos_bias_local[:, None, None].to(near.dtype)
+        near = self._near(scaled, k) + self.relative_pos_bias_local[:, None, None].to(scaled.dtype)
         near = near.masked_fill(~inside, -math.inf).flatten(2, 3)
         far = scaled.flatten(2, 3) @ pooled_k.mT + bias
         weights = torch.cat([near.to(far.dtype), far], -1).softmax(-1)
         if _record.active():
             _record.keep(weights, _indices(inside, bias.shape[-1]).expand(q.shape[0], -1, -1))
-        near, far = weights.to(v.dtype).split([window, bias.shape[-1]], -1)
+        near, far = weights.split([window, bias.shape[-1]], -1)
         learned = q.flatten(2, 3) @ self.learnable_tokens.to(q.dtype) + self.learnable_bias.to(q.dtype)
-        near = (near + learned.to(near.dtype)).unflatten(2, (height, width))
-        x = (far @ pooled_v).unflatten(2, (height, width)).to(v.dtype)
-        for i, (rows, columns) in enumerate(slices):
+        near = (near + learned).unflatten(2, (height, width))
+        return self._mixed((far @ pooled_v).unflatten(2, (height, width)), near, v)
+
+    def _near(self, q: Tensor, k: Tensor) -> Tensor:
+        """Products of queries (B, heads, H, W, head_dim) and the keys around them: (B, heads, H, W, window)"""
+        if takes_plain(q):
+            return (q[..., None, None, :] * self._around(k)).sum(-1).flatten(4)
+        return torch.stack([(q * k[:, :, rows, columns]).sum(-1) for rows, columns in self._slices(q)], -1)
+
+    def _mixed(self, x: Tensor, near: Tensor, v: Tensor) -> Tensor:
+        """x (B, heads, H, W, head_dim), and the values around its positions by the weights `near`."""
+        if takes_plain(x):
+            weights = near.unflatten(-1, (self.window_size, self.window_size))[..., None]
+            return x + (weights * self._around(v)).sum((4, 5))
+        for i, (rows, columns) in enumerate(self._slices(x)):
             x = torch.addcmul(x, near[..., i : i + 1], v[:, :, rows, columns])
         return x
 
+    def _around(self, x: Tensor) -> Tensor:
+        """Of a map with a margin, a view: (B, heads, H, W, window_size, window_size, head_dim)"""
+        return x.unfold(2, self.window_size, 1).unfold(3, self.window_size, 1).permute(0, 1, 2, 3, 5, 6, 4)
+
+    def _slices(self, x: Tensor) -> list[tuple[slice, slice]]:
+        """Where in a map with a margin each neighbour of the positions of x is."""
+        shifts = itertools.product(range(self.window_size), repeat=2)
+        return [(slice(i, i + x.shape[2]), slice(j, j + x.shape[3])) for i, j in shifts]
+
+
+def _pool(x: Tensor, keys: tuple[int, int]) -> Tensor:
+    """(B, C, H, W) -> (B, C, *keys), means over bins; where sizes are symbols by products, as PyTorch's form of it
+    would be compiled for each size."""
+    if known(x.shape[2] < 2**62) and known(x.shape[3] < 2**62):
+        return F.adaptive_avg_pool2d(x, keys)
+    rows, columns = (_bins(length, n, x) for length, n in zip(x.shape[2:], keys, strict=True))
+    return rows @ (x @ columns.mT)
+
+
+def _bins(length: int, keys: int, like: Tensor) -> Tensor:
+    """(keys, length): the share of each position in each bin."""
+    key, place = torch.arange(keys, device=like.device)[:, None], torch.arange(length, device=like.device)
+    inside = (place >= key * length // keys) & (place < ((key + 1) * length + keys - 1) // keys)
+    return (inside / inside.sum(1, keepdim=True)).to(like.dtype)
+
 
 def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x.to(precise(x)), dim=-1).to(x.dtype)
+    if takes_plain(x) and not torch.compiler.is_compiling():  # in one launch
+        dim = x.shape[-1]
+        return F.rms_norm(x, (dim,), _root(x, dim, x.dtype), NORM**2 / dim)
+    return F.normalize(x.to(precise(x)), dim=-1, eps=NORM).to(x.dtype)
+
+
+@keep
+def _root(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((dim,), dim**-0.5, dtype=dtype, device=device)
 
 
 @keep

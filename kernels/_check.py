@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 __all__ = [
     "allows_tf32",
@@ -14,6 +15,7 @@ __all__ = [
     "check_map",
     "check_maps",
     "check_tensor",
+    "known",
     "per_axis",
     "precise",
     "transforms",
@@ -31,6 +33,12 @@ def autocasting(tensor: Tensor) -> bool:
 def precise(x: Tensor) -> torch.dtype:
     """The dtype of statistics and sums: float32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def known(condition: bool) -> bool:
+    """Whether a condition on sizes holds. Where a compiler has symbols for sizes, only what holds for all of them is
+    known: asked for itself, the condition would have it compile once for each answer."""
+    return statically_known_true(condition) if torch.compiler.is_compiling() else bool(condition)
 
 
 @torch.compiler.assume_constant_result

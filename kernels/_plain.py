@@ -7,16 +7,16 @@ together. Nothing waits for the device. Index tables that depend on sizes alone 
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels._check import precise, transforms
+from visionattn.kernels._check import known, precise, transforms
 
-__all__ = ["attend", "can_keep", "exact_lse", "forget", "keep", "rows", "slice_step", "together"]
+__all__ = ["attend", "can_keep", "crop", "exact_lse", "forget", "keep", "packed", "rows", "slice_step", "together"]
 
 HEADS = 65535  # that one launch of fused attention can have on CUDA; windows and tiles count as heads
 KEPT = 64  # index tables of a kind
@@ -64,6 +64,14 @@ def together(move: Callable[[Tensor], Tensor], *maps: Tensor) -> list[Tensor]:
         return [move(x.unsqueeze(-3))[0] for x in maps]
     moved = move(_Packed.apply(*slices)).unbind(0)
     return [moved[order.index(i)] for i in range(len(maps))]
+
+
+def packed(*maps: Tensor) -> Tensor:
+    """Maps (B, *size, heads, dim) -> (B, *size, P, heads, dim): a view of slices, in their order, of one projection,
+    else a copy."""
+    if torch.compiler.is_compiling() or transforms() or slice_step(*maps) <= 0:
+        return torch.stack(maps, -3)
+    return _Packed.apply(*maps)
 
 
 def slice_step(first: Tensor, *others: Tensor) -> int:
@@ -121,6 +129,15 @@ class _Rows(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple:
         index, back = ctx.saved_tensors
         return _Rows.apply(grad, back, index), None, None
+
+
+def crop(x: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, H', W', ...) -> its first H x W. For compilers a copy: whether a view of it is dense depends on the size."""
+    for dim, length in enumerate(size, 1):
+        if not known(x.shape[dim] == length):
+            compiling = torch.compiler.is_compiling()
+            x = x.index_select(dim, torch.arange(length, device=x.device)) if compiling else x.narrow(dim, 0, length)
+    return x
 
 
 def attend(

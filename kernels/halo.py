@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visionattn.kernels._check import check_int, check_maps, check_tensor, precise
+from visionattn.kernels._check import check_int, check_maps, check_tensor, known, precise
 from visionattn.kernels._dispatch import Forms, dispatch
-from visionattn.kernels._plain import attend, exact_lse, together
+from visionattn.kernels._plain import attend, crop, exact_lse, together
 from visionattn.kernels._tiles import Tiles, as_rows, cached, chunks, join, map_size, split
 
 __all__ = ["halo_attention"]
@@ -146,7 +146,7 @@ def _plain(
     k, v = together(blocks, k, v)
     below, right = (n * width - length for n, length in zip(counts, q.shape[1:3], strict=True))
     batch, *size = q.shape[:3]
-    if below or right:
+    if not (known(below == 0) and known(right == 0)):
         q = F.pad(q, (0, 0, 0, 0, 0, right, 0, below))
     q = q.unflatten(2, (-1, width)).unflatten(1, (-1, width)).permute(0, 1, 3, 5, 2, 4, 6)
     q = q.flatten(4, 5).flatten(0, 2)  # [B * T, heads, Q, dim]
@@ -157,7 +157,7 @@ def _plain(
 
     def join(x: Tensor) -> Tensor:
         x = x.unflatten(2, (width, width)).unflatten(0, (batch, *counts)).permute(0, 1, 4, 2, 5, 3, 6)
-        return x.flatten(3, 4).flatten(1, 2)[:, : size[0], : size[1]]
+        return crop(x.flatten(3, 4).flatten(1, 2), size)
 
     return join(output) if lse is None else (join(output), join(lse[..., None])[..., 0].movedim(-1, 1))
 

@@ -12,7 +12,7 @@ leader = min(c // s * s + s // 2, n - 1): always k keys, the window shifted inwa
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, overload
 
 import numpy as np
@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
-from visionattn.kernels._check import check_alike, check_tensor, per_axis, precise
+from visionattn.kernels._check import check_alike, check_tensor, per_axis, precise, transforms
 from visionattn.kernels._dispatch import Forms, dispatch
-from visionattn.kernels._plain import attend, exact_lse, keep, rows, together
+from visionattn.kernels._plain import attend, exact_lse, keep, packed, rows
 from visionattn.kernels._tiles import map_size
 
 __all__ = ["neighborhood_attention"]
@@ -72,7 +73,7 @@ def _windows(length: int, kernel: int, dilation: int, stride: int, device: torch
     return residue[:, None] + dilation * keys, keys - place[:, None] + kernel - 1
 
 
-def _flat(coordinates: tuple[Tensor, ...], sizes: Axes) -> Tensor:
+def _flat(coordinates: tuple[Tensor, ...], sizes: Sequence[int]) -> Tensor:
     """Coordinates on each axis of a row-major array of `sizes` -> flat positions of all their combinations.
 
     [N, L, ...], [P, M, ...], ... -> [N * P * ..., L * M * ..., ...]
@@ -231,55 +232,61 @@ def _table(bias: Tensor | None, tiles: _Tiles, q: Tensor, kernel_size: Axes) -> 
     return bias.index_select(0, tiles.places.flatten()).unflatten(0, tiles.places.shape).movedim(-1, 1).contiguous()
 
 
+# Bytes of moved rows that a call of the plain body may hold, for training until its backward pass: they are about eight
+# times its map, of some forty that a block holds. Of more, images are computed in parts, and again in backward.
+GATHERED = 2**30
+
+
 class _Tables(NamedTuple):
     """For the plain body: which rows to move, of maps with rows of one head each. Heads come before tiles."""
 
-    queries: Tensor  # [heads * T * Q], rows of q
-    of_queries: Tensor  # [N * heads], where in the former each row of q is
-    keys: Tensor  # [2 * heads * T * K], rows of k and v as they lie in one packed projection
-    alone: Tensor  # [heads * T * K], rows of k or v alone
-    outputs: Tensor  # [N * heads], rows of the output, [Q, heads * T] of them
-    of_outputs: Tensor | None  # [Q * heads * T], where in the former each of these is; None if there are repeated ones
+    moved: Tensor  # [heads * T * (Q + 2 * K)], rows of queries, keys and values in one packed projection
+    of_queries: Tensor  # [N * heads], where among the queries of tiles, [Q, heads * T], each is
+    of_keys: Tensor  # [heads * T * K], where among the keys of tiles, [K, heads * T], they are, in the order of the map
+    starts: Tensor  # [N * heads], where in the former the copies of each key start
+    of_outputs: Tensor | None  # [Q * heads * T], row of the map of each query of tiles; None if some are repeated
     places: Tensor  # [kinds * Q * K'], places in the bias table, K' being K rounded up
-    of_places: Tensor | None  # [places of the bias table, entries], where in the former they are, or one past its end;
-    # None for compilers, which add
+    of_places: Tensor  # [places of the bias table, entries], where in [kinds, Q, K] they are, or one past its end
     kinds: Tensor  # [T]
     of_kinds: Tensor  # [kinds, T], 1 for the kind of a tile
-    sizes: tuple[int, int, int]  # T, Q, K
+    sizes: tuple[int, int, int]  # heads * T, Q, K
 
 
 @keep
 def _tables(
     size: Axes, kernel_size: Axes, dilation: Axes, stride: Axes, heads: int, dtype: torch.dtype, device: torch.device
 ) -> _Tables:
-    tiles, compiling = _tiles(size, kernel_size, dilation, stride, device, LARGE), torch.compiler.is_compiling()
+    tiles = _tiles(size, kernel_size, dilation, stride, device, LARGE)
     (count, q_size), k_size, total = tiles.queries.shape, tiles.keys.shape[1], math.prod(size)
     head = torch.arange(heads, device=device)
     slots = torch.arange(count * q_size, device=device)
     real = tiles.queries if tiles.repeated is None else tiles.queries.masked_fill(tiles.repeated, total)
     slot = torch.zeros(total + 1, dtype=torch.int64, device=device).scatter(0, real.flatten(), slots)[:-1, None]
+    moved = [
+        (tokens * (3 * heads) + i * heads + head[:, None, None]).flatten()
+        for i, tokens in enumerate((tiles.queries, tiles.keys, tiles.keys))
+    ]
+    keys, of_keys = (tiles.keys.T[:, None] * heads + head[:, None]).flatten().sort(stable=True)
     of_outputs = None
     if tiles.repeated is None:
-        of_outputs = (tiles.queries.T[:, None] * heads + head[:, None]).flatten()
-    keys = [(tiles.keys * step + first)[None] + head[:, None, None] for step, first in ((2 * heads, 0), (heads, 0))]
+        of_outputs = (tiles.queries.T[:, None] * heads + head[:, None]).flatten().int()
     places = F.pad(tiles.places, (0, -k_size % 8), value=math.prod([2 * kernel - 1 for kernel in kernel_size]))
     return _Tables(
-        queries=(tiles.queries * heads + head[:, None, None]).flatten(),
-        of_queries=(slot + head * (count * q_size)).flatten(),
-        keys=torch.stack([keys[0], keys[0] + heads]).flatten(),
-        alone=keys[1].flatten(),
-        outputs=(slot % q_size * (heads * count) + head * count + slot // q_size).flatten(),
+        moved=torch.cat(moved).int(),
+        of_queries=(slot % q_size * (heads * count) + head * count + slot // q_size).flatten().int(),
+        of_keys=of_keys.int(),
+        starts=torch.searchsorted(keys, torch.arange(total * heads, device=device)).int(),
         of_outputs=of_outputs,
-        places=places.flatten(),
-        of_places=None if compiling else _entries(size, kernel_size, dilation, stride).to(device),
-        kinds=tiles.kinds,
+        places=places.flatten().int(),
+        of_places=_entries(size, kernel_size, dilation, stride).int().to(device),
+        kinds=tiles.kinds.int(),
         of_kinds=(torch.arange(len(places), device=device)[:, None] == tiles.kinds).to(dtype),
-        sizes=(count, q_size, k_size),
+        sizes=(heads * count, q_size, k_size),
     )
 
 
 def _entries(size: Axes, kernel_size: Axes, dilation: Axes, stride: Axes) -> Tensor:
-    """Where in [kinds, Q, K'] each place of the bias table is: as many columns as the most frequent needs."""
+    """Where in [kinds, Q, K] each place of the bias table is: as many columns as the most frequent needs."""
     places = np.zeros((1, 1, 1), dtype=np.int64)
     outside = np.zeros((1, 1, 1), dtype=bool)
     axes = [_axis_tiles(*axis, LARGE[len(size)]) for axis in zip(size, kernel_size, dilation, stride, strict=True)]
@@ -287,12 +294,10 @@ def _entries(size: Axes, kernel_size: Axes, dilation: Axes, stride: Axes) -> Ten
         of_axis = np.array(axis.places)
         outside = _combined(outside, of_axis == OUTSIDE, np.logical_or)
         places = _combined(places * (2 * kernel - 1), np.where(of_axis == OUTSIDE, 0, of_axis), np.add)
-    padded = places.shape[2] + -places.shape[2] % 8
-    entries = np.arange(places[..., 0].size)[:, None] * padded + np.arange(places.shape[2])
-    place, entry = places[~outside], entries.reshape(places.shape)[~outside]
+    place, entry = places[~outside], np.flatnonzero(~outside)
     order = np.argsort(place, kind="stable")
     counts = np.bincount(place, minlength=math.prod(2 * kernel - 1 for kernel in kernel_size))
-    table = np.full((len(counts), counts.max()), places[..., 0].size * padded)
+    table = np.full((len(counts), counts.max()), places.size)
     column = np.arange(len(place)) - np.repeat(counts.cumsum() - counts, counts)
     table[place[order], column] = entry[order]
     return torch.tensor(table)
@@ -316,56 +321,158 @@ def _plain(
     scale: float,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Tiles of queries, each with the block of keys that holds their windows: two gathers of rows, fused attention with
+    """Tiles of queries, each with the block of keys that holds their windows: one gather of rows, fused attention with
     the bias of the tiles, -inf outside of the windows, and a gather of the output."""
-    size, (batch, *_, heads, dim) = map_size(q), q.shape
-    tables = _tables(q, size, kernel_size, dilation, stride, heads, q.dtype)
-    count, q_size, k_size = tables.sizes
-    queries = rows(q.flatten(1, -2), tables.queries, tables.of_queries).view(batch, heads * count, q_size, dim)
-
-    def blocks(x: Tensor) -> Tensor:
-        parts = x.shape[-3]
-        index = tables.keys if parts == 2 else tables.alone
-        return rows(x.flatten(1, -2), index).view(batch, parts, heads * count, k_size, dim).transpose(0, 1)
-
-    k, v = together(blocks, k, v)
     if bias is None:
-        bias = q.new_zeros(heads, *(2 * kernel - 1 for kernel in kernel_size))
-    expand = _bias_of_tiles if tables.of_places is None else _BiasOfTiles.apply
-    added = expand(bias.flatten(1), *tables[6:10]).view(heads * count, q_size, k_size + -k_size % 8)
-    output, lse = attend(queries, k, v, added[None, ..., :k_size], scale, return_lse)
+        bias = q.new_zeros(q.shape[-2], *(2 * kernel - 1 for kernel in kernel_size))
+    if torch.compiler.is_compiling():
+        return _compiled(q, k, v, bias, kernel_size, dilation, stride, scale, return_lse)
+    tables = _tables(q, tuple(q.shape[1:-2]), kernel_size, dilation, stride, q.shape[-2], q.dtype)
+    tiles, q_size, k_size = tables.sizes
+    fit = max(1, GATHERED // (tiles * (q_size + 2 * k_size) * q.shape[-1] * q.element_size()))
+    if len(q) <= fit or transforms():
+        return _attend_in_tiles(q, k, v, bias, tables, scale, return_lse)
+    parts = zip(*(x.split(fit) for x in (q, k, v)), strict=True)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias)):
+        again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        results = [again(_attend_in_tiles, *part, bias, tables, scale, return_lse) for part in parts]
+    else:
+        results = [_attend_in_tiles(*part, bias, tables, scale, return_lse) for part in parts]
+    if not return_lse:
+        return torch.cat(results)
+    output, lse = zip(*results, strict=True)
+    return torch.cat(output), torch.cat(lse)
+
+
+def _attend_in_tiles(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, tables: _Tables, scale: float, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    queries, keys, values = _Moved.apply(packed(q, k, v).flatten(1, -2), tables)
+    output, lse = attend(queries, keys, values, _BiasOfTiles.apply(bias.flatten(1), tables), scale, return_lse)
 
     def join(x: Tensor) -> Tensor:
-        x = rows(x.transpose(1, 2).flatten(1, 2), tables.outputs, tables.of_outputs)
-        return x.view(batch, *size, heads, x.shape[-1])
+        x = rows(x.transpose(1, 2).flatten(1, 2), tables.of_queries, tables.of_outputs)
+        return x.view(*q.shape[:-1], x.shape[-1])
 
     return join(output) if lse is None else (join(output), join(lse[..., None])[..., 0].movedim(-1, 1))
 
 
-def _bias_of_tiles(bias: Tensor, places: Tensor, of_places: Tensor | None, kinds: Tensor, of_kinds: Tensor) -> Tensor:
-    """[heads, places] -> [heads, T * Q * K'], -inf outside of the windows."""
-    by_kind = F.pad(bias, (0, 1), value=-math.inf).index_select(1, places)
-    if len(kinds) == len(of_kinds) == 1:
-        return by_kind
-    return by_kind.view(len(bias), len(of_kinds), -1).index_select(1, kinds).flatten(1)
+class _Moved(torch.autograd.Function):
+    """Rows [B, N * 3 * heads, dim] of a packed projection -> tiles of queries [B, heads * T, Q, dim], and of keys and
+    values with K. The gradient of a key is the sum over its copies, in a fixed order."""
+
+    @staticmethod
+    def forward(x: Tensor, tables: _Tables) -> tuple[Tensor, ...]:
+        tiles, q_size, k_size = tables.sizes
+        sizes = (q_size, k_size, k_size)
+        parts = x.index_select(1, tables.moved).split([tiles * size for size in sizes], 1)
+        return tuple(part.unflatten(1, (tiles, size)) for part, size in zip(parts, sizes, strict=True))
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        x, ctx.tables = inputs
+        ctx.shape = x.shape
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_q: Tensor, *grads: Tensor) -> tuple:
+        tables, (batch, length, dim), copies = ctx.tables, ctx.shape, len(ctx.tables.of_keys)
+        image = torch.arange(0, batch * copies, copies, dtype=torch.int32, device=grad_q.device)[:, None]
+        order, starts = (tables.of_keys + image).flatten(), (tables.starts + image).flatten()
+        of_queries = grad_q.transpose(1, 2).flatten(1, 2).index_select(1, tables.of_queries)
+        sums = [F.embedding_bag(order, x.transpose(1, 2).flatten(0, 2), starts, mode="sum") for x in grads]
+        heads = tables.sizes[0] // len(tables.kinds)
+        joined = [x.view(batch, length // (3 * heads), heads, dim) for x in (of_queries, *sums)]
+        return torch.stack(joined, 2).view(batch, length, dim), None
 
 
 class _BiasOfTiles(torch.autograd.Function):
-    """The same; the gradient is summed in a fixed order, where PyTorch would add in any."""
+    """[heads, places] -> [1, heads * T, Q, K], -inf outside of the windows, in rows that fused attention can read. The
+    gradient is summed in a fixed order, where PyTorch would add in any."""
 
-    forward = staticmethod(_bias_of_tiles)
+    @staticmethod
+    def forward(bias: Tensor, tables: _Tables) -> Tensor:
+        (tiles, q_size, k_size), (kinds, count) = tables.sizes, tables.of_kinds.shape
+        added = F.pad(bias, (0, 1), value=-math.inf).index_select(1, tables.places)
+        if kinds > 1 or count > 1:
+            added = added.view(len(bias), kinds, -1).index_select(1, tables.kinds)
+        return added.view(1, tiles, q_size, -1)[..., :k_size]
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2], inputs[4])
+        ctx.heads, ctx.tables = len(inputs[0]), inputs[1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
-        of_places, of_kinds = ctx.saved_tensors
-        by_kind = (of_kinds @ grad.view(len(grad), of_kinds.shape[1], -1)).flatten(1)
+        of_places, of_kinds = ctx.tables.of_places, ctx.tables.of_kinds
+        by_kind = (of_kinds @ grad.reshape(ctx.heads, of_kinds.shape[1], -1)).flatten(1)
         entries = F.pad(by_kind, (0, 1)).index_select(1, of_places.flatten())
-        return entries.view(len(grad), *of_places.shape).sum(2), None, None, None, None
+        return entries.view(ctx.heads, *of_places.shape).sum(2), None
+
+
+class _Axis(NamedTuple):
+    """As `_AxisTiles`, of an axis whose length may be a symbol: its tiles are all of one size."""
+
+    queries: Tensor  # [tiles, queries of a tile]
+    keys: Tensor  # [tiles, keys of a block]
+    places: Tensor  # [tiles, queries of a tile, keys of a block]
+    tile: Tensor  # [length], of each position
+    query: Tensor  # [length], of its tile
+
+
+def _axis(length: int, kernel: int, dilation: int, stride: int, most: int, device: torch.device) -> _Axis:
+    longest, size = (length + dilation - 1) // dilation, max(stride, most // stride * stride)
+    count = (longest + size - 1) // size
+    residue, position = torch.arange(dilation, device=device)[:, None, None], torch.arange(length, device=device)
+    n = (length - 1 - residue) // dilation + 1
+    place = torch.arange(count, device=device)[:, None] * size + torch.arange(size, device=device)
+    place = torch.minimum(place, n - 1)  # [dilation, count, size]
+    leader = torch.minimum(place // stride * stride + stride // 2, n - 1)
+    start = torch.minimum((leader - kernel // 2).clamp(min=0), n - kernel)
+    key = start[..., :1] + torch.arange(size - stride + kernel, device=device)
+    seen = key[..., None, :] - start[..., None]
+    places = torch.where((seen >= 0) & (seen < kernel), key[..., None, :] - place[..., None] + kernel - 1, OUTSIDE)
+    return _Axis(
+        queries=(residue + dilation * place).flatten(0, 1),
+        keys=(residue + dilation * torch.minimum(key, n - 1)).flatten(0, 1),
+        places=places.flatten(0, 1),
+        tile=position % dilation * count + position // dilation // size,
+        query=position // dilation % size,
+    )
+
+
+def _compiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    kernel_size: Axes,
+    dilation: Axes,
+    stride: Axes,
+    scale: float,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The plain body in one graph for all sizes of maps: tables are computed in it."""
+    size, heads, most = q.shape[1:-2], q.shape[-2], LARGE[q.ndim - 3]
+    axes = [_axis(*axis, most, q.device) for axis in zip(size, kernel_size, dilation, stride, strict=True)]
+    queries, keys, places, tile, query = zip(*axes, strict=True)
+    tables = tuple(2 * kernel - 1 for kernel in kernel_size)
+    flat_places = _flat(places, tables).clamp(max=math.prod(tables))  # [T, Q, K]
+    added = F.pad(bias.flatten(1), (0, 1), value=-math.inf)[:, flat_places]
+    q_tiles, k_tiles, v_tiles = (
+        x.flatten(1, -3)[:, _flat(positions, size)].permute(0, 3, 1, 2, 4).flatten(1, 2)
+        for x, positions in ((q, queries), (k, keys), (v, keys))
+    )
+    output, lse = attend(q_tiles, k_tiles, v_tiles, added.flatten(0, 1)[None], scale, return_lse)
+    counts, of_tile = [x.shape[0] for x in queries], [x.shape[1] for x in queries]
+    slot = _flat(tile, counts) * math.prod(of_tile) + _flat(query, of_tile)
+
+    def join(x: Tensor) -> Tensor:
+        x = x.unflatten(1, (heads, -1)).flatten(2, 3)[:, :, slot]
+        return x.transpose(1, 2).reshape(*q.shape[:-1], -1)
+
+    return join(output) if lse is None else (join(output), join(lse[..., None])[..., 0].movedim(-1, 1))
 
 
 class _Neighborhood(torch.autograd.Function):

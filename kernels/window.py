@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visionattn.kernels._check import check_maps, check_tensor, per_axis, precise
+from visionattn.kernels._check import check_maps, check_tensor, known, per_axis, precise
 from visionattn.kernels._dispatch import Forms, dispatch
-from visionattn.kernels._plain import attend, exact_lse, keep, together
+from visionattn.kernels._plain import attend, crop, exact_lse, keep, together
 from visionattn.kernels._tiles import Tiles, as_rows, cached, chunks, join, map_size, split
 
 __all__ = ["window_attention"]
@@ -132,7 +132,7 @@ def _plain(
     by another."""
     geometry = window, shift, dilated
     tiles = together(lambda x: _cut(x, geometry), q, k, v)  # [B, T, heads, Q, dim]
-    allowed, empty = _allowed(q, map_size(q), geometry), None  # [1, T, 1, Q, Q], or None
+    allowed, empty = _allowed(q, tuple(q.shape[1:3]), geometry), None  # [1, T, 1, Q, Q], or None
     if mask is not None:
         keys = _cut(mask[..., None, None, None], geometry)[0].mT  # [B or 1, T, 1, 1, Q]
         allowed = keys if allowed is None else keys & allowed
@@ -162,28 +162,29 @@ def _plain(
 def _cut(x: Tensor, geometry: Geometry) -> Tensor:
     """[B, H, W, P, heads, dim] -> [P, B, T, heads, Q, dim], with zeros for what is padded."""
     window, shift, dilated = geometry
-    below, right = (-length % w for length, w in zip(x.shape[1:3], window, strict=True))
-    if below or right:
+    counts = [_count(length, w) for length, w in zip(x.shape[1:3], window, strict=True)]
+    below, right = (n * w - length for n, w, length in zip(counts, window, x.shape[1:3], strict=True))
+    if not (known(below == 0) and known(right == 0)):
         x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, right, 0, below))
     if any(shift):
         x = x.roll((-shift[0], -shift[1]), (1, 2))
     if dilated:
-        x = x.unflatten(2, (window[1], -1)).unflatten(1, (window[0], -1)).permute(5, 0, 2, 4, 6, 1, 3, 7)
+        x = x.unflatten(2, (window[1], counts[1])).unflatten(1, (window[0], counts[0])).permute(5, 0, 2, 4, 6, 1, 3, 7)
     else:
-        x = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0])).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        x = x.unflatten(2, (counts[1], window[1])).unflatten(1, (counts[0], window[0])).permute(5, 0, 1, 3, 6, 2, 4, 7)
     return x.flatten(5, 6).flatten(2, 3)
 
 
 def _join(x: Tensor, size: Sequence[int], geometry: Geometry) -> Tensor:
     """[B, T, heads, Q, dim] -> [B, H, W, heads, dim]"""
     window, shift, dilated = geometry
-    columns = _count(size[1], window[1])
-    x = x.unflatten(3, window).unflatten(1, (-1, columns))  # [B, window y, x, heads, place y, x, dim]
+    counts = [_count(length, w) for length, w in zip(size, window, strict=True)]
+    x = x.unflatten(3, window).unflatten(1, counts)  # [B, window y, x, heads, place y, x, dim]
     x = x.permute(0, 4, 1, 5, 2, 3, 6) if dilated else x.permute(0, 1, 4, 2, 5, 3, 6)
     x = x.flatten(3, 4).flatten(1, 2)
     if any(shift):
         x = x.roll(shift, (1, 2))
-    return x[:, : size[0], : size[1]]
+    return crop(x, size)
 
 
 @keep
@@ -191,7 +192,8 @@ def _allowed(size: Pair, geometry: Geometry, device: torch.device) -> Tensor | N
     """Which keys a query of a window may attend to, [1, T, 1, Q, Q]; None where it is all. What is padded attends to
     something, to be dropped."""
     window, shift, dilated = geometry
-    if not any(shift) and not any(length % w for length, w in zip(size, window, strict=True)):
+    whole = [known(_count(length, w) * w == length) for length, w in zip(size, window, strict=True)]
+    if all(whole) and not any(shift):
         return None
     axes = zip(size, window, shift, strict=True)
     (_, y_outside, y_wrapped), (_, x_outside, x_wrapped) = (_places(*axis, dilated, device) for axis in axes)

@@ -2,11 +2,14 @@
 
 The call runs on fake CUDA tensors, which have a device, a shape and a dtype but no memory, so that it takes the
 branches, and under autocast the casts, that it takes on a GPU. Every operator that is no view and does more than
-allocate counts as one launch, which reads its tensor arguments and writes its results once. Fused attention is the one
+allocate counts as one launch, which reads its tensor arguments and writes its results once; what is expanded is read as
+often as it is stored, and what a tensor is only made like is not read. Fused attention is the one
 kernel that a GPU takes: flash attention in 16 bits without a mask, else memory-efficient attention. What a call makes
 once and keeps (index tables) is not counted: the second of two calls is.
 """
 
+import math
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +41,7 @@ FREE = {  # beside views: they allocate, or tell a number
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach", "lift_fresh"),
     *("_reshape_alias", "sym_size", "sym_stride", "sym_numel", "sym_storage_offset"),
 }
+FILLS = {"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"}  # they read no argument
 
 
 class Waits(RuntimeError):
@@ -46,10 +50,12 @@ class Waits(RuntimeError):
 
 @dataclass
 class Count:
-    """Of one call. flops: operations of matrix products and convolutions, a multiply-add being two, by their dtype."""
+    """Of one call. flops: operations of matrix products and convolutions, a multiply-add being two, by their dtype.
+    peak: bytes of all that it made and held at one time, its result among them."""
 
     launches: int = 0
     bytes: int = 0
+    peak: int = 0
     flops: Counter[torch.dtype] = field(default_factory=Counter)
     operators: Counter[str] = field(default_factory=Counter)
     work: list[tuple[float, torch.dtype, int]] = field(default_factory=list)  # flops, dtype and bytes of each launch
@@ -57,7 +63,7 @@ class Count:
     def add(self, operator: torch._ops.OpOverload, inputs: tuple, output: Any) -> None:
         tensors = [x for x in tree_iter((inputs, output)) if isinstance(x, Tensor)]
         name = operator.overloadpacket.__name__
-        moved = sum(x.numel() * x.element_size() for x in tensors)
+        moved = sum(map(_stored, tree_iter(output) if name in FILLS else tensors))
         flops = _flops(operator, inputs, output)
         dtype = next((x.dtype for x in tensors), torch.float32)
         self.launches, self.bytes = self.launches + 1, self.bytes + moved
@@ -69,6 +75,11 @@ class Count:
     def seconds(self, device: Device) -> float:
         """What the roofline of a device gives: its host starts kernels while it computes, so the longer of the two."""
         return max(self.launches * device.launch, sum(device.seconds(*work) for work in self.work))
+
+
+def _stored(x: Tensor) -> int:
+    """Bytes in memory: an expanded axis has one entry."""
+    return math.prod(n for n, step in zip(x.shape, x.stride(), strict=True) if step) * x.element_size()
 
 
 def _flops(operator: torch._ops.OpOverload, inputs: tuple, output: Any) -> int:
@@ -136,7 +147,7 @@ def count(forward: Callable[[], Tensor], inputs: list[Tensor], dtype: torch.dtyp
         counter.engine = True
         views: Any = [x.view_as(x) for x in inputs]
         accumulators = [view.grad_fn.next_functions[0][0] for view in views]  # made, and kept, beforehand
-        counter.engine, counter.count = False, Count()
+        counter.engine, counter.count, counter.before = False, Count(), counter.held
         with torch.set_grad_enabled(bool(inputs)), autocast(dtype):
             output = forward()
         if inputs:
@@ -160,6 +171,8 @@ class _Counter(TorchDispatchMode):
         self.calling = False  # in a Python call of an operator
         self.fresh: list[Tensor] = []  # what operators returned in it
         self.engine = False  # only autograd asks
+        self.live: dict[int, tuple[Any, int]] = {}  # storages, and their bytes
+        self.held = self.before = 0  # bytes now, and at the start of the count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -173,12 +186,33 @@ class _Counter(TorchDispatchMode):
             output = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise Waits(f"{func.overloadpacket.__name__} makes the host wait for the device") from error
+        if func is aten.convolution_backward.default and output[0] is not None:
+            output = _like_input(output[0], args[1]), *output[1:]
         tensors = [x for x in tree_iter(output) if isinstance(x, Tensor)]
         self.fresh += tensors
         name = func.overloadpacket.__name__
         if tensors and not func.is_view and name not in FREE:
             self.count.add(func, (args, kwargs), output)
+        for x in tensors:
+            self._hold(x.untyped_storage())
         return output
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        """Counts it as held, until it is freed."""
+        key = storage._cdata
+        if key not in self.live:
+            self.live[key] = weakref.ref(storage, lambda _: self._free(key)), storage.nbytes()
+            self.held += storage.nbytes()
+            self.count.peak = max(self.count.peak, self.held - self.before)
+
+    def _free(self, key: int) -> None:
+        self.held -= self.live.pop(key)[1]
+
+
+def _like_input(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of a map in the memory format that a convolution on a CUDA device gives it: that of the map."""
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return grad.contiguous(memory_format=torch.channels_last) if last else grad
 
 
 class _AsOnCuda(TorchFunctionMode):

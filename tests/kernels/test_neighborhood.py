@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels import neighborhood_attention
+from visionattn.kernels import _dispatch, neighborhood, neighborhood_attention
 
 
 def make_inputs(batch, size, heads, dim, kernel=None, dtype=torch.float64) -> tuple[Tensor, ...]:
@@ -106,6 +106,22 @@ def test_stride_of_the_kernel_gives_separate_windows():
     )
     expected = F.scaled_dot_product_attention(q, k, v).unflatten(4, (3, 3)).permute(0, 1, 4, 2, 5, 3, 6)
     torch.testing.assert_close(output, expected.reshape(output.shape))
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_images_in_parts_are_the_same(return_lse, monkeypatch):
+    monkeypatch.setattr(_dispatch, "takes_plain", lambda x: True)
+    results = []
+    for budget in (neighborhood.GATHERED, 1):  # one image at a time
+        monkeypatch.setattr(neighborhood, "GATHERED", budget)
+        *maps, bias = (x.requires_grad_() for x in make_inputs(3, (9, 10), 2, 8, (3, 3)))
+        output = neighborhood_attention(*maps, 3, bias=bias, return_lse=return_lse, backend="torch")
+        outputs = output if return_lse else (output,)
+        results.append([*outputs, *torch.autograd.grad(sum(x.square().sum() for x in outputs), [*maps, bias])])
+        with torch.no_grad():
+            again = neighborhood_attention(*maps, 3, bias=bias, return_lse=return_lse, backend="torch")
+        torch.testing.assert_close(again, output)
+    torch.testing.assert_close(*results)
 
 
 MISUSE = [

@@ -1,0 +1,47 @@
+"""A compiled network is compiled for its first size, once more for all sizes, and never again.
+
+Counted without generating code (backend "eager"), in evaluation, of few and narrow blocks of each kind.
+"""
+
+import pytest
+import timm
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.testing import assert_close
+
+import visionattn  # noqa: F401 - registers the models
+
+SIZES = [(64, 96), (224, 192), (256, 320)]
+MODELS = {
+    "biformer_tiny": {"depth": (1, 1, 1, 1), "embed_dim": (32, 64, 128, 256)},
+    "nat_mini": {"depths": (1, 1), "embed_dim": 32, "num_heads": (1, 2), "dilations": (1, 1)},
+    "dinat_mini": {"depths": (2, 1), "embed_dim": 32, "num_heads": (1, 2), "dilations": (4, 1)},
+    "ninformer_tiny_patch4_32": {},
+    "patchconvnet_s60": {"depth": 1, "embed_dim": 96},
+    "transnext_micro": {
+        "depths": (1, 1),
+        "embed_dims": (24, 48),
+        "num_heads": (1, 2),
+        "mlp_ratios": (4, 4),
+        "sr_ratios": (4, 1),
+    },
+    "va_convit_tiny": {"depth": 2, "local_up_to_layer": 1},
+    "va_davit_tiny": {"depths": (1, 1), "embed_dims": (48, 96), "num_heads": (2, 4)},
+    "va_halonet_h0": {"blocks": ("c", "c", "ca", "a"), "channels": (32, 64, 128, 256)},
+    "va_volo_d1_224": {"layers": (1, 1, 1, 1), "embed_dims": (64, 128, 128, 128), "num_heads": (2, 4, 4, 4)},
+    "va_xcit_nano_12_p16_224": {"depth": 1},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_any_size_takes_two_compilations(name):
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model = timm.create_model(name, num_classes=3, **MODELS[name]).eval()
+    backend = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for size in SIZES:
+        images = torch.randn(1, 3, *size)
+        assert_close(compiled(images), model(images), rtol=1e-3, atol=1e-5)
+    assert backend.frame_count == 2
