@@ -95,8 +95,8 @@ class CosineAttention(nn.Module):
         places = torch.stack([rows[0][:, None].expand(size), columns[0].expand(size)], -1).flatten(0, 1)
         parts = [places] if takes_plain(x) or torch.is_grad_enabled() else places.split(PLACES)
         with no_autocast(x):  # of few numbers: casts would take longer
-            bias = [self.cpb_fc2(self.cpb_act(self.cpb_fc1(part))) for part in parts]
-        bias = bias[0] if len(bias) == 1 else torch.cat(bias)
+            tables = [self.cpb_fc2(self.cpb_act(self.cpb_fc1(part))) for part in parts]
+        bias = tables[0] if len(tables) == 1 else torch.cat(tables)
         return bias.T.unflatten(1, size), rows[1], columns[1]
 
 
@@ -104,7 +104,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False) if autocasting(x) else nullcontext()
 
 
-def position_bias(bias: Tensor, rows: Tensor, columns: Tensor, keys: tuple[int, int]) -> Tensor:
+def position_bias(bias: Tensor, rows: Tensor, columns: Tensor, keys: tuple[int, ...]) -> Tensor:
     """Of `distances`, perhaps for some of its rows, the bias (heads, H * W, keys) of queries and keys."""
     bias = bias.index_select(1, rows).index_select(2, columns)
     return bias.unflatten(2, (-1, keys[1])).unflatten(1, (-1, keys[0])).transpose(2, 3).flatten(3, 4).flatten(1, 2)

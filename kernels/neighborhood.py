@@ -332,7 +332,7 @@ def _plain(
     fit = max(1, GATHERED // (tiles * (q_size + 2 * k_size) * q.shape[-1] * q.element_size()))
     if len(q) <= fit or transforms():
         return _attend_in_tiles(q, k, v, bias, tables, scale, return_lse)
-    parts = zip(*(x.split(fit) for x in (q, k, v)), strict=True)
+    parts = zip(q.split(fit), k.split(fit), v.split(fit), strict=True)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias)):
         again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         results = [again(_attend_in_tiles, *part, bias, tables, scale, return_lse) for part in parts]
