@@ -55,7 +55,7 @@ def measure(predictions: Sequence[Prediction], samples: Sequence[Sample], spec: 
     values, per_class = coco(measured.found, measured.truths, len(measured.classes), limit)
     values |= overall(measured.matchings, measured.scores)
     if spec.data.instances == "masks":
-        of_masks = Precisions(measured.found, measured.truths, len(measured.classes), masks=True)
+        of_masks = Precisions(measured.found, measured.masked, len(measured.classes), masks=True)
         values |= {f"mask_{name}": value for name, value in of_masks(np.ones(len(samples))).items()}
     monitor = spec.train.monitor
     pictures, rows = measured.pictures()
@@ -83,7 +83,7 @@ def measure(predictions: Sequence[Prediction], samples: Sequence[Sample], spec: 
 
 
 class _Measured:
-    """The predictions of a split with the truth, matched."""
+    """The predictions of a split with the truth, matched; `masked` is the truth with its masks where these count."""
 
     def __init__(self, predictions: Sequence[Prediction], samples: Sequence[Sample], spec: Recipe) -> None:
         evaluate, self.samples, self.classes = spec.evaluate, samples, spec.data.classes
@@ -92,7 +92,12 @@ class _Measured:
         for prediction in predictions:
             by_index.setdefault(prediction.index, []).append(prediction)
         self.found = [whole(by_index[i], sample, spec) for i, sample in enumerate(samples)]
-        self.truths = [clipped(sample.target(), sample.size) for sample in samples]
+        targets = [sample.target() for sample in samples]
+        self.truths = [clipped(*pair) for pair in zip(targets, (sample.size for sample in samples), strict=True)]
+        self.masked = []
+        if spec.data.instances == "masks":
+            whole_ones = ((slice(0, sample.size[0]), slice(0, sample.size[1])) for sample in samples)
+            self.masked = [target.within(window) for target, window in zip(targets, whole_ones, strict=True)]
         assert isinstance(evaluate.max_objects, int)  # once the recipe is resolved
         self.limit, self.rule = evaluate.max_objects, evaluate.match
         pairs = progress(zip(self.found, self.truths, strict=True), "matching", len(samples))
