@@ -85,6 +85,10 @@ class Functions(NamedTuple):
     # all tiles, and whether the tile attends to any; of patterns whose q_tile gives the same for all images
     bias_kv_at: Any = None
     relative: Any = None  # `Relative`, of a pattern whose bias depends on the query
+    # (g, n, batch, tile) -> of one of a plan's `summed_tiles` the `Tokens`, the first of the kv_tiles that are its
+    # parts, how far these are apart and how many there are; of a pattern whose walks over queries may be long, and
+    # whose walks hold as fifth whether the kv_tile is the only part
+    parts: Any = None
 
 
 class Relative(NamedTuple):
@@ -122,6 +126,7 @@ class Plan(NamedTuple):
     tiles: int  # q_tiles, or kv_tiles, of one head of one image
     bias_blocks: int = 0  # blocks of keys that `bias_kv_at` numbers
     bias_kinds: int = 1  # kinds of q_tile with regard to `bias_kv_at`, taking turns
+    summed_tiles: int = 0  # tiles of keys that kv_tiles are parts of, with regard to queries; 0: each is one
     is_closed: bool = False  # whether the tokens of a q_tile attend to each other, all at once, and to no others
     relative: tuple[int, int] = (0, 0)  # P and R of `Relative`, powers of two
 
@@ -418,9 +423,12 @@ def _backward_dq(
 def _backward_dkv(
     q, q_b, q_y, q_x, q_h, k, k_b, k_y, k_x, k_h, v, v_b, v_y, v_x, v_h,
     heads, height, width, key_height, key_width, tiles, scale, do, do_b, do_y, do_x, do_h,
-    dk, dv, p_lse, p_delta, g, f, c,
+    dk, dv, p_lse, p_delta, p_parts, g, f, c,
 ):  # fmt: skip
-    """Gradients of k and v of a kv_tile, from the queries that attend to it."""
+    """Gradients of k and v of a kv_tile, from the queries that attend to it.
+
+    p_parts: None, or (programs, BLOCK_N, BLOCK_D + BLOCK_DV) for those of tiles that are one of many parts.
+    """
     n = Sizes(heads, height, width, key_height, key_width)
     q, k, v = (
         aligned_map(q, q_b, q_y, q_x, q_h, c),
@@ -453,8 +461,48 @@ def _backward_dkv(
         box, row, column = _advance(walk, g.q, box, row, column)
     dk = contiguous_map(dk, n, key_height, key_width, c.DIM, c.SLICES)
     dv = contiguous_map(dv, n, key_height, key_width, c.DIM_V, c.SLICES)
-    store(dk, b_dk * scale, batch, head, keys, c.DIM, c.BLOCK_D)
-    store(dv, b_dv, batch, head, keys, c.DIM_V, c.BLOCK_DV)
+    b_dk *= scale
+    is_only = True
+    if p_parts is not None:
+        is_only = walk[4]
+        if not is_only:
+            p_dk, p_dv = _part(p_parts, tl.program_id(0), c)
+            tl.store(p_dk, b_dk)
+            tl.store(p_dv, b_dv)
+    if is_only:
+        store(dk, b_dk, batch, head, keys, c.DIM, c.BLOCK_D)
+        store(dv, b_dv, batch, head, keys, c.DIM_V, c.BLOCK_DV)
+
+
+@triton.jit
+def _part(p_parts, program, c):
+    """Pointers to the gradients of k and v of one part."""
+    o_n = tl.arange(0, c.BLOCK_N)[:, None] * (c.BLOCK_D + c.BLOCK_DV)
+    p_part = p_parts + program.to(tl.int64) * (c.BLOCK_N * (c.BLOCK_D + c.BLOCK_DV)) + o_n
+    return p_part + tl.arange(0, c.BLOCK_D)[None, :], p_part + c.BLOCK_D + tl.arange(0, c.BLOCK_DV)[None, :]
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _sum_parts(
+    q, q_b, q_y, q_x, q_h, k, k_b, k_y, k_x, k_h, v, v_b, v_y, v_x, v_h,
+    heads, height, width, key_height, key_width, tiles, scale, do, do_b, do_y, do_x, do_h,
+    dk, dv, p_parts, total_tiles, g, f, c,
+):  # fmt: skip
+    """Adds up the parts that `_backward_dkv` left of one of the total_tiles, in their order."""
+    n = Sizes(heads, height, width, key_height, key_width)
+    dk = contiguous_map(dk, n, key_height, key_width, c.DIM, c.SLICES)
+    dv = contiguous_map(dv, n, key_height, key_width, c.DIM_V, c.SLICES)
+    batch, head, tile = _batch_head_tile(tl.program_id(0), n, total_tiles)
+    keys, first, step, count = f.parts(g, n, batch, tile)
+    if count > 1:
+        b_dk = tl.zeros([c.BLOCK_N, c.BLOCK_D], tl.float32)
+        b_dv = tl.zeros([c.BLOCK_N, c.BLOCK_DV], tl.float32)
+        for i in range(0, count):
+            p_dk, p_dv = _part(p_parts, (batch * tiles + first + step * i) * heads + head, c)
+            b_dk += tl.load(p_dk)
+            b_dv += tl.load(p_dv)
+        store(dk, b_dk, batch, head, keys, c.DIM, c.BLOCK_D)
+        store(dv, b_dv, batch, head, keys, c.DIM_V, c.BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -697,8 +745,7 @@ def _operator_backward(
         is_relative = call.functions.relative is not None
         programs, partial, *share = call.share(prepared, tables if needs_bias and is_relative else None)
         call.launch(_backward_dq, programs, prepared, output, dq, lse, grad_lse, delta, partial, *share)
-        by_key = call.prepare("dkv")
-        call.launch(_backward_dkv, len(q) * q.shape[3] * by_key.plan.tiles, by_key, dk, dv, lse, delta)
+        call.launch_by_key(dk, dv, lse, delta)
     fold_bias = PATTERNS[pattern].fold_bias
     if needs_bias and bias is not None and fold_bias is not None:
         sums = call.sum_bias(prepared, lse, delta) if partial is None else partial.sum(0)
@@ -801,6 +848,17 @@ class _Call:
             kernel[(programs,)](
                 *self.maps, *sizes, self.scale, *self.grad, *rest, *compiled_for, **OPTIONS, **prepared.options
             )
+
+    def launch_by_key(self, dk: Tensor, dv: Tensor, lse: Tensor, delta: Tensor) -> None:
+        prepared, images_heads = self.prepare("dkv"), len(self.q) * self.q.shape[3]
+        programs, parts, c = images_heads * prepared.plan.tiles, None, prepared.constants
+        if prepared.plan.summed_tiles:
+            shape = programs, c.BLOCK_N.value, c.BLOCK_D.value + c.BLOCK_DV.value
+            parts = torch.empty(shape, dtype=torch.float32, device=lse.device)
+        self.launch(_backward_dkv, programs, prepared, dk, dv, lse, delta, parts)
+        if parts is not None:
+            tiles = prepared.plan.summed_tiles
+            self.launch(_sum_parts, images_heads * tiles, prepared, dk, dv, parts, tiles)
 
     def share(self, prepared: _Prepared, summed: tuple[int, ...] | None) -> tuple[int, Tensor | None, int, int]:
         """Number of programs, and what they get: memory for a sum of this shape for each, numbers of tiles."""

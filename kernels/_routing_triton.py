@@ -26,6 +26,8 @@ from visionattn.kernels._attention_triton import (
 )
 from visionattn.kernels._proof import draw, draw_maps
 
+LONG = 4  # times as many pairs of regions as there are on average are walked over by one program
+
 
 class Geometry(NamedTuple):
     q: Any
@@ -36,6 +38,9 @@ class Geometry(NamedTuple):
     rows: Any  # regions of a column of the grid
     columns: Any
     topk: Any
+    most: Any  # pairs of a region that one program walks over; those of a region with more are split. 0: never
+    parts: Any  # (B, R) int32: how many parts the regions up to each have, where they are split
+    of_part: Any  # (B, parts at most) int32: the region that each is of; R: of none
 
 
 @triton.jit
@@ -47,15 +52,20 @@ def _at(g, height, width, region, row, column, exists):
 
 
 @triton.jit
-def _tile(g, n, height, width, tile, block):
-    """A region's number, and the tokens of one of its tiles."""
+def _split(g, height, width, tile, block):
+    """Number of a tile's region, that of the tile in it, and how many tiles it has."""
+    tiles = ceil_div(height // g.rows, block.rows) * ceil_div(width // g.columns, block.columns)
+    return tile // tiles, tile % tiles, tiles
+
+
+@triton.jit
+def _tile(g, height, width, region, part, block, exists):
+    """The tokens of one of a region's tiles."""
     across = ceil_div(width // g.columns, block.columns)
-    tiles = ceil_div(height // g.rows, block.rows) * across
-    region, part = tile // tiles, tile % tiles
     boxes, row, column = in_block(block)
     row += part // across * block.rows
     column += part % across * block.columns
-    return region, _at(g, height, width, region, row, column, boxes == 0)
+    return _at(g, height, width, region, row, column, exists & (boxes == 0))
 
 
 @triton.jit
@@ -69,7 +79,8 @@ def _listed(g, height, width, p_list, walk, box, row, column, block):
 
 @triton.jit
 def _q_tile(g, n, batch, tile):
-    region, queries = _tile(g, n, n.height, n.width, tile, g.q)
+    region, part, _ = _split(g, n.height, n.width, tile, g.q)
+    queries = _tile(g, n.height, n.width, region, part, g.q, region >= 0)
     first = (batch * (g.rows * g.columns) + region) * g.topk
     return queries, (g.topk, n.key_height // g.rows, n.key_width // g.columns, first)
 
@@ -80,12 +91,39 @@ def _kv_at(g, n, batch, walk, box, row, column):
 
 
 @triton.jit
+def _parts_before(g, batch, region):
+    """How many parts the regions before this one have."""
+    return tl.load(g.parts + batch * (g.rows * g.columns) + region - 1, mask=region > 0, other=0)
+
+
+@triton.jit
 def _kv_tile(g, n, batch, tile):
-    region, keys = _tile(g, n, n.key_height, n.key_width, tile, g.k)
-    p_start = g.starts + batch * (g.rows * g.columns + 1) + region
-    start, stop = tl.load(p_start), tl.load(p_start + 1)
-    first = batch * (g.rows * g.columns * g.topk) + start
-    return keys, (stop - start, n.height // g.rows, n.width // g.columns, first)
+    region, part, _ = _split(g, n.key_height, n.key_width, tile, g.k)
+    regions: tl.constexpr = g.rows * g.columns
+    exists, is_only, skipped = region >= 0, region >= 0, 0
+    if g.most > 0:
+        number = region
+        region = tl.load(g.of_part + batch * (regions + regions * g.topk // g.most) + number)
+        exists = region < regions
+        region = tl.minimum(region, regions - 1)
+        before = _parts_before(g, batch, region)
+        is_only = _parts_before(g, batch, region + 1) - before == 1
+        skipped = (number - before) * g.most
+    p_start = g.starts + batch * (regions + 1) + region
+    start, stop = tl.load(p_start) + skipped, tl.load(p_start + 1)
+    count = tl.where(exists, stop - start, 0)
+    if g.most > 0:
+        count = tl.minimum(count, g.most)
+    keys = _tile(g, n.key_height, n.key_width, region, part, g.k, exists)
+    return keys, (count, n.height // g.rows, n.width // g.columns, batch * (regions * g.topk) + start, is_only)
+
+
+@triton.jit
+def _parts(g, n, batch, tile):
+    region, part, tiles = _split(g, n.key_height, n.key_width, tile, g.k)
+    first = _parts_before(g, batch, region)
+    count = _parts_before(g, batch, region + 1) - first
+    return _tile(g, n.key_height, n.key_width, region, part, g.k, region >= 0), first * tiles + part, tiles, count
 
 
 @triton.jit
@@ -105,18 +143,32 @@ def _plan(q, k, bias, routes, parameters, block_m: int, block_n: int, by_key: bo
     own, walked = reversed(sizes) if by_key else sizes
     tile = fit(*own, block_n if by_key else block_m)
     block = fit(*walked, block_m if by_key else block_n, topk)
-    order = starts = routes = routes.int()
-    if by_key:
-        pairs, order = routes.flatten(1).sort(stable=True)
-        edges = torch.arange(regions + 1, device=routes.device, dtype=pairs.dtype).expand(len(routes), -1).contiguous()
-        order, starts = (order // topk).int(), torch.searchsorted(pairs, edges, out_int32=True)
+    tiles = math.prod(triton.cdiv(size, n.value) for size, n in zip(own, tile[:2], strict=True))
     blocks = (block, tile) if by_key else (tile, block)
-    geometry = Geometry(*blocks, routes.contiguous(), order, starts, *map(constant, (rows, columns, topk)))
-    tiles = regions * math.prod(triton.cdiv(size, n.value) for size, n in zip(own, tile[:2], strict=True))
-    return Plan(geometry, tiles)
+    constants = [constant(x) for x in (rows, columns, topk)]
+    routes = routes.int().contiguous()
+    if not by_key:
+        return Plan(Geometry(*blocks, routes, routes, routes, *constants, constant(0), None, None), regions * tiles)
+    pairs, order = routes.flatten(1).sort(stable=True)
+    starts = _find(pairs, regions + 1, right=False)
+    order, most, parts, of_part = (order // topk).int(), LONG * topk, None, None
+    if regions <= most:  # that no list is longer than
+        most, numbers = 0, regions
+    else:
+        numbers = regions + regions * topk // most
+        parts = ((starts.diff() + most - 1) // most).clamp(min=1).cumsum(1, dtype=torch.int32)
+        of_part = _find(parts, numbers, right=True)
+    geometry = Geometry(*blocks, routes, order, starts, *constants, constant(most), parts, of_part)
+    return Plan(geometry, numbers * tiles, summed_tiles=regions * tiles if most else 0)
 
 
-PATTERNS["routing"] = Pattern(Functions(_q_tile, _kv_at, _kv_tile, _q_at, _logits), _plan)
+def _find(ordered: Tensor, count: int, right: bool) -> Tensor:
+    """(B, count) int32: how many numbers of each row are less than 0, 1, 2 ..., or if right not greater."""
+    numbers = torch.arange(count, device=ordered.device, dtype=ordered.dtype).expand(len(ordered), -1).contiguous()
+    return torch.searchsorted(ordered, numbers, right=right, out_int32=True)
+
+
+PATTERNS["routing"] = Pattern(Functions(_q_tile, _kv_at, _kv_tile, _q_at, _logits, parts=_parts), _plan)
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Tensor | None, *_: Any) -> str | None:
