@@ -144,11 +144,12 @@ def _plan(q, k, bias, routes, parameters, block_m: int, block_n: int, by_key: bo
     tile = fit(*own, block_n if by_key else block_m)
     block = fit(*walked, block_m if by_key else block_n, topk)
     tiles = math.prod(triton.cdiv(size, n.value) for size, n in zip(own, tile[:2], strict=True))
-    blocks = (block, tile) if by_key else (tile, block)
-    constants = [constant(x) for x in (rows, columns, topk)]
+    q_block, k_block = (block, tile) if by_key else (tile, block)
+    grid = constant(rows), constant(columns), constant(topk)
     routes = routes.int().contiguous()
     if not by_key:
-        return Plan(Geometry(*blocks, routes, routes, routes, *constants, constant(0), None, None), regions * tiles)
+        geometry = Geometry(q_block, k_block, routes, routes, routes, *grid, constant(0), None, None)
+        return Plan(geometry, regions * tiles)
     pairs, order = routes.flatten(1).sort(stable=True)
     starts = _find(pairs, regions + 1, right=False)
     order, most, parts, of_part = (order // topk).int(), LONG * topk, None, None
@@ -158,7 +159,7 @@ def _plan(q, k, bias, routes, parameters, block_m: int, block_n: int, by_key: bo
         numbers = regions + regions * topk // most
         parts = ((starts.diff() + most - 1) // most).clamp(min=1).cumsum(1, dtype=torch.int32)
         of_part = _find(parts, numbers, right=True)
-    geometry = Geometry(*blocks, routes, order, starts, *constants, constant(most), parts, of_part)
+    geometry = Geometry(q_block, k_block, routes, order, starts, *grid, constant(most), parts, of_part)
     return Plan(geometry, numbers * tiles, summed_tiles=regions * tiles if most else 0)
 
 

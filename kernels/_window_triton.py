@@ -158,7 +158,7 @@ def _plan(q, k, bias, mask, parameters, block_m: int, block_n: int, by_key: bool
     q_tiles, k_tiles = (math.prod(count) for count in counts)
     tiles = windows * (k_tiles if by_key else q_tiles)
     geometry = Geometry(blocks[0], blocks[1], bias, mask, has_masks, y, x)
-    return Plan(geometry, tiles, k_tiles, q_tiles, q_tiles == k_tiles == 1)
+    return Plan(geometry, tiles, k_tiles, q_tiles, is_closed=q_tiles == k_tiles == 1)
 
 
 def _blocks_of(window: tuple[int, ...], block: Block) -> list[int]:

@@ -17,12 +17,13 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import networkx  # which torch needs
 import torch
 from torch import Tensor
 
@@ -38,7 +39,7 @@ MATRIX = re.compile(r"[A-Z]+MMA")
 INTEGER = re.compile(r"(U?(IADD|IMAD|LEA|LOP|SHF|SHL|SHR|ISETP|IMNMX|IABS|VIADD|VIMNMX|SEL|BMSK|SGXT)|I2F|F2I)")
 LOAD = re.compile(r"(LDG|LDGSTS|UTMALDG)")
 SHARED = re.compile(r"(LDS|LDSM|STS|STSM)")
-LINE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+x?[0-9x.A-Z_]*)(.*?);", re.MULTILINE)
+LINE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+x?[0-9x.A-Z_]*)(.*?);")
 
 
 @dataclass
@@ -167,18 +168,24 @@ def _macs(name: str) -> int:
 
 
 def _inner_loop(code: str) -> list[str]:
-    """Names of the instructions of the shortest loop with a matrix instruction, else with a load, else of all."""
+    """Names of the instructions of the smallest loop with a matrix instruction, else with a load, else of all."""
     labels: dict[str, int] = {}
     names: list[str] = []
-    loops: list[list[str]] = []
+    flow = networkx.DiGraph()
+    targets: dict[int, str] = {}
     for line in code.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(names)
         elif found := LINE.match(line):
-            names.append(found[1])
-            target = re.search(r"`\((\.L_\w+)\)", found[2])
-            if found[1].startswith("BRA") and target and target[1] in labels:
-                loops.append(names[labels[target[1]] :])
+            i, (predicate, name, operands) = len(names), found.groups()
+            names.append(name)
+            if name.startswith("BRA") and (target := re.search(r"`\((\.L_\w+)\)", operands)):
+                targets[i] = target[1]
+            is_always = predicate is None and not re.match(r"\s*!?U?P\d", operands)
+            if not (is_always and name.startswith(("BRA", "EXIT", "RET"))):
+                flow.add_edge(i, i + 1)
+    flow.add_edges_from((i, labels[label]) for i, label in targets.items())
+    loops = [[names[i] for i in sorted(loop) if i < len(names)] for loop in _loops(flow)]
     for kind in (MATRIX, LOAD):
         inner = [loop for loop in loops if any(kind.match(name) for name in loop)]
         if inner:
@@ -186,6 +193,20 @@ def _inner_loop(code: str) -> list[str]:
         if any(kind.match(name) for name in names):
             break  # it is not in a loop
     return names
+
+
+def _loops(flow: networkx.DiGraph) -> Iterator[set[int]]:
+    """Natural loops of a program that starts at 0: an instruction, and what leads back to it after it in any case."""
+    above = networkx.immediate_dominators(flow, 0) | {0: 0}
+    for end, start in flow.edges:
+        dominator = end
+        while dominator in above and dominator not in (0, start):
+            dominator = above[dominator]
+        if end in above and dominator == start:
+            rest = flow.reverse(copy=True)
+            if end != start:
+                rest.remove_node(start)
+            yield {start, end, *networkx.descendants(rest, end)} & above.keys()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
