@@ -2,7 +2,8 @@
 
 In this order, so that what matters most is there if the time is short: tests that need a GPU, proofs of the kernels
 (`visionattn doctor --kernels`), models against timm's twins and Swin-T in inference and training, kernels against their
-peers. Each step is a process of its own, ended when the time is over; what it says is kept in DIR, beside a summary.
+peers, and the tiles of Triton kernels, tuned last, since they decide the rest from then on. Each step is a process of
+its own, ended when the time is over; what it says is kept in DIR, beside a summary.
 """
 
 import argparse
@@ -32,6 +33,7 @@ def steps(device: str, out: Path, quick: bool) -> dict[str, list[str]]:
     small = ["160"] if quick else sizes  # test_vit takes no other
     patterns = ["--pattern", "channel"] if quick else []
     tests = ["tests/kernels/test_triton.py", "-k", "reasons"] if quick else ["tests/kernels", "-m", "gpu"]
+    tiles = {"tiles": [*benchmark, "kernels", "--tune"]} if device == "cuda" else {}
     return {
         "tests": ["-m", "pytest", "-n0", "-q", *tests],
         "proofs": ["-m", "visionattn", "doctor", "--kernels"],
@@ -39,6 +41,7 @@ def steps(device: str, out: Path, quick: bool) -> dict[str, list[str]]:
         "families": [*benchmark, "models", *families, "--sizes", *small, "--train", *measured],
         "kernels": [*benchmark, "kernels", *patterns, "--sizes", *sizes, *measured],
         "compiled": [*benchmark, "models", "--pattern", *twins[:1], "--sizes", *sizes, "--compile", *measured],
+        **tiles,
     }
 
 
