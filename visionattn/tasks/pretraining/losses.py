@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from visionattn.errors import UserError
 
-__all__ = ["VICReg", "masked_error", "standardised"]
+__all__ = ["VICReg", "masked_error", "of_cells"]
 
 NEAREST = 20  # pairs of places of two views that the local term is taken of
 EPSILON = 1e-6
@@ -29,13 +29,13 @@ def masked_error(predicted: Tensor, image: Tensor, hidden: Tensor, valid: Tensor
     return sums[0], sums[1], counted.flatten(1).sum(1) * image.shape[1]
 
 
-def standardised(image: Tensor, cell: int) -> Tensor:
-    """Images (B, C, H, W) with mean 0 and standard deviation 1 in each cell, those of pixels that are alike 0."""
+def of_cells(image: Tensor, cell: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (B, C, H, W) of the cell that each pixel of images (B, C, H, W) is in."""
     size = image.shape[2:]
     mean, square = (F.avg_pool2d(x, cell, ceil_mode=True, count_include_pad=False) for x in (image, image**2))
     mean, square = (x.repeat_interleave(cell, 2).repeat_interleave(cell, 3) for x in (mean, square))
     mean, square = (x[..., : size[0], : size[1]] for x in (mean, square))
-    return (image - mean) / ((square - mean**2).clamp_min(0) + EPSILON).sqrt()
+    return mean, ((square - mean**2).clamp_min(0) + EPSILON).sqrt()
 
 
 class VICReg(nn.Module):

@@ -92,7 +92,8 @@ else:
 class Recipe(sections.Recipe):
     """A whole pretraining."""
 
-    loss: ClassVar[Any] = None  # type: ignore[misc]  # what other tasks have in place of an objective
+    loss: ClassVar[Any] = None  # type: ignore[misc]  # other tasks have it in place of an objective
+    evaluate: ClassVar[sections.Evaluate] = sections.Evaluate()  # type: ignore[misc]  # nothing to choose
 
     task: Literal["pretraining"]
     data: AnyData

@@ -43,7 +43,7 @@ def _probe(evaluation: Evaluation) -> str:
 
 def _pictures(evaluation: Evaluation) -> str:
     texts = {
-        "reconstructions": "Hidden pixels: the image, what was seen of it, what was predicted of all of it",
+        "reconstructions": "Hidden pixels: the image, what was seen of it, and it with its hidden pixels as predicted",
         "neighbours": "Nearest features: an image, and those that look most alike to the network",
     }
     html = ""

@@ -28,7 +28,7 @@ from visionattn.models.pretrainers import Pretrainer, make_pretrainer
 from visionattn.report.evaluation import Evaluation
 from visionattn.tasks import base
 from visionattn.tasks.base import Task, predict_in_batches, refuse_names
-from visionattn.tasks.pretraining.losses import VICReg, masked_error, standardised
+from visionattn.tasks.pretraining.losses import VICReg, masked_error, of_cells
 from visionattn.tasks.pretraining.metrics import collapsed, signs
 from visionattn.tasks.pretraining.probe import Probe
 from visionattn.tasks.pretraining.recipe import Data, Recipe
@@ -61,7 +61,7 @@ class Seen:
 
     Attributes:
         error, of_mean: of the hidden pixels, and of predicting the mean; None where nothing is predicted.
-        picture: (3, C, H, W) the window, what was seen of it, and the prediction; of some windows.
+        picture: (3, C, H, W) the window, what was seen of it, and it as it was predicted; of some windows.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Pretraining(Task):
         self.loss, self.cell, self.step, self.ratio, self.target = loss, cell, step, ratio, target
         self.calibration, self.make_probe, self.untrained = calibration, probe, untrained
         self.probe = probe() if probe and calibration is not None else None
-        self.probed, self.warned = dict[str, float](), set[str]()
+        self.probed, self.warned, self.baselines = dict[str, float](), set[str](), dict[str, dict[str, float]]()
         self.val_error, self.val_of_mean, self.val_features = MeanMetric(), MeanMetric(), CatMetric()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -123,17 +123,20 @@ class Pretraining(Task):
         self.log("train/ratio", share, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return self.log_loss(error.mean(), batch, batch_idx)
 
-    def predicted(self, batch: dict[str, Tensor], *key: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Of each image the error of its hidden pixels and that of the mean (B,); the prediction, and what was hidden.
+    def predicted(self, batch: dict[str, Tensor], *key: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each image the error of its hidden pixels and that of the mean (B,), and (B, 3, C, H, W) for people: the
+        image, what was seen of it, and it with its hidden pixels as they were predicted.
 
         key: numbers that decide, with the item's, what is hidden.
         """
         image = batch["image"]
         hidden = self.hidden(image.shape[2:], batch["item"].tolist(), *key).to(image.device)
-        made = self(image, hidden=hidden)
-        target = standardised(image, self.cell) if self.target == "norm_patch" else image
-        error, of_mean, count = masked_error(made, target, hidden, batch["valid"])
-        return error / (count + EPSILON), of_mean / (count + EPSILON), (made, hidden)
+        made, mean, std = self(image, hidden=hidden), torch.zeros_like(image), torch.ones_like(image)
+        if self.target == "norm_patch":
+            mean, std = of_cells(image, self.cell)
+        error, of_mean, count = masked_error(made, (image - mean) / std, hidden, batch["valid"])
+        pictures = image, image.masked_fill(hidden, 0.0), torch.where(hidden, made.detach() * std + mean, image)
+        return error / (count + EPSILON), of_mean / (count + EPSILON), torch.stack(pictures, 1)
 
     def hidden(self, size: Sequence[int], items: Sequence[int], *key: int) -> Tensor:
         """(B, 1, H, W) bool."""
@@ -195,10 +198,8 @@ class Pretraining(Task):
         errors: Any = [(None, None)] * count
         pictures: list[np.ndarray | None] = [None] * count
         if self.loss is None:
-            error, of_mean, (made, hidden) = self.predicted(batch, 0)
+            error, of_mean, shown = self.predicted(batch, 0)
             errors = torch.stack([error, of_mean], 1).tolist()
-            filled = torch.where(hidden, 0.0, batch["image"])
-            shown = torch.stack([batch["image"], filled, made.float()], 1)
             wanted = batch["shown"].tolist()
             pictures = [x.cpu().numpy() if want else None for x, want in zip(shown, wanted, strict=True)]
         items = zip(features, batch["item"].tolist(), errors, pictures, strict=True)
@@ -214,8 +215,9 @@ class Pretraining(Task):
         evaluation.overall |= values
         chosen = self.monitored.removeprefix("val/")
         evaluation.headline = chosen if chosen in values else "linear"
-        others = probe.baselines(self.untrained().to(self.device), self.device)
-        evaluation.more["probe"] = {"this network": values} | others
+        if not self.baselines:
+            self.baselines = probe.baselines(self.untrained().to(self.device), self.device)
+        evaluation.more["probe"] = {"this network": values} | self.baselines
         evaluation.more["probe_images"] = [len(probe.bank), len(probe.told)]
 
 
