@@ -112,6 +112,34 @@ def test_a_killed_run_goes_on_to_the_same_weights(unlabelled, tmp_path):
     assert metrics(tmp_path / "run")["overall"] == metrics(whole)["overall"]
 
 
+def test_the_features_of_a_teacher_are_learned(unlabelled, run, pictures, tmp_path, capsys, refused):
+    teacher = f"model.teacher={{checkpoint: {run}, image_size: 64}}"
+    words = ["objective.name=distill", "probe=null", "train.epochs=4"]
+    taught = fit(unlabelled, tmp_path / "taught", teacher, *words)
+    assert f"teacher biformer_tiny (of {run}" in capsys.readouterr().out
+    losses = [float(row["val/loss"]) for row in rows(taught)]
+    assert losses[-1] < losses[0] < 2
+    keys = set(state(taught)["state_dict"])
+    assert {key for key in keys if ".objective." in key} == {
+        f"network.objective.{name}"
+        for name in (
+            *("overall.weight", "overall.bias", "local.weight", "local.bias"),
+            *("taught.running_mean", "taught.running_var", "taught.num_batches_tracked"),
+        )
+    }
+    assert not [key for key in keys if "teacher" in key]
+    facts = json.loads((taught / "environment.json").read_text())
+    assert facts["teacher"]["of"] == str(run)
+    run.rename(run.with_name("moved"))  # what was learned is used without the teacher
+    try:
+        assert main(["predict", str(taught), str(pictures / "test"), "-o", str(tmp_path / "features.csv")]) == 0
+        assert main(["evaluate", str(taught)]) == 0
+    finally:
+        run.with_name("moved").rename(run)
+    assert "need each other" in refused("fit", unlabelled, teacher)
+    assert "need each other" in refused("fit", unlabelled, "objective.name=distill")
+
+
 def test_two_processes_train_one_run(unlabelled, tmp_path):
     words = ["trainer.devices=2", "trainer.strategy=ddp", "train.ema=null", "data.batch_size=8"]
     command = [sys.executable, "-m", "visionattn", "fit", str(unlabelled), *words]
@@ -143,7 +171,7 @@ def test_images_that_are_all_alike_train_without_nan_and_are_reported(unlabelled
         ("model={name: emcad_pvt_v2_b0}", "is a whole segmenter: name its encoder alone"),
         ("probe.root=nowhere", "nowhere is missing"),
         ("model.bands={}", "there is no model.checkpoint"),
-        ("objective.name=moco", "objective.name is 'moco'; allowed: 'mim' or 'vicreg'"),
+        ("objective.name=moco", "objective.name is 'moco'; allowed: 'mim', 'vicreg' or 'distill'"),
         ("data.group='^nothing'", "finds nothing in this name"),
     ],
 )

@@ -1,4 +1,5 @@
-"""A backbone under an objective that needs no labels: hidden pixels, or what two views of an image have in common.
+"""A backbone under an objective that needs no labels: hidden pixels, what two views of an image have in common, or what
+a teacher makes of it.
 
 The backbone is a whole classifier of timm without its classifier; what it has learned is taken over by any other task
 (see `visionattn.models.handover`).
@@ -18,6 +19,7 @@ from visionattn.backbones.encoder_decoder import EncoderDecoder, OverEncoder
 from visionattn.errors import UserError
 from visionattn.models.handover import CLEAN
 from visionattn.models.networks import arguments_of, create, started
+from visionattn.models.teacher import Imitation
 from visionattn.recipe.sections import Model
 
 __all__ = ["Expander", "MaskedPixels", "Pretrainer", "make_pretrainer"]
@@ -117,13 +119,19 @@ def _expander(features: int, width: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(width, width))
 
 
+HEADS: dict[str, type[Expander] | type[Imitation]] = {
+    "vicreg": Expander,
+    "distill": Imitation,
+}  # of pooled features and the last map
+
+
 class Pretrainer(OverEncoder):
     """Images (B, C, H, W) -> what the objective makes of them.
 
     `clean` holds statistics of the backbone's batch norms on whole images: in training they are those of masked ones.
     """
 
-    def __init__(self, encoder: Maps, objective: MaskedPixels | Expander) -> None:
+    def __init__(self, encoder: Maps, objective: MaskedPixels | Expander | Imitation) -> None:
         super().__init__()
         self.encoder, self.objective, self.clean = encoder, objective, nn.Module()
         self.pretrained_cfg = self.default_cfg = {**encoder.model.pretrained_cfg, "classifier": ()}
@@ -131,8 +139,8 @@ class Pretrainer(OverEncoder):
             self.clean.register_buffer(key, value.clone())
 
     def forward(self, images: Tensor, hidden: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Predicted pixels (B, C, H, W) where `hidden` (B, 1, H, W) are; of two views what `Expander` gives of one."""
-        if isinstance(self.objective, Expander):
+        """Predicted pixels (B, C, H, W) where `hidden` (B, 1, H, W) are; else what the objective makes of features."""
+        if not isinstance(self.objective, MaskedPixels):
             last, _, maps = self.encoder.pooled(images)
             return self.objective(last, maps[-1])
         seen = images if hidden is None else self.objective.hide(images, hidden)
@@ -190,21 +198,21 @@ assert CLEAN == "clean."  # by which the hand-over finds these statistics
 def make_pretrainer(
     spec: Model, channels: int, side: tuple[int, int], objective: str, width: int = WIDEST
 ) -> Pretrainer:
-    """The network of a recipe's `model` section under an objective, "mim" or "vicreg".
+    """The network of a recipe's `model` section under an objective, "mim", "vicreg" or "distill".
 
     Args:
         channels: of the images.
         side: height and width of the images.
-        width: of the expander.
+        width: of the expander, or of a teacher's features.
 
     Raises:
         UserError: a network without maps, or one that does not take such images.
     """
     encoder = _make_maps(spec, channels, side)
-    if objective == "vicreg":
+    if objective in HEADS:
         with torch.no_grad():
             last, _, maps = encoder.eval().pooled(torch.zeros(1, channels, *side))
-        head: MaskedPixels | Expander = Expander(last.shape[1], maps[-1].shape[1], width)
+        head: MaskedPixels | Expander | Imitation = HEADS[objective](last.shape[1], maps[-1].shape[1], width)
     else:
         head = MaskedPixels(encoder.strides, encoder.channels, channels)
     network = Pretrainer(encoder, head)

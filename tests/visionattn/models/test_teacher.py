@@ -4,11 +4,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import nn
 from torch.testing import assert_close
 
 from visionattn.errors import UserError
-from visionattn.models.teacher import Teacher, make_teacher
+from visionattn.models.segmenters import make_segmenter
+from visionattn.models.teacher import Imitation, Teacher, feature_channels, make_teacher
 from visionattn.recipe import sections
 
 RGB = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -26,7 +28,7 @@ def test_an_rgb_teacher_sees_its_bands_of_13_as_it_was_trained(monkeypatch):
     mean, std = torch.rand(2, 13).clamp_min(0.1)
     pixels = torch.rand(2, 13, 40, 48)
     taught = make_teacher(
-        sections.Teacher(name="test_vit", bands=[4, 3, 2]), [str(k) for k in range(1000)], (mean.tolist(), std.tolist())
+        sections.Teacher(name="test_vit", bands=[4, 3, 2]), (mean.tolist(), std.tolist()), [str(k) for k in range(1000)]
     )
     own = ((torch.tensor(model.pretrained_cfg[key])[:, None, None]) for key in ("mean", "std"))
     side = model.pretrained_cfg["input_size"][1]
@@ -39,7 +41,7 @@ def test_an_rgb_teacher_sees_its_bands_of_13_as_it_was_trained(monkeypatch):
 
 
 def test_without_statistics_of_its_own_it_takes_normalised_values():
-    teacher = Teacher(nn.Identity(), None, None, (8, 8), [2, 1], (RGB[0], RGB[1]), {"name": "x"})
+    teacher = Teacher(nn.Identity(), None, (8, 8), [2, 1], (RGB[0], RGB[1]), {"name": "x"})
     images = torch.randn(1, 3, 8, 8)
     assert_close(teacher.view(images), images[:, [1, 0]])
 
@@ -56,4 +58,50 @@ def test_without_statistics_of_its_own_it_takes_normalised_values():
 def test_a_teacher_that_cannot_teach_is_refused(spec, channels, classes, words, monkeypatch):
     published(monkeypatch, "test_vit")
     with pytest.raises(UserError, match=words):
-        make_teacher(sections.Teacher(**spec), [str(k) for k in range(classes)], ([0.5] * channels, [0.5] * channels))
+        make_teacher(sections.Teacher(**spec), ([0.5] * channels, [0.5] * channels), [str(k) for k in range(classes)])
+
+
+def test_features_are_standardised_and_compared_place_by_place():
+    taught = torch.randn(8, 6, 4, 5) * torch.tensor([1, 2, 3, 4, 5, 100.0])[:, None, None] + 7
+    head = Imitation(3, 3, 6)
+    overall, places = torch.randn(8, 6), torch.randn(8, 8, 10, 6)
+    loss = head.loss(overall, places, taught)
+    mean, std = (getattr(taught.movedim(1, -1).flatten(0, 2), kind)(0) for kind in ("mean", "std"))
+    standard = (taught - mean[:, None, None]) / std[:, None, None]
+    resized = F.interpolate(places.movedim(-1, 1), (4, 5), mode="bilinear")
+    cosine = [
+        (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+        for a, b in ((resized, standard), (overall, standard.mean((2, 3))))
+    ]
+    assert_close(loss, sum(1 - c.mean() for c in cosine), rtol=1e-4, atol=1e-5)
+    kept = {key: value.clone() for key, value in head.state_dict().items()}
+    assert_close(head.eval().loss(overall, places, taught), loss)
+    assert all(torch.equal(value, kept[key]) for key, value in head.state_dict().items())
+
+
+def test_a_teacher_s_channels_are_known_without_its_weights(monkeypatch):
+    published(monkeypatch, "test_vit")
+    spec = sections.Teacher(name="test_vit")
+    taught = make_teacher(spec, ([0.5] * 3, [0.5] * 3))
+    assert taught.features(torch.randn(1, 3, 64, 64)).shape[1] == feature_channels(spec)
+
+
+def test_the_backbone_of_a_segmenter_teaches(tmp_path):
+    args = {"depth": [1, 1, 1, 1], "embed_dim": [16, 16, 32, 32], "head_dim": 16, "n_win": 2, "topks": [1, 2, 4, -2]}
+    segmenter = make_segmenter("biformer_tiny", "segformer", 2, in_chans=1, encoder_args=args).eval()
+    recipe = {
+        "task": "segmentation",
+        "model": {"name": "biformer_tiny", "decoder": "segformer", "args": args},
+        "data": {"mean": [0.2], "std": [0.4], "image_size": [32, 64], "classes": ["a", "b"]},
+    }
+    kept = {f"network.{key}": value for key, value in segmenter.state_dict().items()}
+    said = {"format": 2, "recipe": yaml.safe_dump(recipe), "unit_range": True}
+    torch.save({"state_dict": kept, "visionattn": said}, tmp_path / "run.ckpt")
+    spec = sections.Teacher(checkpoint=tmp_path / "run.ckpt")
+    assert feature_channels(spec) == 32
+    taught = make_teacher(spec, ([0.5], [0.3]))
+    pixels = torch.rand(2, 1, 32, 64)
+    given = taught.network.forward_intermediates(taught.view((pixels - 0.5) / 0.3), indices=1, intermediates_only=True)
+    assert_close(given[-1], segmenter.encoder((pixels - 0.2) / 0.4)[-1])
+    with pytest.raises(UserError, match="is a run of segmentation, not of a classifier"):
+        make_teacher(spec, ([0.5], [0.3]), ["a", "b"])

@@ -206,7 +206,7 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> Classifier:
     if tuple(result.shape) != (1, len(data.classes)):
         raise UserError(f"model {spec.model.name} gives {tuple(result.shape)} for an image: it is no classifier")
     if (teacher := spec.model.teacher) is not None:
-        settings["teacher"] = make_teacher(teacher, data.classes, (data.mean, data.std))
+        settings["teacher"] = make_teacher(teacher, (data.mean, data.std), data.classes)
         settings |= {"teacher_weight": teacher.weight, "temperature": teacher.temperature}
     if spec.model.adapter:
         adapt(network, spec.model.adapter.lora.rank, spec.model.name, (data.channels, *data.side))

@@ -1,14 +1,14 @@
 """What a pretraining recipe says."""
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from visionattn.data import formats
 from visionattn.recipe import sections
 from visionattn.recipe.sections import NotNegative, Positive, Probability, Rate, Section, Share, Side
 
-__all__ = ["DATA", "EXAMPLE", "AnyData", "Augment", "Data", "Objective", "Probe", "Recipe"]
+__all__ = ["DATA", "EXAMPLE", "AnyData", "Augment", "Data", "Model", "Objective", "Probe", "Recipe"]
 
 
 class Augment(Section):
@@ -39,11 +39,21 @@ class Data(sections.Data):
     augment: Augment = Augment()
 
 
+class Model(sections.Model):
+    """The network that learns, and the one that it may learn from."""
+
+    teacher: sections.Teacher | None = Field(
+        None, description="distill: such as {name: vit_small_patch14_dinov2}, whose features are learned"
+    )
+
+
 class Objective(Section):
     """What is learned without labels."""
 
-    name: Literal["mim", "vicreg"] = Field(
-        "mim", description="mim: hidden pixels from visible ones; vicreg: features that two views have in common"
+    name: Literal["mim", "vicreg", "distill"] = Field(
+        "mim",
+        description="mim: hidden pixels from visible ones; vicreg: features that two views have in common; distill: "
+        "those of model.teacher",
     )
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.6, description="mim: share of the image that is hidden")
     mask_size: Positive | None = Field(
@@ -52,7 +62,7 @@ class Objective(Section):
     target: Literal["pixels", "norm_patch"] = Field(
         "pixels", description="mim: normalised pixels, or these standardised in each cell"
     )
-    width: Positive = Field(512, description="vicreg: of the expander")
+    width: Positive = Field(512, description="vicreg: of the expander; distill: of the teacher's features, as found")
     local: Probability = Field(0.25, description="vicreg: weight of the term on places that both views see")
 
 
@@ -96,10 +106,17 @@ class Recipe(sections.Recipe):
     evaluate: ClassVar[sections.Evaluate] = sections.Evaluate()  # type: ignore[misc]  # nothing to choose
 
     task: Literal["pretraining"]
+    model: Model
     data: AnyData
     objective: Objective = Objective()
     probe: AnyProbe | None = None
     train: Train = Train()
+
+    @model_validator(mode="after")
+    def _taught_by_somebody(self) -> Self:
+        if (self.objective.name == "distill") != (self.model.teacher is not None):
+            raise ValueError("objective.name distill and model.teacher need each other: set both or none")
+        return self
 
 
 EXAMPLE = {

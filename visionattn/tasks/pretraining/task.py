@@ -19,12 +19,14 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import default_collate
 from torchmetrics import CatMetric, MeanMetric
 
+from visionattn.data import formats
 from visionattn.data.loaders import default_workers, make_loader, seed_of, seeded
 from visionattn.data.prediction import Prediction
 from visionattn.data.sample import Dataset, Sample
 from visionattn.errors import UserError, listed
 from visionattn.models.networks import arguments_of
-from visionattn.models.pretrainers import Pretrainer, make_pretrainer
+from visionattn.models.pretrainers import MaskedPixels, Pretrainer, make_pretrainer
+from visionattn.models.teacher import Teacher, feature_channels, make_teacher
 from visionattn.report.evaluation import Evaluation
 from visionattn.tasks import base
 from visionattn.tasks.base import Task, predict_in_batches, refuse_names
@@ -78,7 +80,8 @@ class Pretraining(Task):
 
     Args:
         network: a `Pretrainer`.
-        loss: of two views; None: hidden pixels are predicted.
+        loss: of two views, or None.
+        teacher: whose features are learned, or None.
         cell, step: side of hidden cells, and what their grid is shifted by multiples of, in pixels.
         ratio: share that is hidden.
         target: "pixels", or "norm_patch".
@@ -91,6 +94,7 @@ class Pretraining(Task):
         self,
         network: Pretrainer,
         loss: nn.Module | None,
+        teacher: Teacher | None,
         cell: int,
         step: int,
         ratio: float,
@@ -102,6 +106,8 @@ class Pretraining(Task):
     ) -> None:
         super().__init__(network, **task)
         self.network: Pretrainer = network
+        self.masks, self.teacher = isinstance(network.objective, MaskedPixels), teacher
+        self.facts = {"teacher": teacher.about} if teacher else {}
         self.loss, self.cell, self.step, self.ratio, self.target = loss, cell, step, ratio, target
         self.calibration, self.make_probe, self.untrained = calibration, probe, untrained
         self.probe = probe() if probe and calibration is not None else None
@@ -117,6 +123,8 @@ class Pretraining(Task):
             places = F.adaptive_avg_pool2d(places, tuple(maps.shape[1:3])).flatten(2).transpose(1, 2)
             loss = self.loss(*(x.chunk(2) for x in (views, maps.flatten(1, 2), places)))
             return self.log_loss(loss, batch, batch_idx)
+        if self.teacher is not None:
+            return self.log_loss(self.imitated(batch["image"]), batch, batch_idx)
         error, of_mean, _ = self.predicted(batch, self.train_spec.seed, self.current_epoch + 1)
         size = len(batch["image"])
         share = error.mean().detach() / of_mean.mean().clamp_min(EPSILON)
@@ -143,7 +151,17 @@ class Pretraining(Task):
         seeds = [seed_of(*key, item) for item in items]
         return hidden_cells((size[0], size[1]), self.cell, self.ratio, self.step, seeds)
 
+    def imitated(self, images: Tensor) -> Tensor:
+        """How far features are from the teacher's."""
+        assert self.teacher is not None
+        objective: Any = self.network.objective
+        return objective.loss(*self(images), self.teacher.features(images))
+
     def on_fit_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+            if self.trainer.is_global_zero:
+                log.info(self.teacher)
         if self.trainer.is_global_zero and (
             idle := [n for n, p in self.network.named_parameters() if not p.requires_grad]
         ):
@@ -157,7 +175,9 @@ class Pretraining(Task):
         self.network.clean_up(batch["image"].to(self.device) for batch in batches)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        if self.loss is None:
+        if self.teacher is not None:
+            self.val_error.update(self.imitated(batch["image"]), len(batch["image"]))
+        if self.masks:
             error, of_mean, _ = self.predicted(batch, 0)
             self.val_error.update(error)
             self.val_of_mean.update(of_mean)
@@ -168,8 +188,9 @@ class Pretraining(Task):
         values = signs(self.val_features.compute())
         if self.loss is None:
             values["loss"] = self.val_error.compute().item()
+        if self.masks:
             values["ratio"] = values["loss"] / max(self.val_of_mean.compute().item(), EPSILON)
-        else:
+        if self.loss is not None:
             values["epoch"] = float(self.current_epoch + 1)
         for metric in (self.val_error, self.val_of_mean, self.val_features):
             metric.reset()
@@ -197,7 +218,7 @@ class Pretraining(Task):
         count = len(features)
         errors: Any = [(None, None)] * count
         pictures: list[np.ndarray | None] = [None] * count
-        if self.loss is None:
+        if self.masks:
             error, of_mean, shown = self.predicted(batch, 0)
             errors = torch.stack([error, of_mean], 1).tolist()
             wanted = batch["shown"].tolist()
@@ -237,13 +258,14 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
         }
     )
     data = data.model_copy(update={"augment": augment, **base.statistics(spec, dataset)})
+    width = feature_channels(spec.model.teacher) if spec.model.teacher else objective.width
     size = objective.mask_size or _cell(min(data.side))
     if size >= min(data.side):
         raise UserError(
             f"objective.mask_size is {size}, but images have {min(data.side)} pixels: nothing would be seen"
         )
     return spec.model_copy(
-        update={"data": data, "objective": objective.model_copy(update={"mask_size": size})}
+        update={"data": data, "objective": objective.model_copy(update={"mask_size": size, "width": width})}
     ), dataset
 
 
@@ -272,17 +294,21 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> Pretraining:
             return network_of(spec.model.model_copy(update=unstarted))
 
     network = network_of(spec.model)
-    calibration = None
+    calibration, teacher = None, None
     if dataset:
         base.refuse_few_crops(data, dataset)
         train = dataset.splits["train"]
         calibration = Windows(train[:: max(1, len(train) // CALIBRATION)][:CALIBRATION], data)
         _rest_idle(network, channels, data.side)
+        if spec.model.teacher:
+            unit_range = formats.module_of(data).KIND.unit_range
+            teacher = make_teacher(spec.model.teacher, (data.mean, data.std), unit_range=unit_range)
     cell, step = _grid(spec, network)
-    default = "linear" if spec.probe else "loss" if objective.name == "mim" else "epoch"
+    default = "linear" if spec.probe else "epoch" if objective.name == "vicreg" else "loss"
     return Pretraining(
         network,
         VICReg(objective.local) if objective.name == "vicreg" else None,
+        teacher,
         cell=cell,
         step=step,
         ratio=objective.mask_ratio,
