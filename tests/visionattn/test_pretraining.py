@@ -95,10 +95,14 @@ def test_features_are_predicted(unlabelled, pictures, tmp_path):
     assert main(["check", str(unlabelled)]) == 0
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(unlabelled, tmp_path):
-    whole = fit(unlabelled, tmp_path / "whole", "train.epochs=4")
+@pytest.mark.parametrize("objective", ["mim", pytest.param("distill", marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on_to_the_same_weights(objective, unlabelled, tmp_path, request):
+    words = ["train.epochs=4", f"objective.name={objective}"]
+    if objective == "distill":
+        words += ["probe=null", f"model.teacher={{checkpoint: {request.getfixturevalue('run')}}}"]
+    whole = fit(unlabelled, tmp_path / "whole", *words)
     command = [sys.executable, "-m", "visionattn", "fit", str(unlabelled), "--run", str(tmp_path / "run")]
-    process = subprocess.Popen([*command, "train.epochs=4"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, *words], cwd=tmp_path, stdout=subprocess.DEVNULL)
     while not (tmp_path / "run" / "metrics.csv").is_file() or len(rows(tmp_path / "run")) < 2:
         assert process.poll() is None
         time.sleep(0.01)
