@@ -9,9 +9,6 @@ Under the transforms of torch.func (vmap, grad, jvp, jacrev ...) "auto" takes th
 memory and can be transformed in all ways; under a single grad backend="torch" works as well.
 """
 
-if __name__ != "visionattn.kernels":
-    raise ImportError("import visionattn.kernels, not kernels: the folder is a room of the package visionattn")
-
 from visionattn.kernels._dispatch import bodies, describe_backends, set_backend
 from visionattn.kernels._proof import path as verdict_file
 from visionattn.kernels._proof import verdicts

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionattn.errors import UserError
+from visionattn.models.extras import imported
 
 __all__ = ["VICReg", "masked_error", "of_cells"]
 
@@ -52,12 +52,9 @@ class VICReg(nn.Module):
 
     def __init__(self, local: float) -> None:
         super().__init__()
-        try:
-            from lightly.loss import VICRegLoss
-        except ModuleNotFoundError:
-            raise UserError("objective.name vicreg needs lightly: pip install 'visionattn[ssl]'") from None
+        lightly = imported("lightly.loss", "ssl", "objective.name vicreg")
         # the mean over both views' terms, which are summed in the paper
-        self.loss: Any = VICRegLoss(lambda_param=25.0, mu_param=25.0, nu_param=1.0, gather_distributed=True)
+        self.loss: Any = lightly.VICRegLoss(lambda_param=25.0, mu_param=25.0, nu_param=1.0, gather_distributed=True)
         self.local = local
 
     def forward(
