@@ -95,8 +95,8 @@ class CosineAttention(nn.Module):
         places = torch.stack([rows[0][:, None].expand(size), columns[0].expand(size)], -1).flatten(0, 1)
         parts = [places] if takes_plain(x) or torch.is_grad_enabled() else places.split(PLACES)
         with no_autocast(x):  # of few numbers: casts would take longer
-            tables = [self.cpb_fc2(self.cpb_act(self.cpb_fc1(part))) for part in parts]
-        bias = tables[0] if len(tables) == 1 else torch.cat(tables)
+            of_parts = [self.cpb_fc2(self.cpb_act(self.cpb_fc1(part))) for part in parts]
+        bias: Tensor = of_parts[0] if len(of_parts) == 1 else torch.cat(of_parts)
         return bias.T.unflatten(1, size), rows[1], columns[1]
 
 
@@ -104,7 +104,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False) if autocasting(x) else nullcontext()
 
 
-def position_bias(bias: Tensor, rows: Tensor, columns: Tensor, keys: tuple[int, ...]) -> Tensor:
+def position_bias(bias: Tensor, rows: Tensor, columns: Tensor, keys: tuple[int, int]) -> Tensor:
     """Of `distances`, perhaps for some of its rows, the bias (heads, H * W, keys) of queries and keys."""
     bias = bias.index_select(1, rows).index_select(2, columns)
     return bias.unflatten(2, (-1, keys[1])).unflatten(1, (-1, keys[0])).transpose(2, 3).flatten(3, 4).flatten(1, 2)
@@ -210,11 +210,12 @@ class AggregatedAttention(CosineAttention):
         columns: Tensor,
     ) -> Tensor:
         """Of projections (B, heads, H, W, head_dim), and the pooled ones; bias, rows and columns as of `distances`."""
-        (height, width), keys = q.shape[2:4], pooled_k.shape[2:4]
+        height, width, keys = q.shape[2], q.shape[3], (pooled_k.shape[2], pooled_k.shape[3])
         q, k, pooled_k = _unit(q), _unit(k), _unit(pooled_k)
         margin = [self.window_size // 2] * 4
         k, v = (F.pad(y, (0, 0, *margin)) for y in (k, v))
-        inside = _inside(q, height, width, self.window_size)
+        pooled = keys[0] * keys[1]
+        inside, log_keys = _inside(q, height, width, self.window_size, pooled, self.temperature.dtype)
 
         def attend(first: int, last: int) -> Tensor:
             with_margin = slice(first, last + self.window_size - 1)
@@ -225,6 +226,7 @@ class AggregatedAttention(CosineAttention):
                 pooled_k.flatten(2, 3),
                 pooled_v.flatten(2, 3),
                 inside[first:last],
+                log_keys[first:last],
                 position_bias(bias, rows[first * keys[0] : last * keys[0]], columns, keys),
             )
 
@@ -239,17 +241,25 @@ class AggregatedAttention(CosineAttention):
         return max(1, length // self.sr_ratio) if self.pool_size is None else min(self.pool_size, length)
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, pooled_k: Tensor, pooled_v: Tensor, inside: Tensor, bias: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pooled_k: Tensor,
+        pooled_v: Tensor,
+        inside: Tensor,
+        log_keys: Tensor,
+        bias: Tensor,
     ) -> Tensor:
         """Of some rows of the map; k and v with a margin.
 
         q: (B, heads, H, W, head_dim), normalised as k and pooled_k (B, heads, keys, head_dim) are.
-        inside: (H, W, window), whether a neighbour is inside the map. bias: (heads, H * W, keys).
+        inside, log_keys: as of `_inside`. bias: (heads, H * W, keys).
         """
         height, width, window = inside.shape
-        scaled = self.queries(q, (inside.sum(-1, keepdim=True) + pooled_k.shape[2]).log()).contiguous()
-        near = self._near(scaled, k) + self.relative_pos_bias_local[:, None, None].to(scaled.dtype)
-        near = near.masked_fill(~inside, -math.inf).flatten(2, 3)
+        scaled = self.queries(q, log_keys).contiguous()
+        local = torch.where(inside, self.relative_pos_bias_local[:, None, None].to(scaled.dtype), -math.inf)
+        near = (self._near(scaled, k) + local).flatten(2, 3)
         far = scaled.flatten(2, 3) @ pooled_k.mT + bias
         weights = torch.cat([near.to(far.dtype), far], -1).softmax(-1)
         if _record.active():
@@ -313,12 +323,16 @@ def _root(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @keep
-def _inside(height: int, width: int, window: int, device: torch.device) -> Tensor:
-    """(H, W, window * window): whether a neighbour of a position is inside the map."""
+def _inside(
+    height: int, width: int, window: int, pooled: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(H, W, window * window): whether a neighbour of a position is inside the map; (H, W, 1): the logarithm of how
+    many are, and pooled keys."""
     offset = torch.arange(window, device=device) - window // 2
     rows, columns = (torch.arange(length, device=device)[:, None] + offset for length in (height, width))
     rows, columns = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
-    return (rows[:, None, :, None] & columns[None, :, None]).flatten(2)
+    inside = (rows[:, None, :, None] & columns[None, :, None]).flatten(2)
+    return inside, (inside.sum(-1, keepdim=True) + pooled).to(dtype).log()
 
 
 def _indices(inside: Tensor, pooled: int) -> Tensor:

@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -332,12 +332,11 @@ def _plain(
     fit = max(1, GATHERED // (tiles * (q_size + 2 * k_size) * q.shape[-1] * q.element_size()))
     if len(q) <= fit or transforms():
         return _attend_in_tiles(q, k, v, bias, tables, scale, return_lse)
-    parts = zip(q.split(fit), k.split(fit), v.split(fit), strict=True)
+    attend_part: Callable[..., Any] = _attend_in_tiles
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias)):
-        again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        results = [again(_attend_in_tiles, *part, bias, tables, scale, return_lse) for part in parts]
-    else:
-        results = [_attend_in_tiles(*part, bias, tables, scale, return_lse) for part in parts]
+        attend_part = functools.partial(checkpoint, attend_part, use_reentrant=False, preserve_rng_state=False)
+    parts = zip(q.split(fit), k.split(fit), v.split(fit), strict=True)
+    results = [attend_part(*part, bias, tables, scale, return_lse) for part in parts]
     if not return_lse:
         return torch.cat(results)
     output, lse = zip(*results, strict=True)

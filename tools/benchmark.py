@@ -131,6 +131,7 @@ class CountRow:
     batch: int
     launches: int
     gigabytes: float
+    peak_gigabytes: float  # held at one time, beside the parameters and images
     half_gflop: float  # of products in 16 bits
     single_gflop: float  # of others
     least_ms: dict[str, float]
@@ -345,12 +346,23 @@ def _counted(
     least = {name: 1e3 * counted.seconds(device) for name, device in DEVICES.items()}
     gflops = half / 1e9, (counted.flops.total() - half) / 1e9
     row = CountRow(
-        subject, case, candidate, step, precision, batch, counted.launches, counted.bytes / 1e9, *gflops, least
+        subject,
+        case,
+        candidate,
+        step,
+        precision,
+        batch,
+        counted.launches,
+        counted.bytes / 1e9,
+        counted.peak / 1e9,
+        *gflops,
+        least,
     )
     times = ", ".join(f"{name} {ms:.2f}" for name, ms in least.items())
     print(
         f"{subject:<16} {case:<18} {step:<17} {precision:<9} {candidate:<32} {row.launches:6} launches "
-        f"{row.gigabytes:8.2f} GB {gflops[0]:8.1f} + {gflops[1]:.1f} GFLOP in 16 and 32 bits; least ms: {times}",
+        f"{row.gigabytes:8.2f} GB, peak {row.peak_gigabytes:.2f}, "
+        f"{gflops[0]:8.1f} + {gflops[1]:.1f} GFLOP in 16 and 32 bits; least ms: {times}",
         flush=True,
     )
     return row

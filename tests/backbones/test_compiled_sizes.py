@@ -1,6 +1,7 @@
 """A compiled network is compiled for its first size, once more for all sizes, and never again.
 
-Counted without generating code (backend "eager"), in evaluation, of few and narrow blocks of each kind.
+Counted without generating code (backend "eager"), in evaluation, of few and narrow blocks of each kind. CrossFormer is
+not here: the groups of its attention, and with them its position bias, grow with the map.
 """
 
 import pytest
@@ -12,6 +13,7 @@ from torch.testing import assert_close
 import visionattn  # noqa: F401 - registers the models
 
 SIZES = [(64, 96), (224, 192), (256, 320)]
+FAST = {"va_davit_tiny", "patchconvnet_s60"}
 MODELS = {
     "biformer_tiny": {"depth": (1, 1, 1, 1), "embed_dim": (32, 64, 128, 256)},
     "nat_mini": {"depths": (1, 1), "embed_dim": 32, "num_heads": (1, 2), "dilations": (1, 1)},
@@ -33,7 +35,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in MODELS]
+)
 @torch.no_grad()
 def test_any_size_takes_two_compilations(name):
     torch.manual_seed(0)

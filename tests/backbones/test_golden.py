@@ -342,7 +342,7 @@ def layer_outputs(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
         attention = next((calls[0] for calls in record.values()), None)
         if isinstance(layer, biformer.BiLevelRoutingAttention):
             grid = (layer.n_win, layer.n_win)
-            q, k, _ = layer.qkv(biformer.pad_to_multiple(x, *grid))
+            q, k, _ = layer.qkv(biformer.pad_map_to_multiple(x, *grid))
             router = layer.router or biformer.TopkRouting(layer.n_win, 0, layer.topk, layer.scale)
             routes, outputs["r_weight"] = router(q, k)
             outputs["route_sorted"] = routes.sort(-1).values
@@ -353,7 +353,7 @@ def layer_outputs(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
             size = tuple(side // layer.layer.n_win for side in x.shape[2:])
             qkv = layer.layer.qkv_linear(x.permute(0, 2, 3, 1))
             routes = layer.layer.routes(qkv, size, layer.layer.topk)
-            padded = biformer.pad_to_multiple(qkv, *size).shape[1:3]
+            padded = biformer.pad_map_to_multiple(qkv, *size).shape[1:3]
             grid = (padded[0] // size[0], padded[1] // size[1])
             outputs["attn"] = attention_by_region(attention, routes, padded, padded, grid).transpose(1, 2)
         elif isinstance(layer, Tokens) and isinstance(layer.layer, crossformer.GroupAttention):

