@@ -10,6 +10,7 @@ a warp's matrix instructions for each instruction of any kind. A loop of a pipel
 
 import argparse
 import csv
+import functools
 import itertools
 import multiprocessing
 import re
@@ -97,8 +98,11 @@ def run_pattern(pattern: str, dim: int, dtype: torch.dtype) -> None:
         PATTERNS[pattern].candidates["visionattn"](*qkv.unbind(3), *arguments).sum().backward()
 
 
-def compile_kernels(pattern: str, capability: int, dim: int, dtype: str) -> list[Compiled]:
-    """What `run_pattern` would launch, compiled instead. For a process of its own: Triton's driver is replaced."""
+def compile_kernels(capability: int, calls: Sequence[tuple[str, int, str]]) -> list[Compiled]:
+    """What `run_pattern` would launch for each pattern, head_dim and dtype, compiled instead.
+
+    For a process of its own: Triton's driver is replaced.
+    """
     import triton
 
     from visionattn.kernels import _attention_triton
@@ -116,7 +120,8 @@ def compile_kernels(pattern: str, capability: int, dim: int, dtype: str) -> list
 
     triton.JITFunction.run = compile_it
     _dispatch.TRITON_DEVICES.add("cpu")
-    run_pattern(pattern, dim, DTYPES[dtype])
+    for pattern, dim, dtype in calls:
+        run_pattern(pattern, dim, DTYPES[dtype])
     return found
 
 
@@ -220,12 +225,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.out.exists():
         print(f"visionattn: {arguments.out} exists: results are never overwritten; give another --out", file=sys.stderr)
         return 2
-    calls = itertools.product(arguments.pattern, arguments.capability, arguments.dim, arguments.dtype)
+    calls = list(itertools.product(arguments.pattern, arguments.dim, arguments.dtype))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:  # one driver in a process
-        rows = [row for found in pool.map(compile_kernels, *zip(*calls, strict=True)) for row in found]
+        found = pool.map(functools.partial(compile_kernels, calls=calls), arguments.capability)
+        rows = [row for of_capability in found for row in of_capability]
     with arguments.out.open("x", newline="") as stream:
-        writer = csv.DictWriter(stream, Compiled.__dataclass_fields__)
+        writer = csv.DictWriter(stream, Compiled.__dataclass_fields__, lineterminator="\n")
         writer.writeheader()
         writer.writerows(map(asdict, rows))
     return 0
