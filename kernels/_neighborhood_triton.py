@@ -105,7 +105,8 @@ def _q_range(axis, first, TILE: tl.constexpr):
 @triton.jit
 def _at(g, walk, row, column, block):
     """Row and column in the map of a block of a walk's box, whether they are in the box, and their places."""
-    (residue_y, _, _), (residue_x, _, _) = walk[3], walk[4]
+    residue_y, _, _ = walk[3]
+    residue_x, _, _ = walk[4]
     _, rows, columns = in_block(block)
     rows, columns = rows + row, columns + column
     valid = (rows < walk[1]) & (columns < walk[2])
@@ -117,7 +118,8 @@ def _at(g, walk, row, column, block):
 def _queries(g, walk, row, column):
     """Logits see of a query its place, and those of its first key; of what is none, those of the last."""
     y, x, valid, place = _at(g, walk, row, column, g.q)
-    (_, rows, _), (_, columns, _) = walk[3], walk[4]
+    _, rows, _ = walk[3]
+    _, columns, _ = walk[4]
     place_y, place_x = tl.minimum(place[0], rows - 1), tl.minimum(place[1], columns - 1)
     return Tokens(y, x, valid, (place_y, place_x, _start(g.y, rows, place_y), _start(g.x, columns, place_x)))
 
@@ -158,7 +160,8 @@ def _q_at(g, n, batch, walk, box, row, column):
 @triton.jit
 def _bias_kv_at(g, n, batch, walk, block):
     """All within kernel - 1 of the tile, and more, so that those of most tiles lie at the start of a block."""
-    (_, _, first_y), (_, _, first_x) = walk[3], walk[4]
+    _, _, first_y = walk[3]
+    _, _, first_x = walk[4]
     row = first_y - g.y.bias_start + block // g.x.bias_blocks * g.k.rows - walk[5]  # in the walk's box
     column = first_x - g.x.bias_start + block % g.x.bias_blocks * g.k.columns - walk[6]
     is_near = (row + g.k.rows > 0) & (row < walk[1]) & (column + g.k.columns > 0) & (column < walk[2])
