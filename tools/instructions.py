@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import networkx  # type: ignore[import-untyped]  # which torch needs
+import networkx  # which torch needs
 import torch
 from torch import Tensor
 
