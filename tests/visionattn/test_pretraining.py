@@ -66,7 +66,7 @@ def test_a_run_without_labels_starts_a_classifier(unlabelled, recipe_file, tmp_p
         "this network", "random weights of the same network", "colour statistics", "majority",
     }  # fmt: skip
     assert measured["probe"]["majority"]["linear"] == 0.5
-    assert measured["headline"] == "linear"
+    assert measured["headline"] == "ratio"  # of mim the probe may fall while it learns
     page = (run / "report.html").read_text()
     assert page.count("data:image/") == 4  # reconstructions and neighbours, val and test
     assert {"val/ratio", "val/spread", "val/cosine", "val/linear", "train/ratio"} <= set(rows(run)[0])

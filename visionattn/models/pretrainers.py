@@ -63,8 +63,8 @@ class MaskedPixels(nn.Module):
     """Hidden pixels are predicted from the maps that the backbone makes of the visible ones.
 
     SimMIM (Xie et al. 2022, arXiv 2111.09886) on pixels, so that any backbone takes it: the image is filled with a
-    learned value of each channel where it is hidden. The maps are brought to the finest stride r and added up, and a
-    linear layer predicts the r x r pixels of each place.
+    learned value of each channel where it is hidden. The maps are added up from the coarsest to the finest, of stride
+    r, and a linear layer predicts the r x r pixels of each place.
 
     Args:
         strides, channels: of the maps, fine to coarse.
@@ -85,12 +85,11 @@ class MaskedPixels(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         """(B, bands, H, W), normalised pixels."""
-        finest = maps[0].shape[2:]
         layers = zip(self.project, maps, strict=True)
         projected = [layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for layer, x in layers]
-        z = projected[0]
-        for x in projected[1:]:
-            z = z + (x if x.shape[2:] == finest else F.interpolate(x, finest, mode="bilinear"))
+        z = projected[-1]
+        for x in reversed(projected[:-1]):
+            z = x + (z if z.shape[2:] == x.shape[2:] else F.interpolate(z, x.shape[2:], mode="bilinear"))
         pixels = self.predict(F.gelu(z).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return F.pixel_shuffle(pixels, self.stride)[..., : size[0], : size[1]]
 

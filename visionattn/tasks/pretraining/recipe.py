@@ -80,7 +80,7 @@ class Train(sections.Train):
 
     monitor: Literal["loss", "linear", "linear_all", "knn", "knn_all"] | None = Field(
         None,
-        description="picks the best checkpoint; unset: linear with a probe, else the loss, of vicreg the last epoch",
+        description="picks the best checkpoint; unset: loss for mim; for vicreg linear, without a probe the last",
     )
 
 

@@ -132,19 +132,16 @@ class Pretraining(Task):
         return self.log_loss(error.mean(), batch, batch_idx)
 
     def predicted(self, batch: dict[str, Tensor], *key: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each image the error of its hidden pixels and that of the mean (B,), and (B, 3, C, H, W) for people: the
-        image, what was seen of it, and it with its hidden pixels as they were predicted.
+        """Of each image the error of its hidden pixels and that of the mean (B,), and it with these as predicted.
 
         key: numbers that decide, with the item's, what is hidden.
         """
         image = batch["image"]
         hidden = self.hidden(image.shape[2:], batch["item"].tolist(), *key).to(image.device)
-        made, mean, std = self(image, hidden=hidden), torch.zeros_like(image), torch.ones_like(image)
-        if self.target == "norm_patch":
-            mean, std = of_cells(image, self.cell)
+        made = self(image, hidden=hidden)
+        mean, std = of_cells(image, self.cell) if self.target == "norm_patch" else (0.0, 1.0)
         error, of_mean, count = masked_error(made, (image - mean) / std, hidden, batch["valid"])
-        pictures = image, image.masked_fill(hidden, 0.0), torch.where(hidden, made.detach() * std + mean, image)
-        return error / (count + EPSILON), of_mean / (count + EPSILON), torch.stack(pictures, 1)
+        return error / (count + EPSILON), of_mean / (count + EPSILON), torch.where(hidden, made * std + mean, image)
 
     def hidden(self, size: Sequence[int], items: Sequence[int], *key: int) -> Tensor:
         """(B, 1, H, W) bool."""
@@ -219,7 +216,10 @@ class Pretraining(Task):
         errors: Any = [(None, None)] * count
         pictures: list[np.ndarray | None] = [None] * count
         if self.masks:
-            error, of_mean, shown = self.predicted(batch, 0)
+            error, of_mean, made = self.predicted(batch, 0)
+            image = batch["image"]
+            hidden = self.hidden(image.shape[2:], batch["item"].tolist(), 0).to(image.device)
+            shown = torch.stack([image, image.masked_fill(hidden, 0.0), made], 1)
             errors = torch.stack([error, of_mean], 1).tolist()
             wanted = batch["shown"].tolist()
             pictures = [x.cpu().numpy() if want else None for x, want in zip(shown, wanted, strict=True)]
@@ -235,7 +235,7 @@ class Pretraining(Task):
         values = probe.of(self.network, self.device)
         evaluation.overall |= values
         chosen = self.monitored.removeprefix("val/")
-        evaluation.headline = chosen if chosen in values else "linear"
+        evaluation.headline = chosen if chosen in values else evaluation.headline
         if not self.baselines:
             self.baselines = probe.baselines(self.untrained().to(self.device), self.device)
         evaluation.more["probe"] = {"this network": values} | self.baselines
@@ -304,7 +304,15 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> Pretraining:
             unit_range = formats.module_of(data).KIND.unit_range
             teacher = make_teacher(spec.model.teacher, (data.mean, data.std), unit_range=unit_range)
     cell, step = _grid(spec, network)
-    default = "linear" if spec.probe else "epoch" if objective.name == "vicreg" else "loss"
+    default = (
+        "loss"
+        if objective.name == "mim"
+        else "linear"
+        if spec.probe
+        else "epoch"
+        if objective.name == "vicreg"
+        else "loss"
+    )
     return Pretraining(
         network,
         VICReg(objective.local) if objective.name == "vicreg" else None,
