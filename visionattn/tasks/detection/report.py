@@ -103,7 +103,7 @@ def _missed_at(evaluation: Evaluation) -> str:
 
 def _seams(evaluation: Evaluation) -> str:
     """Whether the tiles of large images show in what is found."""
-    sides = evaluation.more["seams"]
+    sides = evaluation.more.get("seams")
     if not sides:
         return ""
     rows = [
