@@ -129,7 +129,8 @@ def _mask(q: Tensor, k: Tensor, routes: Tensor, grid: Grid) -> Tensor:
     """[B, 1, N, N], the logarithm of how often the key's region is among the routes of the query's: -inf for never."""
     split_q, split_k = (_split(x, grid).shape[1:5] for x in (q, k))
     regions = grid[0] * grid[1]
-    mask = q.new_zeros(q.shape[0], regions, regions).scatter_(2, routes, 1, reduce="add").log()
+    counts = q.new_zeros(q.shape[0], regions, regions)
+    mask = counts.scatter_add_(2, routes, counts.new_ones(()).expand(routes.shape)).log()  # which ONNX has
     mask = mask.unflatten(2, (grid[0], 1, grid[1], 1)).unflatten(1, (grid[0], 1, grid[1], 1))
     return mask.expand(-1, *split_q, *split_k).flatten(5, 8).flatten(1, 4).unsqueeze(1)
 

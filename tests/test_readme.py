@@ -130,7 +130,7 @@ def test_the_commands_on_boxes_work(tmp_path, monkeypatch):
 
 def test_the_recipes_in_the_readme_are_valid():
     names = [recipe.loads(text, "README.md").model.name for text in blocks("yaml")]
-    assert names == ["biformer_tiny", "emcad_pvt_v2_b0", "biformer_tiny"]
+    assert names == ["biformer_tiny", "emcad_pvt_v2_b0", "biformer_tiny", "biformer_tiny"]
 
 
 def test_the_python_in_the_readme_runs(tmp_path, monkeypatch, pictures):

@@ -294,7 +294,7 @@ def test_training_starts_from_a_checkpoint_with_another_head(recipe_file, tmp_pa
     start = f"model.checkpoint={first / 'checkpoints' / 'best.ckpt'}"
     digits = ["data={format: builtin, name: digits, image_size: 32, batch_size: 100}", "train.epochs=1"]
     run = fit(recipe_file, tmp_path / "second", start, *digits, "model.freeze=backbone")
-    assert "head of 2 classes left out" in capsys.readouterr().out
+    assert "left out: head of 2 classes; new: head of 10 classes" in capsys.readouterr().out
     same = [key for key in weights(first) if "head" not in key]
     assert all(torch.equal(weights(first)[key], weights(run)[key]) for key in same)
     message = refused("fit", recipe_file, start, "model.args={depth: [2, 1, 1, 1]}")

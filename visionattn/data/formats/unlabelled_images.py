@@ -42,7 +42,7 @@ class Section(UnlabelledSection):
     """Image files in any subfolders, numpy arrays (.npy) too."""
 
     format: Literal["unlabelled"]
-    channels: Positive | None = Field(None, description="unset: 1 where all images are grey, else 3")
+    channels: Positive | None = Field(None, description="unset: as many as the images have, without transparency")
 
 
 def find(section: Section) -> Found:
@@ -51,7 +51,7 @@ def find(section: Section) -> Found:
     with ThreadPoolExecutor(8) as pool:
         headers = dict(zip(files, pool.map(_header, files.values()), strict=True))
     readable = {name: it for name, it in headers.items() if isinstance(it, Header)}
-    channels = section.channels or max((1 if it.bands <= 2 else 3 for it in readable.values()), default=1)
+    channels = section.channels or max((it.channels for it in readable.values()), default=1)
     samples: list[Sample] = [
         ImageFile(name=name, case=name, channels=channels, size=it.size, path=files[name], **section.place_of(name))
         for name, it in readable.items()

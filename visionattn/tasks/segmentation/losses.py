@@ -74,7 +74,8 @@ class SegmentationLoss(nn.Module):
 
     def entropy(self, logits: Tensor, labels: Tensor, pixels: Tensor, gamma: float = 0.0) -> Tensor:
         """Cross-entropy times (1 - p)^gamma, the mean weighted by `pixels` (B, H, W) and by the weights of classes."""
-        entropy, weights = F.cross_entropy(logits, labels, reduction="none"), self.weights(logits)
+        entropy = -logits.log_softmax(1).gather(1, labels[:, None])[:, 0]  # F.cross_entropy is not deterministic
+        weights = self.weights(logits)
         if gamma:
             entropy = (-torch.expm1(-entropy)).clamp_min(1e-7) ** gamma * entropy  # 0 ** gamma may have no gradient
         return _mean(entropy, pixels if weights is None else pixels * weights[labels])
