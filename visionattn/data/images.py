@@ -3,8 +3,9 @@
 Eight-bit images stay uint8. Deeper ones become float32 in 0..1 by a rule that is the same for every image of a set, so
 that brightness stays comparable: 16-bit integers are divided by 65535; other integers have to lie in 0..65535 and are
 divided by 65535; floats have to lie in 0..1. What lies outside is refused, never clipped.
-Of files with several frames the first is read. Of 16-bit colour files Pillow gives the upper 8 bits only. What Pillow
-does not read may be a TIFF of many bands or an array, see `visionattn.data.bands`.
+Of files with several frames the first is read, but TIFFs with several pages of one size are refused. Of 16-bit colour
+files Pillow gives the upper 8 bits only. What Pillow does not read may be a TIFF of many bands or an array, see
+`visionattn.data.bands`.
 """
 
 import logging
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from unicodedata import normalize
 
 import numpy as np
@@ -51,6 +52,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 SUFFIXES = {".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 WHITE_IS_ZERO = 0  # TIFF 6.0, PhotometricInterpretation
+SUBFILE, PREVIEW, MASK = 254, 1, 4  # TIFF 6.0, NewSubfileType and two of its bits
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 TRANSPOSED = {5, 6, 7, 8}  # EXIF orientations that swap height and width
 Place = tuple[int, int]  # of a folder: device and number
@@ -135,11 +137,14 @@ def header(path: Path) -> Header:
     """Raises UserError where it is no readable image."""
     try:
         with Image.open(path) as image:
+            _refuse_pages(image, path)
             width, height = image.size
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             orientation = orientation if orientation in range(2, 9) else 1
             size = (width, height) if orientation in TRANSPOSED else (height, width)
             return Header(size, 3 if image.mode == "P" else len(image.getbands()), orientation)
+    except UserError:
+        raise
     except Exception as error:  # decoders raise nearly anything
         if isinstance(error, Image.UnidentifiedImageError) and (shape := shape_of(path)):
             return Header(shape[:2], shape[2], 1)
@@ -155,9 +160,12 @@ def decode(path: Path) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
+            _refuse_pages(image, path)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return _black_is_zero(image, np.array(_without_palette(image)))
+    except UserError:
+        raise
     except Image.UnidentifiedImageError:
         if (pixels := read_bands(path)) is not None:
             return pixels
@@ -168,6 +176,21 @@ def decode(path: Path) -> np.ndarray:
         if isinstance(error, OSError) and error.errno:
             raise UserError(f"{path}: {error.strerror}") from None
         raise UserError(f"{path}: damaged image ({str(error) or type(error).__name__})") from None
+
+
+def _refuse_pages(image: Any, path: Path) -> None:
+    """Raises UserError where a TIFF has other images of its first one's size: smaller ones are previews of it."""
+    pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+    size = image.size
+    for page in range(1, pages):
+        image.seek(page)
+        if image.size == size and not image.tag_v2.get(SUBFILE, 0) & (PREVIEW | MASK):
+            raise UserError(
+                f"{path}: {pages} pages, of which page {page + 1} is as large as page 1, expected one image a file: "
+                "save them as bands of one page, or as a file each"
+            )
+    if pages > 1:
+        image.seek(0)
 
 
 def _black_is_zero(image: Image.Image, pixels: np.ndarray) -> np.ndarray:

@@ -84,7 +84,7 @@ class DenseHead(nn.Module, ABC):
     """
 
     masks = False
-    classifier_name = "classification.cls_logits"
+    classifier_names: tuple[str, ...] = ("classification.cls_logits",)
     classification: FCOSClassificationHead
 
     def __init__(

@@ -15,9 +15,10 @@ from torchvision.ops import FeaturePyramidNetwork
 from visionattn.backbones.encoder_decoder import OverEncoder
 from visionattn.errors import UserError
 from visionattn.models.dense_heads import FCOS, Detections, Objects, RetinaNet
+from visionattn.models.extras import refuse_without
 from visionattn.models.networks import refuse_unknown
 from visionattn.models.pyramids import Pyramid, make_pyramid
-from visionattn.models.set_based import DFINE, RTDETR, Projections, refuse_without_transformers
+from visionattn.models.set_based import DFINE, LEAST_VERSION, RTDETR, Projections
 from visionattn.models.two_stage import FasterRCNN, MaskRCNN
 
 __all__ = [
@@ -72,8 +73,7 @@ class Detector(OverEncoder):
         self.encoder, self.neck = pyramid.encoder, pyramid.neck or nn.Identity()
         self.decoder, self.head, self.least = decoder, head, least
         self.multiple = math.lcm(MULTIPLE, pyramid.multiple)
-        names = head.classifier_name if isinstance(head.classifier_name, tuple) else (head.classifier_name,)
-        classifier = tuple(f"head.{name}" for name in names)
+        classifier = tuple(f"head.{name}" for name in head.classifier_names)
         self.pretrained_cfg = self.default_cfg = {**self.encoder.pretrained_cfg, "classifier": classifier}
 
     def forward(
@@ -215,7 +215,7 @@ def refuse_unusable(detector: str) -> None:
     """Raises UserError for a detector that there is not, or that is not installed."""
     refuse_unknown("model.detector", detector, DETECTORS, f"visionattn list --detectors: {', '.join(DETECTORS)}")
     if DETECTORS[detector].queries:
-        refuse_without_transformers(detector)
+        refuse_without("transformers", "detr", f"model.detector {detector}", LEAST_VERSION)
 
 
 def measured_levels(

@@ -15,18 +15,13 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_convert, clip_boxes_to_image
 
 from visionattn.models.dense_heads import FCOS, FLOOR, Detections, Objects, group_norm, inside
-from visionattn.models.extras import imported, refuse_without
+from visionattn.models.extras import imported
 
-__all__ = ["DFINE", "RTDETR", "Projections", "refuse_without_transformers"]
+__all__ = ["DFINE", "LEAST_VERSION", "RTDETR", "Projections"]
 
 LEAST_VERSION = "5.6"  # of transformers
 NOTHING = -20.0  # logit of what is surely no object
 SIDES = 0.01, 0.99  # of an image: the smallest and largest box that a query starts from
-
-
-def refuse_without_transformers(detector: str) -> None:
-    """Raises UserError where the detector called so cannot be made."""
-    refuse_without("transformers", "detr", f"model.detector {detector}", LEAST_VERSION)
 
 
 class Projections(nn.ModuleList):
@@ -64,7 +59,7 @@ class SetHead(nn.Module):
 
     masks = False
     family = ""
-    classifier_name = ("network.decoder.class_embed", "network.enc_score_head", "network.denoising_class_embed")
+    classifier_names = ("network.decoder.class_embed", "network.enc_score_head", "network.denoising_class_embed")
 
     def __init__(
         self,

@@ -70,7 +70,7 @@ class FasterRCNN(nn.Module):
     """
 
     masks = False
-    classifier_name = "regions.box_predictor.cls_score"
+    classifier_names: tuple[str, ...] = ("regions.box_predictor.cls_score",)
 
     def __init__(
         self,

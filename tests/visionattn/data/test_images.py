@@ -22,6 +22,7 @@ from visionattn.data.images import (
 )
 from visionattn.errors import UserError, listed
 
+RNG = np.random.default_rng(0)
 GREY = np.array([[0, 100, 255], [7, 50, 200]], dtype=np.uint8)
 COLOUR = np.stack([GREY, GREY[::-1], 255 - GREY], axis=-1)
 DEEP = np.array([[0, 1, 257], [4096, 40000, 65535]], dtype=np.uint16)
@@ -359,3 +360,16 @@ def test_what_is_no_image_of_bands_is_refused(tmp_path, name, message):
     for read in (header, read_image):
         with pytest.raises(UserError, match=message):
             read(path)
+
+
+@pytest.mark.parametrize("read", [header, read_image])
+def test_pages_of_one_size_are_not_dropped_and_previews_are_passed_over(read, tmp_path):
+    first, preview, other = (Image.fromarray(RNG.integers(0, 256, size, np.uint8)) for size in ((8, 9), (4, 4), (8, 9)))
+    first.save(tmp_path / "preview.tif", save_all=True, append_images=[preview])
+    first.save(tmp_path / "stack.tif", save_all=True, append_images=[preview, other])
+    read(tmp_path / "preview.tif")
+    with pytest.raises(
+        UserError, match=r"stack\.tif: 3 pages, of which page 3 is as large as page 1, expected one image"
+    ):
+        read(tmp_path / "stack.tif")
+    np.testing.assert_array_equal(read_image(tmp_path / "preview.tif")[0], np.array(first))

@@ -132,7 +132,15 @@ def _kept_open(path: Path) -> rasterio.DatasetReader:
 @names_its_file
 def _open(path: Path) -> rasterio.DatasetReader:
     try:
-        return open_quietly(path)
+        source = open_quietly(path)
+        for page in source.subdatasets[1:] if source.driver == "GTiff" else ():
+            with open_quietly(page) as other:
+                if other.shape == source.shape:
+                    source.close()
+                    raise UserError(
+                        f"{path}: several pages of one size, expected one: save them as bands, or as a file each"
+                    )
+        return source
     except rasterio.errors.RasterioIOError as error:
         raise UserError(f"{path}: not a readable raster ({error})") from None
 

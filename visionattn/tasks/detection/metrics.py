@@ -244,13 +244,13 @@ def _fits(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which detections (D, 4) are of which objects (N, 4), and how well."""
     d, o, shared = overlaps(found, objects)
-    low, high = found.astype(np.float64)[d], objects.astype(np.float64)[o]
+    own, true = found.astype(np.float64)[d], objects.astype(np.float64)[o]
     if rule != "centre":
-        union = (low[:, 2:] - low[:, :2]).prod(1) + (high[:, 2:] - high[:, :2]).prod(1) - shared
+        union = (own[:, 2:] - own[:, :2]).prod(1) + (true[:, 2:] - true[:, :2]).prod(1) - shared
         return d, o, shared / union
-    centre = (low[:, :2] + low[:, 2:]) / 2
-    inside = ((centre >= high[:, :2]) & (centre < high[:, 2:])).all(1)
-    away = np.linalg.norm(centre - (high[:, :2] + high[:, 2:]) / 2, axis=1)
+    centre = (own[:, :2] + own[:, 2:]) / 2
+    inside = ((centre >= true[:, :2]) & (centre < true[:, 2:])).all(1)
+    away = np.linalg.norm(centre - (true[:, :2] + true[:, 2:]) / 2, axis=1)
     return d[inside], o[inside], 1 / (1 + away[inside])
 
 

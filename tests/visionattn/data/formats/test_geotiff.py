@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from visionattn.data import formats
 from visionattn.data.formats import geotiff
 from visionattn.data.ground import same_ground
+from visionattn.data.images import read_image
 from visionattn.data.sample import IGNORE, blocks
 from visionattn.data.splits import split
 from visionattn.errors import UserError
@@ -144,6 +146,20 @@ def test_internal_masks_are_obeyed(tmp_path):
     scene = only(tmp_path)
     np.testing.assert_array_equal(np.isnan(scene.image()).all(0), ~valid)
     np.testing.assert_array_equal(scene.target() == IGNORE, ~valid | ~np.roll(valid, 5, axis=1))
+
+
+def test_pages_of_one_size_are_refused_and_masks_and_overviews_are_no_pages(tmp_path):
+    save(tmp_path / "a.tif", bands(3), valid=np.arange(SIZE[1]) < 30 * np.ones((SIZE[0], 1)))
+    with rasterio.open(tmp_path / "a.tif", "r+") as scene:
+        scene.build_overviews([2])
+    assert read_image(tmp_path / "a.tif").shape == (3, *SIZE)
+    with _rasters.opened(tmp_path / "a.tif") as source:
+        assert source.count == 3
+    first, second = (Image.fromarray(numbers().squeeze().astype(np.uint8) + k) for k in range(2))
+    first.save(tmp_path / "b.tif", save_all=True, append_images=[second])
+    for read in (read_image, lambda path: _rasters.opened(path).__enter__()):
+        with pytest.raises(UserError, match=r"b\.tif: .*pages.* expected one"):
+            read(tmp_path / "b.tif")
 
 
 def test_a_fourth_band_called_alpha_is_data_unless_it_is_left_out(tmp_path):
