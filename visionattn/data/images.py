@@ -19,7 +19,7 @@ from unicodedata import normalize
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from visionattn.data.bands import read_bands, shape_of
 from visionattn.data.remarks import names_its_file
@@ -180,7 +180,7 @@ def decode(path: Path) -> np.ndarray:
 
 def _refuse_pages(image: Any, path: Path) -> None:
     """Raises UserError where a TIFF has other images of its first one's size: smaller ones are previews of it."""
-    pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+    pages = image.n_frames if isinstance(image, TiffImageFile) else 1
     size = image.size
     for page in range(1, pages):
         image.seek(page)
