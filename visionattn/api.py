@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
 from itertools import groupby
@@ -22,12 +22,14 @@ from visionattn.data.prediction import Prediction
 from visionattn.data.sample import Sample, cases
 from visionattn.errors import UserError
 from visionattn.recipe import Recipe, part_of
+from visionattn.recipe.sections import Fitted
 from visionattn.report.evaluation import Evaluation, read_history
+from visionattn.runs import calibrate as calibrating
 from visionattn.runs import check as checking
 from visionattn.runs import evaluate as evaluating
 from visionattn.runs import fit as fitting
 from visionattn.runs import predict as predicting
-from visionattn.runs.checkpoints import Trained, load_trained
+from visionattn.runs.checkpoints import Trained, load_ensemble
 from visionattn.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -73,13 +75,13 @@ def check(
     return checking.check(_read(recipe, overrides))
 
 
-def load(path: str | Path) -> Run:
-    """A run directory or a checkpoint file.
+def load(path: str | Path, *others: str | Path) -> Run:
+    """A run directory or a checkpoint file; of several, such as folds, the mean of what they predict.
 
     Raises:
-        UserError: neither.
+        UserError: neither, or models that cannot be averaged.
     """
-    run = Run(_path(path, "path"))
+    run = Run(_path(path, "path"), *(_path(other, "path") for other in others))
     run.trained  # noqa: B018 - what cannot be loaded is told now
     return run
 
@@ -127,6 +129,8 @@ class Predicted:
         label: the predicted class, or labels joined by ;. None for masks.
         probabilities: by class name. None for masks.
         boxes: the objects, see `visionattn.data.boxes`. None for anything else.
+        set: names of the classes that it may be of, the likeliest first. None where nothing was promised of such sets.
+        doubts: what makes the prediction doubtful, by name: numbers, of masks maps (H, W).
         mask: (H, W) uint8 class numbers; of volumes (slices, rows, columns). 255 where there are no data.
         classes: names of the class numbers.
         features: (D,) of a network that has learned without labels. None for anything else.
@@ -137,6 +141,8 @@ class Predicted:
     classes: list[str]
     label: str | None = None
     probabilities: dict[str, float] | None = None
+    set: list[str] | None = None
+    doubts: Mapping[str, Any] = field(default_factory=dict)
     mask: np.ndarray | None = None
     boxes: Boxes | None = None
     features: np.ndarray | None = None
@@ -155,6 +161,8 @@ class PredictedTable(list[Predicted]):
             row: dict[str, Any] = {"name": one.name, "label": one.label}
             if one.probabilities is not None:
                 row |= one.probabilities
+                row |= {} if one.set is None else {"set": ";".join(one.set), "set_size": len(one.set)}
+                row |= one.doubts
             if one.mask is not None:
                 row.pop("label")
                 row |= {name: float((one.mask == k).mean()) for k, name in enumerate(one.classes)}
@@ -171,10 +179,13 @@ class PredictedTable(list[Predicted]):
 
 
 class Run:
-    """A trained network with what is known of it: a run directory, or a checkpoint file alone."""
+    """A trained network with what is known of it: a run directory, or a checkpoint file alone.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Of several runs the networks are asked together; what is told of a run is told of the first one.
+    """
+
+    def __init__(self, path: Path, *others: Path) -> None:
+        self.path, self._others = path, others
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -182,7 +193,7 @@ class Run:
     @cached_property
     def trained(self) -> Trained:
         """The best weights with the recipe that they were trained by."""
-        return load_trained(self.path)
+        return load_ensemble([self.path, *self._others])
 
     @property
     def recipe(self) -> Recipe:
@@ -229,10 +240,33 @@ class Run:
         """
         return evaluating.evaluate_trained(self.trained, None if data is None else _path(data, "data"), split)
 
-    def predict(self, images: ImageLike | Sequence[ImageLike]) -> PredictedTable:
+    def calibrate(
+        self,
+        data: str | Path | None = None,
+        split: str | None = None,
+        *,
+        conformal: float | None = None,
+        ood: str | None = None,
+    ) -> Fitted:
+        """Measure on labelled images how far the probabilities can be trusted, and keep it in the checkpoint.
+
+        Args:
+            data: other labelled samples, laid out as those of the recipe.
+            split: train, val or test; unset: val where there is one.
+            conformal: share of the truth that sets may miss.
+            ood: "knn" tells images that are like none of those trained on.
+        """
+        if self._others:
+            raise UserError("several runs are calibrated one by one")
+        fitted = calibrating.calibrate(self.path, None if data is None else _path(data, "data"), split, conformal, ood)
+        del self.trained
+        return fitted
+
+    def predict(self, images: ImageLike | Sequence[ImageLike], uncertainty: bool = False) -> PredictedTable:
         """What the model says of images.
 
         Args:
+            uncertainty: with masks, maps of what makes them doubtful.
             images: a path of a file or folder, a PIL image, an array (H, W) or (H, W, C), or a list of such. Arrays
                 have the values of the files that the model was trained on.
 
@@ -243,6 +277,7 @@ class Run:
         samples = [sample for case in by_case for sample in case]
         owner = [number for number, case in enumerate(by_case) for _ in case]
         spec, kind = self.recipe, part_of(self.recipe.task, "task")
+        self.trained.task.doubting = uncertainty
         predicted = groupby(predicting.predictions(self.trained, samples), key=lambda p: owner[p.index])
         results = PredictedTable()
         for number, parts in predicted:

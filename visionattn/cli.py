@@ -1,4 +1,4 @@
-"""The command line: `visionattn fit | evaluate | predict | check | new | list | doctor | benchmark | completion`.
+"""The command line: `visionattn fit | evaluate | calibrate | predict | check | new | list | doctor | ...`.
 
 A recipe is read and validated before torch is imported, so mistakes are answered at once. Exit status: 0 done, 1 the
 answer is no (`check` found problems, `predict` met unreadable images), 2 the request was wrong, with a message why, 130
@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 
@@ -126,7 +127,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"visionattn {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (
-        *(_add_fit, _add_evaluate, _add_predict, _add_check, _add_new, _add_list, _add_doctor, _add_benchmark),
+        *(
+            _add_fit,
+            _add_evaluate,
+            _add_calibrate,
+            _add_predict,
+            _add_check,
+            _add_new,
+            _add_list,
+            _add_doctor,
+            _add_benchmark,
+        ),
         _add_completion,
     ):
         add(commands)
@@ -223,15 +234,42 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         print(f"report: {arguments.model / 'report.html'}")
 
 
+def _add_calibrate(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        "calibrate",
+        "measure on held-out images how far a model's probabilities can be trusted, and keep it in its checkpoint",
+        "runs/scenes-20261121-120000 --conformal 0.1",
+        "runs/scenes-20261121-120000 --data other_patients --ood knn",
+    )
+    command.add_argument("model", type=Path, metavar="RUN|CHECKPOINT")
+    command.add_argument("--data", type=Path, help="other labelled images (default: those that fit validated on)")
+    command.add_argument("--split", help="train, val or test (default: val where there is one)")
+    command.add_argument("--conformal", type=float, help="share of the truth that sets may miss, such as 0.1")
+    command.add_argument("--ood", choices=["knn"], help="tell images that are like none of those trained on")
+    command.set_defaults(function=_calibrate)
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from visionattn.runs.calibrate import calibrate
+
+    options = {name: getattr(arguments, name) for name in ("data", "split", "conformal", "ood")}
+    fitted = calibrate(arguments.model, **options)
+    for name, value in fitted.model_dump(exclude_none=True).items():
+        print(f"{name:<12}{value:.6g}" if isinstance(value, float) else f"{name:<12}{value}")
+
+
 def _add_predict(commands: argparse._SubParsersAction) -> None:
     command = _command(
         commands,
         "predict",
         "write the probabilities of images to a table, or their masks or objects into a folder",
         "runs/scenes-20261121-120000 new_scenes more/*.png -o predictions.csv",
-        "runs/landcover-20261121-120000 scenes --polygons -o masks",
+        "runs/fold0 runs/fold1 runs/fold2 new_scenes -o predictions.csv",
     )
-    command.add_argument("model", type=Path, metavar="RUN|CHECKPOINT")
+    command.add_argument(
+        "model", type=Path, metavar="RUN|CHECKPOINT", help="of several, one after the other, the mean is predicted"
+    )
     command.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER")
     command.add_argument(
         "-o", "--out", type=Path, required=True, help="table to write (.csv); for masks and objects the folder to make"
@@ -241,6 +279,11 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
         "--class-numbers",
         action="store_true",
         help="masks hold 0, 1, 2, ... (default: what the recipe's own masks say, such as data.values)",
+    )
+    command.add_argument(
+        "--uncertainty",
+        action="store_true",
+        help="of masks: maps too of their entropy, of what networks and views disagree on, and of where a class may be",
     )
     command.add_argument(
         "--format", help="of objects: csv, coco, voc, yolo, labels, geojson or gpkg (default: a table and pictures)"
@@ -255,10 +298,19 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
 def _predict(arguments: argparse.Namespace) -> int:
     from visionattn.runs.predict import predict
 
-    options = {name: getattr(arguments, name) for name in ("polygons", "resume", "class_numbers", "format", "score")}
-    written, unread = predict(arguments.model, arguments.images, arguments.out, **options)
+    names = ("polygons", "resume", "class_numbers", "uncertainty", "format", "score")
+    options = {name: getattr(arguments, name) for name in names}
+    more = list(takewhile(_is_model, arguments.images))
+    images = arguments.images[len(more) :]
+    if not images:
+        raise UserError(f"predict: {arguments.images[-1]} is a model; no images are given")
+    written, unread = predict([arguments.model, *more], images, arguments.out, **options)
     print(f"{written} predicted, {unread} unreadable: {arguments.out}")
     return 1 if unread else 0
+
+
+def _is_model(path: Path) -> bool:
+    return path.suffix == ".ckpt" or (path / "environment.json").is_file()
 
 
 def _add_check(commands: argparse._SubParsersAction) -> None:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 RECIPE = """\
 task: segmentation
-model: {name: test_resnet, decoder: fpn, decoder_args: {pyramid_channels: 32, segmentation_channels: 32}}
+model: {name: test_resnet, decoder: fpn, decoder_args: {pyramid_channels: 32, segmentation_channels: 64}}
 data:
   format: image_mask
   root: ROOT

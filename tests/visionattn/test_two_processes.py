@@ -149,7 +149,7 @@ def test_every_detector_is_trained_and_measured_on_two_processes(detector, tmp_p
 
 def test_validation_on_two_processes_gives_the_numbers_of_one(recipe, tmp_path):
     """Weights that do not move, and no batch norm: what is measured does not depend on the number of processes."""
-    decoder = "decoder: fpn, decoder_args: {pyramid_channels: 32, segmentation_channels: 32}"
+    decoder = "decoder: fpn, decoder_args: {pyramid_channels: 32, segmentation_channels: 64}"
     network = f"model={{name: test_convnext, {decoder if 'masks' in recipe.name else ''}}}"
     still = [
         network,

@@ -1,6 +1,7 @@
 """What a network says of a sample."""
 
 import zlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ class Prediction(NamedTuple):
         window: that `value` is about; None: the whole sample.
         confidence: (h, w) uint8, the probability of a mask's classes in per cent, where a writer wants it.
         bins: calibration counts where there is a truth.
+        doubts: what makes the value doubtful, by name: numbers, of masks maps (h, w).
         error: why there is no value.
     """
 
@@ -41,4 +43,5 @@ class Prediction(NamedTuple):
     window: Window | None = None
     confidence: np.ndarray | None = None
     bins: np.ndarray | None = None
+    doubts: Mapping[str, Any] = {}
     error: str | None = None

@@ -38,6 +38,7 @@ def slide(
     batch_size: int = 4,
     columns: slice | None = None,
     device: torch.device | str = "cpu",
+    more: int = 0,
 ) -> Generator[tuple[slice, Tensor], None, None]:
     """Class probabilities of an image too large for memory, as bands of finished rows from top to bottom.
 
@@ -52,9 +53,11 @@ def slide(
         window: (h, w) of what the network sees at most; it sees smaller images whole.
         overlap: least share of a window that the next one covers again, from 0 to below 1.
         columns: give only these columns.
+        more: planes that `predict` gives behind the probabilities, which are blended alike.
 
     Yields:
-        the rows, and their probabilities (classes, rows, columns) float32 on `device`; 0 where there was nothing.
+        the rows, and their probabilities (classes + more, rows, columns) float32 on `device`; 0 where there was
+        nothing.
 
     Raises:
         UserError: the network's results are not finite.
@@ -72,13 +75,13 @@ def slide(
         windows = [(i, read((slice(top, top + height), slice(lefts[i], lefts[i] + width)))) for i in group]
         return [(i, image) for i, image in windows if image is not None]
 
-    band = torch.zeros(classes, height, columns.stop - columns.start, device=device)
+    band = torch.zeros(classes + more, height, columns.stop - columns.start, device=device)
     with closing(_ahead(images, [(top, group) for top in tops for group in groups])) as coming:
         for weights, (top, end) in zip(down, pairwise([*tops, size[0]]), strict=True):
             for _ in groups:
                 if batch := next(coming):
                     stack = torch.from_numpy(np.stack([image for _, image in batch])).to(device)
-                    values = _checked(predict, stack, classes)
+                    values = _checked(predict, stack, more, classes)
                     for (i, _), value in zip(batch, values, strict=True):
                         _add(band, value * (weights[:, None] * across[i]), lefts[i] - columns.start)
             yield slice(top, end), band[:, : end - top].clone()
@@ -94,9 +97,14 @@ def strips(width: int, column_bytes: int) -> Iterator[slice]:
 
 
 def predict_windows(
-    predict: Predict, image: Tensor, window: tuple[int, int], overlap: float = 0.5, batch_size: int = 4
+    predict: Predict,
+    image: Tensor,
+    window: tuple[int, int],
+    overlap: float = 0.5,
+    batch_size: int = 4,
+    more: int = 0,
 ) -> Tensor:
-    """Class probabilities (classes, H, W) of an image (C, H, W) in memory, on its device; the rest is as in `slide`."""
+    """Probabilities (classes + more, H, W) of an image (C, H, W) in memory, on its device; the rest as in `slide`."""
     size = image.shape[1], image.shape[2]
     (tops, down), (lefts, across) = _grid(size, window, overlap, image.device)
     height, width = down.shape[1], across.shape[1]
@@ -104,7 +112,7 @@ def predict_windows(
     total = None
     for group in (places[n : n + batch_size] for n in range(0, len(places), batch_size)):
         crops = [image[:, tops[i] : tops[i] + height, lefts[j] : lefts[j] + width] for i, j in group]
-        values = _checked(predict, torch.stack(crops))
+        values = _checked(predict, torch.stack(crops), more)
         if total is None:
             total = image.new_zeros(values.shape[1], *image.shape[1:], dtype=torch.float32)
         for (i, j), value in zip(group, values, strict=True):
@@ -152,13 +160,14 @@ def _weights(length: int, window: int, overlap: float) -> tuple[list[int], np.nd
     return starts, weights.astype(np.float32)
 
 
-def _checked(predict: Predict, images: Tensor, classes: int | None = None) -> Tensor:
+def _checked(predict: Predict, images: Tensor, more: int, classes: int | None = None) -> Tensor:
     with torch.inference_mode():
         values = predict(images).float()
-        shape = (len(images), classes or values.shape[1], *images.shape[2:])
+        classes = classes or values.shape[1] - more
+        shape = (len(images), classes + more, *images.shape[2:])
         if values.shape != shape:
             raise ValueError(f"predict gave {tuple(values.shape)} for images {tuple(images.shape)}, expected {shape}")
-        error = (values.sum(1) - 1).abs().max().item()
+        error = (values[:, :classes].sum(1) - 1).abs().max().item()
     if not np.isfinite(error):
         raise UserError("the network's results are not finite; was it trained to the end, and in which precision?")
     if error > 0.01:

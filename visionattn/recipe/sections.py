@@ -14,11 +14,13 @@ __all__ = [
     "AbovePositive",
     "Adapter",
     "Bands",
+    "Calibrated",
     "Count",
     "Data",
     "Evaluate",
     "FilePath",
     "FineTuned",
+    "Fitted",
     "Lists",
     "Log",
     "Model",
@@ -222,6 +224,31 @@ class Evaluate(Section):
 
     tta: list[Literal["hflip", "vflip", "rot90"]] = Field([], description="views to average predictions over")
     bootstrap: Annotated[int, Field(ge=0, le=100_000)] = Field(1000, description="resamples behind the 95 % intervals")
+
+
+class Fitted(Section):
+    """What images that nothing was learned from have said of a network's probabilities; fit and calibrate write it."""
+
+    images: Positive = Field(description="number of images, of masks that of cases; of a group one counts")
+    source: str = Field(description="val, or the other labelled data")
+    temperature: AbovePositive = Field(1.0, description="of the logits, which are divided by it")
+    least: Probability | None = Field(None, description="probability that puts a class into the set of an image")
+    thresholds: list[Probability | None] | None = Field(
+        None, description="of each class, the probability from which a pixel may be of it; unset where none is enough"
+    )
+    unfamiliar: NotNegative | None = Field(None, description="distance from the training images that few others reach")
+
+
+class Calibrated(Evaluate):
+    """What is done on held-out images, from which it is learned how far probabilities can be trusted."""
+
+    calibration: Literal["temperature"] | None = Field(
+        None, description="make probabilities agree with how often they come true, by one number measured on validation"
+    )
+    conformal: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="such as 0.1: say what else it may be, so that at most this share of the truth is missed"
+    )
+    fitted: Fitted | None = Field(None, description="unset: measured at the end of training, kept in the checkpoint")
 
 
 class Log(Section):

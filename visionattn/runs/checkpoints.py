@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +16,14 @@ from visionattn.data import formats
 from visionattn.errors import UserError
 from visionattn.files import make_folder, new_file
 from visionattn.models import adapters
+from visionattn.models.ensemble import Ensemble, Member
 from visionattn.models.weights import load_checkpoint
 from visionattn.recipe import Recipe, part_of
+from visionattn.recipe.sections import Calibrated
 from visionattn.report.evaluation import RENAMED
 from visionattn.tasks.base import Task
 
-__all__ = ["AtomicCheckpointIO", "ModelCheckpoint", "Trained", "load_trained", "provenance"]
+__all__ = ["AtomicCheckpointIO", "ModelCheckpoint", "Trained", "load_ensemble", "load_trained", "provenance"]
 
 FORMAT = 2
 
@@ -113,7 +116,52 @@ def load_trained(path: Path) -> Trained:
     train = spec.train.model_copy(update={"grad_checkpointing": False})
     task = part_of(spec.task, "task").make(spec.model_copy(update={"model": start, "train": train}))
     task.load_state_dict(checkpoint["state_dict"])
+    task.bank = checkpoint.get("bank")
     return Trained(task.eval(), spec, file, checkpoint["epoch"] + 1)
+
+
+def load_ensemble(paths: Sequence[Path]) -> Trained:
+    """The networks of several runs or checkpoints as one, whose probabilities are the mean of theirs.
+
+    Raises:
+        UserError: they do not say the same of the same images, or have no probabilities of classes.
+    """
+    all_trained = [load_trained(path) for path in paths]
+    first, *others = all_trained
+    if not others:
+        return first
+    if not isinstance(first.recipe.evaluate, Calibrated):
+        raise UserError(f"{paths[0]}: models for {first.recipe.task} have no probabilities that could be averaged")
+    for path, other in zip(paths[1:], others, strict=True):
+        for what in ("task", "classes", "channels", "image_size", "labels an image"):
+            own, its = (_facts(trained)[what] for trained in (first, other))
+            if own != its:
+                raise UserError(f"{paths[0]} and {path} cannot be averaged: {what} {own} and {its}")
+    task, own = first.task, first.recipe.evaluate
+    task.network = Ensemble([_member(trained) for trained in all_trained])
+    task.fitted = task.bank = None
+    of_one = [name for name in ("calibration", "conformal", "ood", "fitted") if name in type(own).model_fields]
+    evaluate = own.model_copy(update=dict.fromkeys(of_one))
+    return first._replace(recipe=first.recipe.model_copy(update={"evaluate": evaluate}))
+
+
+def _member(trained: Trained) -> Member:
+    data, fitted = trained.recipe.data, trained.task.fitted
+    assert data.mean is not None  # of a resolved recipe
+    assert data.std is not None
+    return Member(trained.task.network, data.mean, data.std, fitted.temperature if fitted else 1.0)
+
+
+def _facts(trained: Trained) -> dict[str, Any]:
+    """What networks that are averaged have in common."""
+    spec, data = trained.recipe, trained.recipe.data
+    return {
+        "task": spec.task,
+        "classes": part_of(spec.task, "task").class_names(spec),
+        "channels": len(data.mean or ()),
+        "image_size": data.side,
+        "labels an image": "several" if getattr(data, "multi_label", False) else "one",
+    }
 
 
 def epoch_of(path: Path) -> int:

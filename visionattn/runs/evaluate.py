@@ -1,6 +1,7 @@
 """`visionattn evaluate`: measuring a trained model on labelled samples."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from visionattn.report.page import write_report
 from visionattn.runs.checkpoints import Trained, load_trained
 from visionattn.tasks.base import Task
 
-__all__ = ["evaluate", "evaluate_split", "evaluate_trained"]
+__all__ = ["evaluate", "evaluate_split", "evaluate_trained", "labelled", "lone_trainer"]
 
 log = logging.getLogger(__name__)
 
@@ -55,23 +56,22 @@ def evaluate(model: Path, data: Path | None, part: str | None, out: Path | None)
 def evaluate_trained(trained: Trained, data: Path | None = None, part: str | None = None) -> Evaluation:
     """What `evaluate` measures, nothing written."""
     silence()
-    spec, kind = trained.recipe, part_of(trained.recipe.task, "task")
+    spec = trained.recipe
     if data is not None and str(data) in SPLITS and not data.exists():
         raise UserError(
             f"data is {data}, but there is no such file or folder; for that split of the model's own data: --split "
             f'{data}, from Python split="{data}"'
         )
-    section = spec.data if data is None else formats.elsewhere(spec.data, data)
-    dataset = _labelled(section, trained, elsewhere=data is not None)
-    splits = dataset.splits
-    part = part or next(name for name in ("test", "val", "all", *splits) if name in splits)
-    if part not in splits:
-        raise UserError(f"--split {part}: the images have {', '.join(splits)}")
-    if not splits[part]:
-        raise UserError(f"{data or 'data'}: no images in {part}")
-    module = SplitDataModule(dataset, section, None, kind.evaluation_set, kind.collate)
+    module, part = labelled(trained, data, part, ("test", "val", "all"))
     about = {"checkpoint": str(trained.checkpoint), "epoch": trained.epoch, "data": str(data) if data else None}
-    trainer = pl.Trainer(
+    evaluation = evaluate_split(lone_trainer(spec), trained.task, module, part, spec, about)
+    assert evaluation is not None  # on a single process
+    return evaluation
+
+
+def lone_trainer(spec: Recipe) -> pl.Trainer:
+    """Of one process, in the precision of a recipe, which writes nothing."""
+    return pl.Trainer(
         precision=spec.train.precision,
         devices=1,
         logger=False,
@@ -79,9 +79,29 @@ def evaluate_trained(trained: Trained, data: Path | None = None, part: str | Non
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    evaluation = evaluate_split(trainer, trained.task, module, part, spec, about)
-    assert evaluation is not None  # on a single process
-    return evaluation
+
+
+def labelled(
+    trained: Trained, data: Path | None, part: str | None, preferred: Sequence[str]
+) -> tuple[SplitDataModule, str]:
+    """Labelled samples for a trained model, and the split to take: the one asked for, else the first preferred one.
+
+    Args:
+        data: other samples, laid out as those of the recipe; None: the model's own.
+
+    Raises:
+        UserError: they are not labelled as the recipe's, or there is no such split.
+    """
+    kind = part_of(trained.recipe.task, "task")
+    section = trained.recipe.data if data is None else formats.elsewhere(trained.recipe.data, data)
+    dataset = _labelled(section, trained, elsewhere=data is not None)
+    splits = dataset.splits
+    part = part or next(name for name in (*preferred, *splits) if name in splits)
+    if part not in splits:
+        raise UserError(f"--split {part}: the images have {', '.join(splits)}")
+    if not splits[part]:
+        raise UserError(f"{data or 'data'}: no images in {part}")
+    return SplitDataModule(dataset, section, None, kind.evaluation_set, kind.collate), part
 
 
 def _labelled(section: Data, trained: Trained, elsewhere: bool) -> Dataset:

@@ -27,6 +27,7 @@ from visionattn.models.handover import about, save_backbone, with_bands
 from visionattn.models.networks import try_out
 from visionattn.recipe import Recipe, part_of
 from visionattn.report.page import write_report
+from visionattn.runs.calibrate import asked, fit_trust, keep_trust
 from visionattn.runs.checkpoints import epoch_of, load_weights, provenance
 from visionattn.runs.directory import RunDirectory
 from visionattn.runs.evaluate import evaluate_split
@@ -152,8 +153,8 @@ def rehearse(spec: Recipe, dataset: Dataset) -> None:
     check_limits(spec, len(kind.training_set(dataset, spec)), len(validated))
     image = (len(spec.data.mean or ()), *spec.data.side)
     batch = min(2, spec.data.batch_size)
-    for training in (False, True):
-        try_out(task.network, spec.model.name, image, batch, training)
+    try_out(task.network, spec.model.name, image)  # alone, as a single image is predicted
+    try_out(task.network, spec.model.name, image, batch, training=True)
     if spec.train.deterministic and on_cuda(spec):
         refuse_nondeterministic(task.network, spec.model.name, image, batch)
 
@@ -192,6 +193,10 @@ def _evaluate(task: Task, data: SplitDataModule, trainer: pl.Trainer, directory:
         epoch, spec = load_weights(task, checkpoint)
         if checkpoint == directory.best and trainer.is_global_zero:
             save_backbone(task.network, checkpoint)
+        if checkpoint == directory.best and asked(spec):
+            spec = fit_trust(trainer, task, data, spec, "val", "val")
+            if trainer.is_global_zero:
+                keep_trust(task, spec, checkpoint)
         if epoch in done:
             continue
         done.add(epoch)

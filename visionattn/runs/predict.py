@@ -17,7 +17,7 @@ from visionattn.errors import UserError, listed
 from visionattn.files import Unwritable
 from visionattn.progress import progress
 from visionattn.recipe import part_of
-from visionattn.runs.checkpoints import Trained, load_trained
+from visionattn.runs.checkpoints import Trained, load_ensemble
 from visionattn.runs.processes import shard
 from visionattn.writers import Writer
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def predict(
-    model: Path,
+    models: Sequence[Path],
     paths: Sequence[Path],
     out: Path,
     polygons: bool = False,
@@ -35,19 +35,21 @@ def predict(
     class_numbers: bool = False,
     format: str | None = None,
     score: float | None = None,
+    uncertainty: bool = False,
 ) -> tuple[int, int]:
     """Write the probabilities of images to a table, or their masks into a folder.
 
     Of several processes (torchrun, SLURM) each predicts its share of the cases.
 
     Args:
-        model: run directory or checkpoint.
+        models: run directory or checkpoint; of several the mean is predicted, with what they disagree on.
         paths: files and folders (searched for files of the format that the model was trained on).
         out: the .csv to write; of masks and objects the folder to make, or the file of a `format` that has one.
         polygons: of scenes, write a GeoPackage beside each.
         class_numbers: masks hold 0, 1, 2, ... and not what the recipe's masks say for the classes.
         format: of objects, how they are written: see `visionattn.writers.of_objects`.
         score: of objects, the least that is written, of all classes; unset: those chosen on validation.
+        uncertainty: with masks, write maps of what makes them doubtful.
         resume: keep the masks that an earlier command has written, and write the others.
 
     Returns:
@@ -61,10 +63,12 @@ def predict(
         raise UserError(f"no such file or folder: {listed(missing)}")
     if not out.parent.is_dir():
         raise UserError(f"{out}: the folder {out.parent} does not exist; make it first")
-    trained = load_trained(model)
+    trained = load_ensemble(models)
     data, kind, (process, processes) = trained.recipe.data, part_of(trained.recipe.task, "task"), shard()
     if class_numbers and formats.module_of(data).KIND.target != "mask":
         raise UserError("--class-numbers is for masks, which this model does not predict")
+    if uncertainty and formats.module_of(data).KIND.target != "mask":
+        raise UserError("--uncertainty is for masks; a table of classes has its columns without being asked")
     if (format or score is not None) and formats.module_of(data).KIND.target != "boxes":
         raise UserError("--format and --score are for objects, which this model does not predict")
     if score is not None:
@@ -74,6 +78,9 @@ def predict(
         trained = trained._replace(recipe=trained.recipe.model_copy(update={"evaluate": evaluate}))
     options: dict[str, Any] = {"polygons": polygons} | ({"class_numbers": True} if class_numbers else {})
     options |= {"format": format} if format else {}
+    if uncertainty:
+        options["uncertainty"] = trained.task.doubting = True
+    options |= {"looks": looks} if (looks := getattr(trained.task, "looks", 1)) > 1 else {}
     writer: Writer = kind.open_writer(trained.recipe, out, **options)
     samples, problems = formats.unlabelled(paths, data, len(data.mean or ()))
     if process > 0:

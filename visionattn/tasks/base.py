@@ -20,7 +20,7 @@ Configuration stops at `task`: networks, losses and metrics take plain parameter
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import timm
@@ -41,13 +41,32 @@ from visionattn.data.sample import Dataset
 from visionattn.data.survey import mean_std
 from visionattn.errors import UserError
 from visionattn.models import adapters
+from visionattn.models.ensemble import each
 from visionattn.models.networks import freeze, refuse_unknown, statistics_of
-from visionattn.recipe.sections import Optim, Recipe, Train
+from visionattn.recipe.sections import Fitted, Optim, Recipe, Train
 from visionattn.report.evaluation import Evaluation
 
-__all__ = ["Task", "predict_in_batches", "refuse_few_crops", "refuse_names", "statistics"]
+__all__ = ["Evidence", "Task", "predict_in_batches", "refuse_few_crops", "refuse_names", "statistics"]
 
 CHECKED_EVERY = 20  # steps: where losses lie on a GPU or in several processes, looking at each would stop all of them
+
+
+class Evidence(NamedTuple):
+    """What a network believes of an image, or a part of one, whose truth is known.
+
+    Attributes:
+        index: position of the sample.
+        probabilities: (N, K), of an image or of some of its pixels.
+        targets: (N,) class numbers, or (N, K) of 0 and 1.
+        counts: (K, BINS) of the pixels of each class, by how probable their class is held.
+        distance: of the features from those of training images.
+    """
+
+    index: int  # type: ignore[assignment]  # in place of tuple.index, which nobody calls
+    probabilities: Tensor
+    targets: Tensor
+    counts: Tensor | None = None
+    distance: float | None = None
 
 
 class Task(pl.LightningModule):
@@ -64,9 +83,15 @@ class Task(pl.LightningModule):
     Attributes:
         provenance: plain data saved with every checkpoint, enough to use it without its run.
         facts: plain data that environment.json keeps; where one has changed the run is not resumed.
+        doubting: masks come with maps of what makes them doubtful.
+        fitted: what is known of the probabilities.
+        bank: (N, D) features of training images, which others are compared with.
     """
 
     evaluates_last = False  # besides the best weights
+    doubting = False
+    fitted: Fitted | None = None
+    bank: Tensor | None = None
 
     def __init__(
         self,
@@ -93,9 +118,14 @@ class Task(pl.LightningModule):
             network.compile()
 
     def forward(self, image: Tensor, **options: Any) -> Any:
-        if self.train_spec.channels_last:
-            image = image.to(memory_format=torch.channels_last)
-        return self.network(image, **options)
+        return self.network(self._laid_out(image), **options)
+
+    def each(self, image: Tensor) -> Iterator[Tensor]:
+        """The logits of each network that is asked."""
+        yield from each(self.network, self._laid_out(image))
+
+    def _laid_out(self, image: Tensor) -> Tensor:
+        return image.to(memory_format=torch.channels_last) if self.train_spec.channels_last else image
 
     @property
     def maximize(self) -> bool:
@@ -190,6 +220,10 @@ class Task(pl.LightningModule):
             "...); training stopped and the checkpoints of the epochs before are kept. "
             f"Lower optim.lr (now {self.optim.lr:g}), set optim.clip_grad, or use another train.precision"
         )
+
+    def evidence(self, batch: dict[str, Any]) -> list[Evidence]:
+        """What a labelled batch says of the probabilities, with `fitted` as it is."""
+        raise NotImplementedError
 
     def complete(self, evaluation: Evaluation) -> None:
         """Add what is measured of the weights themselves, whatever split is evaluated; on the first process only."""

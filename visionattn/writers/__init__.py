@@ -120,18 +120,30 @@ def in_turn(parts: Iterable[Sequence[T]]) -> Iterator[T]:
 
 
 class FilePerCase(Writer):
-    """Into a folder a file for each case, called as the case with `suffix`, and what a subclass writes beside it."""
+    """Into a folder a file for each case, called as the case with `suffix`, and what a subclass writes beside it.
+
+    Args:
+        maps: names of the doubts of a prediction that are written too, float32 NAME_MAP with `map_suffix`.
+    """
 
     suffix: str
+    map_suffix: str
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, maps: Sequence[str] = ()) -> None:
+        self.out, self.maps = out, maps
         if out.is_file():
             raise Unwritable(f"{out} is a file; a file for each image is written into a folder: give another --out")
 
     def files_of(self, case: str) -> list[Path]:
         """Every file of a case, the main one first."""
         return [self.out / f"{case}{self.suffix}"]
+
+    def map_files_of(self, case: str) -> dict[str, Path]:
+        """Those of the maps, by name."""
+        return {name: self.out / f"{case}_{name}{self.map_suffix}" for name in self.maps}
+
+    def _all_of(self, case: str) -> list[Path]:
+        return [*self.files_of(case), *self.map_files_of(case).values()]
 
     def made_for(self, case: str) -> list[Path]:
         """The same, once their folders are there."""
@@ -143,21 +155,21 @@ class FilePerCase(Writer):
         """Raises UserError where files of two cases would have one name, such as an overlay and a mask."""
         written: dict[Path, str] = {}
         for case in cases(samples):
-            for path in self.files_of(case):
+            for path in self._all_of(case):
                 if written.setdefault(path, case) != case:
                     raise UserError(f"{written[path]} and {case} would both be written as {path}: predict them apart")
 
     def left(self, samples: Sequence[Sample]) -> list[Sample]:
         self._refuse_same(samples)
-        whole = {case for case in cases(samples) if all(path.exists() for path in self.files_of(case))}
+        whole = {case for case in cases(samples) if all(path.exists() for path in self._all_of(case))}
         for case in cases(samples).keys() - whole:
-            for path in self.files_of(case):  # of a case that is not whole
+            for path in self._all_of(case):  # of a case that is not whole
                 path.unlink(missing_ok=True)
         return [sample for sample in samples if sample.case not in whole]
 
     def refuse(self, samples: Sequence[Sample]) -> None:
         self._refuse_same(samples)
-        there = [path for case in cases(samples) for path in self.files_of(case) if path.exists()]
+        there = [path for case in cases(samples) for path in self._all_of(case) if path.exists()]
         if there:
             raise Unwritable(f"{there[0]} exists; predictions are never overwritten: give another --out")
 

@@ -3,10 +3,11 @@
 Band 1 holds what the recipe's own masks say of the class, such as its number, and the last band the probability of
 that class in per cent; where those are colour images, bands 1 to 3 are the colour. Where the scene has no data the mask
 says what the recipe reads as unlabelled, or declares a value of its own as nodata. Memory does not grow with the scene.
+Maps of what makes a mask doubtful are NAME_MAP.tif, float32.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,18 @@ COMPRESSION = {"compress": "deflate", "bigtiff": "if_safer"}
 
 
 class Scenes(FilePerCase):
-    suffix = ".tif"
+    suffix = map_suffix = ".tif"
 
-    def __init__(self, out: Path, code: MaskCode, colors: Any, leave_out: Sequence[str], polygons: bool) -> None:
-        super().__init__(out)
+    def __init__(
+        self,
+        out: Path,
+        code: MaskCode,
+        colors: Any,
+        leave_out: Sequence[str],
+        polygons: bool,
+        maps: Sequence[str] = (),
+    ) -> None:
+        super().__init__(out, maps)
         self.code, self.left_out, self.polygons = code, leave_out, polygons
 
     def files_of(self, case: str) -> list[Path]:
@@ -62,8 +71,12 @@ class Scenes(FilePerCase):
             new_file(mask) as whole,
         ):
             numbers, coded = whole.with_name("numbers.tif"), whole.with_name("coded.tif")
-            with _gdal_errors(), _raster(numbers, source, MaskCode(self.code.classes, self.code.values)) as sink:
-                _write_tiles(readable(predictions), scene, sink)
+            with (
+                _gdal_errors(),
+                _raster(numbers, source, MaskCode(self.code.classes, self.code.values)) as sink,
+                _maps(self.map_files_of(scene.case), source) as maps,
+            ):
+                _write_tiles(_mapped(readable(predictions), scene, maps), scene, sink)
             if self.code.is_plain:
                 coded = numbers
             else:
@@ -75,6 +88,42 @@ class Scenes(FilePerCase):
             for path in layers:
                 with new_file(path) as layer:
                     _polygon_writer()(numbers, layer, self.code.classes, self.left_out)
+
+
+@contextmanager
+def _maps(files: Mapping[str, Path], source: Any) -> Iterator[dict[str, Any]]:
+    """Rasters of one band in the place of another, by name, which are there once this is left without an error."""
+    from visionattn.data.formats._rasters import open_quietly
+
+    profile = {
+        "driver": "GTiff",
+        "count": 1,
+        "dtype": "float32",
+        "nodata": np.nan,
+        "height": source.height,
+        "width": source.width,
+    }
+    profile |= {"crs": source.crs, "transform": source.transform, "tiled": True, **COMPRESSION}
+    profile |= {"blockxsize": TILE, "blockysize": TILE, "zlevel": 1}
+    with ExitStack() as stack:
+        opened = {}
+        for name, file in files.items():
+            path = stack.enter_context(new_file(file))
+            opened[name] = stack.enter_context(open_quietly(path, "w", **profile))
+            opened[name].descriptions = (name,)
+        yield opened
+
+
+def _mapped(predictions: Iterable[Prediction], scene: Any, maps: Mapping[str, Any]) -> Iterator[Prediction]:
+    """The predictions, once their doubts are written, NaN where the scene has no data."""
+    for prediction in predictions:
+        assert prediction.window is not None  # of every band of a scene
+        window = tuple((side.start, side.stop) for side in prediction.window)
+        missing = np.isnan(scene.image(prediction.window)).all(0) if maps and scene.can_miss else False
+        for name, sink in maps.items():
+            values = np.where(missing, np.float32(np.nan), prediction.doubts[name])
+            sink.write(values[None].astype(np.float32), window=window)
+        yield prediction
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Masks as NIfTI, NAME.nii.gz: what the recipe's masks say, with the orientation, affine and header of the volume."""
+"""Masks as NIfTI, NAME.nii.gz: what the recipe's masks say, with the orientation, affine and header of the volume.
+
+Maps of what makes them doubtful are NAME_MAP.nii.gz, float32.
+"""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,10 +20,18 @@ __all__ = ["open"]
 
 
 class Volumes(FilePerCase):
-    suffix = ".nii.gz"
+    suffix = map_suffix = ".nii.gz"
 
-    def __init__(self, out: Path, code: MaskCode, colors: Any, leave_out: Sequence[str], polygons: bool) -> None:
-        super().__init__(out)
+    def __init__(
+        self,
+        out: Path,
+        code: MaskCode,
+        colors: Any,
+        leave_out: Sequence[str],
+        polygons: bool,
+        maps: Sequence[str] = (),
+    ) -> None:
+        super().__init__(out, maps)
         self.code = code
         if polygons:
             raise UserError("--polygons is for scenes, but the model was trained on volumes")
@@ -29,11 +40,18 @@ class Volumes(FilePerCase):
         import nibabel
 
         labels = np.full((len(case), *case[0].size), IGNORE, np.uint8)
+        maps = {name: np.zeros(labels.shape, np.float32) for name in self.maps}
         for prediction in readable(predictions):
-            labels[(prediction.index, *(prediction.window or ()))] = np.asarray(prediction.value)
+            place = (prediction.index, *(prediction.window or ()))
+            labels[place] = np.asarray(prediction.value)
+            for name, values in maps.items():
+                values[place] = prediction.doubts[name]
         (out,) = self.made_for(case[0].case)
         with new_file(out) as path:
             nibabel.save(_as_stored(case[0].volume, self.code.written(labels)), path)
+        for name, file in self.map_files_of(case[0].case).items():
+            with new_file(file) as path:
+                nibabel.save(_as_stored(case[0].volume, maps[name]), path)
 
 
 def _as_stored(volume: Any, labels: np.ndarray) -> Any:

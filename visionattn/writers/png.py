@@ -1,5 +1,7 @@
 """Masks as PNG, NAME.png, with a palette that shows classes in colours; and overlays/NAME.png.
 
+Maps of what makes them doubtful are NAME_MAP.tif, one band of float32.
+
 The pixels are what the recipe's own masks say: numbers, or indices of a palette of their colours. Numbers of more than
 8 bits have no palette, and those that no PNG can hold are written as NAME.tif.
 """
@@ -22,10 +24,18 @@ __all__ = ["open"]
 
 
 class Masks(FilePerCase):
-    suffix = ".png"
+    suffix, map_suffix = ".png", ".tif"
 
-    def __init__(self, out: Path, code: MaskCode, colors: Colors, leave_out: Sequence[str], polygons: bool) -> None:
-        super().__init__(out)
+    def __init__(
+        self,
+        out: Path,
+        code: MaskCode,
+        colors: Colors,
+        leave_out: Sequence[str],
+        polygons: bool,
+        maps: Sequence[str] = (),
+    ) -> None:
+        super().__init__(out, maps)
         if polygons:
             raise UserError("--polygons is for scenes, but the model was trained on images")
         self.code, self.colors = code, colors
@@ -38,12 +48,18 @@ class Masks(FilePerCase):
     def write(self, case: Sequence[Sample], predictions: Iterable[Prediction]) -> None:
         (sample,) = case
         mask = np.full(sample.size, IGNORE, np.uint8)
+        maps = {name: np.zeros(sample.size, np.float32) for name in self.maps}
         for prediction in readable(predictions):
             mask[prediction.window or ()] = np.asarray(prediction.value)
+            for name, values in maps.items():
+                values[prediction.window or ()] = prediction.doubts[name]
         out, shown = self.made_for(sample.case)
         with new_file(out) as path, new_file(shown) as picture:
             _picture(mask, self.code, self.colors).save(path, format="PNG" if self.suffix == ".png" else "TIFF")
             overlay(unit_range(sample.image()), mask, self.colors).save(picture, format="PNG")
+        for name, file in self.map_files_of(sample.case).items():
+            with new_file(file) as path:
+                Image.fromarray(maps[name]).save(path, format="TIFF")
 
 
 def _picture(mask: np.ndarray, code: MaskCode, colors: Colors) -> Image.Image:

@@ -51,7 +51,7 @@ class Table(OneFile):
 
 
 class Rows(Table):
-    """Columns `path` and those that `cells` makes of a prediction's value; unreadable images have empty ones.
+    """Columns `path` and those that `cells` makes of a prediction; unreadable images have empty ones.
 
     Args:
         length: of values that are too long for a table: then an .npy file beside it, float32 (rows, length), has all of
@@ -59,7 +59,7 @@ class Rows(Table):
     """
 
     def __init__(
-        self, out: Path, columns: Sequence[str], cells: Callable[[np.ndarray], Sequence[Any]], length: int = 0
+        self, out: Path, columns: Sequence[str], cells: Callable[[Prediction], Sequence[Any]], length: int = 0
     ) -> None:
         super().__init__(out, ["path", *columns])
         self.cells, self.length = cells, length
@@ -77,9 +77,8 @@ class Rows(Table):
 
     def write(self, case: Sequence[Sample], predictions: Iterable[Prediction]) -> None:
         for prediction in readable(predictions):
-            value = np.asarray(prediction.value)
-            self._keep(value)
-            write_table(self.stream, [[case[prediction.index].name, *self.cells(value)]])
+            self._keep(np.asarray(prediction.value))
+            write_table(self.stream, [[case[prediction.index].name, *self.cells(prediction)]])
 
     def leave_out(self, name: str) -> None:
         self._keep(np.full(self.length, np.nan))

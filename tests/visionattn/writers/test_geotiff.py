@@ -70,6 +70,7 @@ def predict_scene(
     predict: Callable[[torch.Tensor], torch.Tensor] = brightest,
     polygons: bool = False,
     overlap: float = 0.25,
+    uncertainty: bool = False,
     **data,
 ) -> None:
     """Write a scene's mask, into `out`, with a network whose probabilities are those of `predict`."""
@@ -77,13 +78,36 @@ def predict_scene(
     spec = Recipe(task="segmentation", model=MODEL, data=data, evaluate={"overlap": overlap})
     samples, problems = formats.unlabelled([scene], spec.data, len(MEAN))
     assert problems == []
-    task, fabric = SimpleNamespace(averaged=predict), Fabric(accelerator="cpu", devices=1)
+    task = SimpleNamespace(averaged=predict, doubting=uncertainty, trusted=_trusted)
+    fabric = Fabric(accelerator="cpu", devices=1)
     with (
-        open_writer(spec, out, polygons) as writer,
+        open_writer(spec, out, polygons, uncertainty=uncertainty) as writer,
         closing(predictions(task, samples, spec, fabric)) as predicted,
     ):
         writer.refuse(samples)
         writer.write(samples, predicted)
+
+
+def _trusted(looked: torch.Tensor) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
+    """Probabilities, and where one more plane was blended with them that."""
+    return looked[:3], {"entropy": looked[3].numpy()} if len(looked) > 3 else {}
+
+
+def test_maps_of_doubts_lie_on_the_grid_of_the_scene(tmp_path):
+    image = blobs(600, 700)
+    image[:, :50, :60] = 0
+
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([brightest(images), images[:, :1]], 1)
+
+    path = save(tmp_path / "scene.tif", image, nodata=0)
+    predict_scene(path, tmp_path / "out", predict, uncertainty=True)
+    with opened(path) as source, opened(tmp_path / "out" / "scene_entropy.tif") as written:
+        assert (written.crs, written.transform, written.shape) == (source.crs, source.transform, source.shape)
+        values = written.read(1)
+    assert np.isnan(values[:50, :60]).all()
+    seen = values[60:, 70:]
+    np.testing.assert_allclose(seen, (image[0, 60:, 70:] - MEAN[0]) / STD[0], atol=1e-3, rtol=1e-3)
 
 
 def bands_of(path: Path) -> np.ndarray:

@@ -16,7 +16,7 @@ def test_a_full_disk_leaves_no_half_table(tmp_path, files, full_disk, rows):
     sample = ImageFile("a.png", "a.png", "a.png", 1, (4, 4), path=Path("a.png"))
 
     def write() -> None:
-        with table.open(tmp_path / "t.csv", ["p:" + "long" * 30], lambda value: value.tolist()) as writer:
+        with table.open(tmp_path / "t.csv", ["p:" + "long" * 30], lambda p: p.value.tolist()) as writer:
             for _ in range(rows):
                 writer.write([sample], [Prediction(0, np.array([0.5]))])
 
@@ -30,7 +30,7 @@ def test_values_too_long_for_a_table_are_kept_beside_it_row_by_row(tmp_path, fil
     values = np.random.default_rng(0).random((7, 150)).astype(np.float32)
     samples = [ImageFile(f"{i}.png", f"{i}.png", f"{i}.png", 1, (4, 4), path=Path(f"{i}.png")) for i in range(8)]
     for process in reversed(range(processes)):  # the first one joins what the others have written
-        writer = table.open(tmp_path / "t.csv", ["largest"], lambda value: [value.argmax()], 150)
+        writer = table.open(tmp_path / "t.csv", ["largest"], lambda p: [p.value.argmax()], 150)
         with writer.share(process, processes):
             for i in range(process, 8, processes):
                 if i == 4:
@@ -50,7 +50,7 @@ def test_values_too_long_for_a_table_are_kept_beside_it_row_by_row(tmp_path, fil
 
 def test_an_error_leaves_neither_table_nor_values(tmp_path, files):
     def fail() -> None:
-        with table.open(tmp_path / "t.csv", ["x"], lambda value: [], 150) as writer:
+        with table.open(tmp_path / "t.csv", ["x"], lambda p: [], 150) as writer:
             writer.leave_out("a.png")
             raise KeyError
 

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from visionattn.data.prediction import Prediction
 from visionattn.data.sample import Sample, unit_range
+from visionattn.inference.uncertainty import risk_coverage, tempered
 from visionattn.report.evaluation import Evaluation
 from visionattn.tasks.classification import metrics
 from visionattn.tasks.classification.labels import WIDEST, Labelling, labelling_of, probability_cells, targets_of
@@ -21,6 +23,7 @@ from visionattn.tasks.classification.recipe import Recipe
 __all__ = ["measure"]
 
 MISTAKES = 12
+RISKS = 200  # points of the curve
 THUMBNAIL = 160  # pixels of the longer side
 
 
@@ -33,6 +36,8 @@ def measure(predictions: Sequence[Prediction], samples: Sequence[Sample], spec: 
     means = metrics.overall(probabilities, targets, scores)
     overall = {name: None if score.isnan() else score.item() for name, score in means.items()}
     overall["loss"] = labelling.log_loss(probabilities, targets).item()
+    if not spec.data.multi_label:
+        overall["aurc"] = risk_coverage(*_sure_and_wrong(probabilities, targets))[-1]
     measured = {name: int(which.sum()) for name, which in metrics.measurable(targets, len(labelling.classes)).items()}
     groups = [sample.group for sample in samples]
     interval = metrics.interval(probabilities, targets, groups, spec.evaluate.bootstrap)
@@ -52,11 +57,43 @@ def measure(predictions: Sequence[Prediction], samples: Sequence[Sample], spec: 
             "confusion": _confusion(labelling, probabilities.numpy(), targets.numpy()).tolist(),
             "measured": {name: [n, len(labelling.classes)] for name, n in measured.items()},
             "bootstrap": {"resamples": spec.evaluate.bootstrap, "groups": len(set(groups))},
-        },
+        }
+        | _trust(labelling, probabilities, targets, spec),
         tables={"predictions.csv": _table(labelling, samples, probabilities.numpy()), "mistakes.csv": mistakes},
         arrays={"probabilities.npy": probabilities.numpy()} if len(labelling.classes) > WIDEST else {},
         pictures=pictures,
     )
+
+
+def _sure_and_wrong(probabilities: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) the confidence of each decision, and whether it is wrong."""
+    confidence, guess = probabilities.max(1)
+    return confidence.numpy(), (guess != targets).numpy()
+
+
+def _trust(labelling: Labelling, probabilities: Tensor, targets: Tensor, spec: Recipe) -> dict[str, Any]:
+    """What the report says of how far these probabilities can be trusted: sets, refusal, and what they were before."""
+    fitted, several = spec.evaluate.fitted, spec.data.multi_label
+    trust: dict[str, Any] = {}
+    if not several:
+        coverage, risk, _ = risk_coverage(*_sure_and_wrong(probabilities, targets))
+        kept = np.unique(np.linspace(0, len(risk) - 1, min(RISKS, len(risk))).round().astype(int))
+        trust["risk_coverage"] = [coverage[kept].tolist(), risk[kept].tolist()]
+    if fitted is None:
+        return trust
+    trust["fitted"] = fitted.model_dump()
+    if fitted.temperature != 1:
+        before = tempered(probabilities, 1 / fitted.temperature, several)
+        error = metrics.overall(before, targets, metrics.of_classes(before, targets, ranked=False))["calibration_error"]
+        trust["before"] = {"calibration_error": error.item(), "loss": labelling.log_loss(before, targets).item()}
+    if fitted.least is not None:
+        sets = (probabilities >= fitted.least).numpy()
+        trust["sets"] = {
+            "asked": 1 - (spec.evaluate.conformal or 0),
+            "covered": float(sets[np.arange(len(sets)), targets].mean()),
+            "sizes": np.bincount(sets.sum(1), minlength=len(labelling.classes) + 1).tolist(),
+        }
+    return trust
 
 
 def _confusion(labelling: Labelling, probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -30,6 +30,7 @@ METRICS = {
     "auroc": Metric("AUROC", "mean over the classes, each against the rest"),
     "average_precision": Metric("average precision", "mean over the classes, each against the rest"),
     "calibration_error": Metric("calibration error", "mean distance of confidence from accuracy, in 15 bins", True),
+    "aurc": Metric("AURC", "area under risk over coverage: mistakes among the surest images, lower is better"),
 } | LOSS
 OF_CLASSES = ("precision", "recall", "f1", "auroc", "average_precision")
 SORTED = 2e7  # probabilities that are sorted at the end of every epoch; of more, only if that is what is monitored

@@ -9,7 +9,7 @@ from visionattn.data.labels import ClassSection
 from visionattn.recipe import sections
 from visionattn.recipe.sections import AbovePositive, NotNegative, Probability, Rate, Ratio, Section, Share
 
-__all__ = ["DATA", "EXAMPLE", "AnyData", "Augment", "Data", "Loss", "Model", "Recipe", "Teacher"]
+__all__ = ["DATA", "EXAMPLE", "AnyData", "Augment", "Data", "Evaluate", "Loss", "Model", "Recipe", "Teacher"]
 
 
 class Teacher(sections.Teacher):
@@ -75,6 +75,14 @@ class Train(sections.Train):
     )
 
 
+class Evaluate(sections.Calibrated):
+    """What is done on held-out images after training."""
+
+    ood: Literal["knn"] | None = Field(
+        None, description="tell images that are like none of those trained on, by the distance of their features"
+    )
+
+
 DATA = formats.sections("class", Data)
 if TYPE_CHECKING:
 
@@ -98,6 +106,7 @@ class Recipe(sections.Recipe):
     data: AnyData
     loss: Loss = Loss()
     train: Train = Train()
+    evaluate: Evaluate = Evaluate()
 
 
 EXAMPLE = {

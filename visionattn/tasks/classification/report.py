@@ -35,7 +35,9 @@ def sections(evaluation: Evaluation) -> str:
     """The content of an evaluation's section, HTML."""
     several = evaluation.more["multi_label"]
     confusion = _counts(evaluation) if several else _confusion(evaluation)
-    blocks = f"<div>{confusion}</div><div>{_per_class(evaluation)}</div>{_probabilities(evaluation)}"
+    blocks = (
+        f"<div>{confusion}</div><div>{_per_class(evaluation)}</div>{_probabilities(evaluation)}{_trust(evaluation)}"
+    )
     note = f'<p class="note">{escape(about_weights(evaluation))}{_measured(evaluation)}</p>'
     return f'{note}<div class="blocks">{blocks}</div>{_mistakes(evaluation)}'
 
@@ -118,6 +120,42 @@ def _probabilities(evaluation: Evaluation) -> str:
     bins = _binned(truth.ravel(), belief.ravel())
     error = evaluation.overall["calibration_error"]
     return rocs + reliability(bins, error, "probability", "frequency", "image-label pairs")
+
+
+def _trust(evaluation: Evaluation) -> str:
+    """What is wrong among the surest images, and what the sets of classes keep of their promise."""
+    blocks, more = "", evaluation.more
+    if curve := more.get("risk_coverage"):
+        coverage, risk = curve
+        top = max(max(risk), 1e-9)
+        chart = Chart()
+        chart.axes("share of the images that are decided, the surest first")
+        chart.line(np.stack([coverage, np.array(risk) / top], axis=1), "s0")
+        area = evaluation.overall["aurc"]
+        title = f"Risk over coverage: AURC {number(False, area)}"
+        said = f"mistakes among these; the top is {number(True, top)}"
+        blocks += chart.figure(title, f"{title}; {said}", [("s0", said)])
+    if fitted := more.get("fitted"):
+        rows = [[name.replace("_", " "), _short(value)] for name, value in fitted.items() if value is not None]
+        if before := more.get("before"):
+            for name, value in before.items():
+                rows.append([f"{METRICS[name].label} before", number(METRICS[name].percent, value)])
+                rows.append([f"{METRICS[name].label} after", number(METRICS[name].percent, evaluation.overall[name])])
+        if sets := more.get("sets"):
+            rows += [
+                ["sets that have the class", f"{number(True, sets['covered'])} (asked {number(True, sets['asked'])})"]
+            ]
+            rows += [[f"sets of {size}", f"{count:,}"] for size, count in enumerate(sets["sizes"]) if count]
+        note = (
+            '<p class="note">Fitted on images that the best epoch was chosen by: on others it may promise too much.</p>'
+        )
+        note = note if fitted["source"] == "val" else ""
+        blocks += f"<div><h3>Trust</h3>{note}{table_of('trust', ['What', 'Value'], rows)}</div>"
+    return blocks
+
+
+def _short(value: float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _roc(name: str, area: float, truth: np.ndarray, score: np.ndarray, confusion: list, small: bool) -> str:

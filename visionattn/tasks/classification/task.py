@@ -17,11 +17,12 @@ from visionattn.data.prediction import Prediction
 from visionattn.data.sample import Dataset, Sample
 from visionattn.data.survey import mean_std
 from visionattn.errors import UserError, listed
+from visionattn.inference.uncertainty import DISAGREEMENT, disagreement, distance_to, entropy, tempered
 from visionattn.inference.views import views
 from visionattn.models.adapters import adapt
 from visionattn.models.networks import make_network, statistics_of, try_out
 from visionattn.models.teacher import Teacher, make_teacher
-from visionattn.tasks.base import Task, predict_in_batches, refuse_names
+from visionattn.tasks.base import Evidence, Task, predict_in_batches, refuse_names
 from visionattn.tasks.classification.check import too_small
 from visionattn.tasks.classification.labels import (
     WIDEST,
@@ -35,6 +36,7 @@ from visionattn.tasks.classification.losses import ClassificationLoss, distillat
 from visionattn.tasks.classification.metrics import Scores, measurable
 from visionattn.tasks.classification.recipe import Data, Recipe
 from visionattn.tasks.classification.transforms import Images, eval_transform, mix_transform, train_transform
+from visionattn.tasks.classification.trust import doubts_of, refuse_in_vain, set_of
 from visionattn.writers import Writer, table
 
 __all__ = [
@@ -116,11 +118,52 @@ class Classifier(Task):
         self.log_dict({f"val/{name}": value for name, value in self.val_scores.compute().items()})
         self.val_scores.reset()
 
+    @property
+    def looks(self) -> int:
+        """How many predictions the mean is of."""
+        return len(self.views) * getattr(self.network, "count", 1)
+
     def predict_step(self, batch: dict[str, Any], batch_idx: int = 0) -> list[Prediction]:
-        """Probabilities (K,) of each image, averaged over the views."""
-        seen = [self.labelling.probabilities(self(view.forth(batch["image"]))) for view in self.views]
-        probabilities = torch.stack(seen).mean(0).cpu().numpy()
-        return [Prediction(int(i), row) for i, row in zip(batch["index"], probabilities, strict=True)]
+        """Probabilities (K,) of each image, averaged over networks and views, with what makes them doubtful."""
+        probabilities, doubts = self._predicted(batch["image"])
+        columns = {name: values.tolist() for name, values in doubts.items()}
+        return [
+            Prediction(int(index), row, doubts={name: values[i] for name, values in columns.items()})
+            for i, (index, row) in enumerate(zip(batch["index"], probabilities.cpu().numpy(), strict=True))
+        ]
+
+    def _predicted(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Probabilities (B, K), and each of `doubts_of` (B,)."""
+        several, fitted = isinstance(self.labelling, MultiLabel), self.fitted
+        looks = [self.each(view.forth(image)) for view in self.views]
+        seen = torch.stack([self.labelling.probabilities(logits) for each in looks for logits in each])
+        probabilities = seen.mean(0)
+        if fitted is not None:
+            probabilities = tempered(probabilities, fitted.temperature, several)
+        doubts: dict[str, Tensor] = {}
+        if len(seen) > 1:
+            told = entropy(probabilities, several), disagreement(seen, several)
+            doubts |= dict(zip(DISAGREEMENT, told, strict=True))
+        if self.bank is not None:
+            doubts["distance"] = distance = distance_to(self.bank, self.features(image))
+            if fitted is not None and fitted.unfamiliar is not None:
+                doubts["unfamiliar"] = (distance > fitted.unfamiliar).int()
+        return probabilities, doubts
+
+    def features(self, image: Tensor) -> Tensor:
+        """(B, D) what the classifier decides by, of each image."""
+        network: Any = self.network
+        return network.forward_head(network.forward_features(image), pre_logits=True)
+
+    def indexed_features(self, batch: dict[str, Any]) -> list[tuple[int, Tensor]]:
+        """The features of each image of a batch, with its position."""
+        return list(zip(batch["index"].tolist(), self.features(batch["image"]).cpu(), strict=True))
+
+    def evidence(self, batch: dict[str, Any]) -> list[Evidence]:
+        probabilities, doubts = self._predicted(batch["image"])
+        distances = doubts["distance"].tolist() if "distance" in doubts else [None] * len(probabilities)
+        rows = zip(batch["index"].tolist(), probabilities.cpu(), batch["label"].cpu(), distances, strict=True)
+        return [Evidence(i, p[None], target[None], distance=distance) for i, p, target, distance in rows]
 
 
 def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
@@ -139,6 +182,7 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
         kind = "several labels" if several else "one class"
         raise UserError(f"data.multi_label is {data.multi_label}, but the images have {kind} each")
     _refuse_untrainable(spec, dataset, labelling_of(dataset.classes, several))
+    refuse_in_vain(spec.evaluate, dataset, several)
     if dataset.readings and (small := too_small(dataset, spec)):
         raise UserError(f"data.resize is none, but smaller than data.image_size are: {listed(small)}")
     channels = data.channels or (dataset.channels if dataset.readings or not data.mean else len(data.mean))
@@ -201,7 +245,9 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> Classifier:
     }
     if dataset is None:
         loss = ClassificationLoss(labelling.loss, len(data.classes))
-        return Classifier(network, loss, **settings, frozen=None, names=str)
+        task = Classifier(network, loss, **settings, frozen=None, names=str)
+        task.fitted = spec.evaluate.fitted
+        return task
     result = try_out(network, spec.model.name, (data.channels, *data.side))
     if tuple(result.shape) != (1, len(data.classes)):
         raise UserError(f"model {spec.model.name} gives {tuple(result.shape)} for an image: it is no classifier")
@@ -260,22 +306,27 @@ def predictions(task: Classifier, samples: Sequence[Sample], spec: Recipe, fabri
     yield from predict_in_batches(task, dataset, default_collate, data.batch_size, workers, fabric)
 
 
-def open_writer(spec: Recipe, out: Path, polygons: bool = False) -> Writer:
+def open_writer(spec: Recipe, out: Path, polygons: bool = False, looks: int = 1) -> Writer:
     """What writes the predicted class (labels joined by ;) and the probability of each class into a table.
 
     Of many classes the table has the likeliest ones, and an .npy file beside it the probabilities of all, row by row.
+    Then come the set of classes that an image may be of, and what makes its prediction doubtful.
     """
     if polygons:
         raise UserError("--polygons is for segmenters of scenes")
-    labelling = labelling_of(spec.data.classes, spec.data.multi_label)
+    labelling, evaluate = labelling_of(spec.data.classes, spec.data.multi_label), spec.evaluate
+    count, doubts = len(labelling.classes), doubts_of(evaluate, looks)
 
-    def cells(probabilities: np.ndarray) -> list[str]:
-        of_classes = probability_cells(labelling.classes, probabilities)
-        return [labelling.name(labelling.decided(probabilities)), *of_classes.values()]
+    def cells(prediction: Prediction) -> dict[str, Any]:
+        probabilities = np.asarray(prediction.value)
+        row: dict[str, Any] = {"predicted": labelling.name(labelling.decided(probabilities))}
+        row |= probability_cells(labelling.classes, probabilities)
+        if (may_be := set_of(probabilities, labelling.classes, evaluate)) is not None:
+            row |= {"set": ";".join(may_be), "set_size": len(may_be)}
+        return row | {name: f"{prediction.doubts[name]:.6g}" for name in doubts}
 
-    count = len(labelling.classes)
-    columns = probability_cells(labelling.classes, np.zeros(count))
-    return table.open(out, ["predicted", *columns], cells, count if count > WIDEST else 0)
+    blank = Prediction(0, np.zeros(count), doubts=dict.fromkeys(doubts, 0.0))
+    return table.open(out, list(cells(blank)), lambda p: list(cells(p).values()), count if count > WIDEST else 0)
 
 
 def refuse_other(spec: Recipe, dataset: Dataset) -> None:
@@ -292,9 +343,14 @@ def class_names(spec: Recipe) -> list[str]:
 
 
 def described(case: Sequence[Sample], parts: Sequence[Prediction], spec: Recipe) -> dict[str, Any]:
-    """The label and the probabilities of an image, as plain data."""
+    """The label and the probabilities of an image, with how doubtful they are, as plain data."""
     labelling = labelling_of(spec.data.classes, spec.data.multi_label)
     (prediction,) = parts
     probabilities = np.asarray(prediction.value)
     by_name = dict(zip(labelling.classes, probabilities.tolist(), strict=True))
-    return {"label": labelling.name(labelling.decided(probabilities)), "probabilities": by_name}
+    return {
+        "label": labelling.name(labelling.decided(probabilities)),
+        "probabilities": by_name,
+        "set": set_of(probabilities, labelling.classes, spec.evaluate),
+        "doubts": prediction.doubts,
+    }

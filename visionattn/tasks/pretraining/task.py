@@ -383,7 +383,8 @@ def open_writer(spec: Recipe, out: Path, polygons: bool = False) -> Writer:
     with torch.device("meta"):
         model: Any = timm.create_model(spec.model.name, **arguments_of(spec.model, spec.data.side))
     count = model.head_hidden_size
-    return table.open(out, [f"f{k}" for k in range(1, count + 1)], lambda row: [f"{value:.6g}" for value in row])
+    names = [f"f{k}" for k in range(1, count + 1)]
+    return table.open(out, names, lambda prediction: [f"{value:.6g}" for value in np.asarray(prediction.value)])
 
 
 def refuse_other(spec: Recipe, dataset: Dataset) -> None:

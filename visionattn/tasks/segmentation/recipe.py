@@ -84,7 +84,7 @@ class Train(sections.Train):
     )
 
 
-class Evaluate(sections.Evaluate):
+class Evaluate(sections.Calibrated):
     """What is done on held-out images after training."""
 
     leave_out: list[str] = Field(

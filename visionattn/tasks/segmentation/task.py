@@ -24,16 +24,18 @@ from visionattn.data.sample import IGNORE, Dataset, Sample, Window, cases, unit_
 from visionattn.errors import UserError, listed
 from visionattn.files import Unwritable
 from visionattn.inference.sliding import predict_windows, slide, strips
+from visionattn.inference.uncertainty import entropy, tempered
 from visionattn.inference.views import views
 from visionattn.models.adapters import adapt
 from visionattn.models.networks import arguments_of, refuse_unknown, started
 from visionattn.models.segmenters import DECODERS, make_segmenter
 from visionattn.tasks import base
-from visionattn.tasks.base import Task, predict_in_batches
+from visionattn.tasks.base import Evidence, Task, predict_in_batches
 from visionattn.tasks.segmentation.losses import balanced_weights, make_loss
 from visionattn.tasks.segmentation.metrics import CaseCounts, calibration, surfaces_available
 from visionattn.tasks.segmentation.recipe import Data, Recipe
 from visionattn.tasks.segmentation.transforms import TrainingCrops, WholeImages, collate
+from visionattn.tasks.segmentation.trust import PIXELS, bounds_of, counts_by_belief, doubts_of, refuse_in_vain
 from visionattn.writers import Writer
 
 __all__ = [
@@ -122,19 +124,52 @@ class Segmenter(Task):
         self.log_dict({f"val/{name}": value for name, value in self.val_counts.compute().items()})
         self.val_counts.reset()
 
+    @property
+    def looks(self) -> int:
+        """How many predictions the mean is of."""
+        return len(self.views) * getattr(self.network, "count", 1)
+
     def predict_step(self, batch: dict[str, Any], batch_idx: int = 0) -> list[Prediction]:
-        """The mask of each part, with `bins` (see `calibration`) where there is a truth."""
+        """The mask of each part, with `bins` (see `calibration`) where there is a truth, and doubts where wanted."""
         predictions = []
-        for i, probabilities in enumerate(self.probabilities(batch)):
+        for i, (probabilities, doubts) in enumerate(map(self.trusted, self.looked(batch))):
             top, bottom, left, right = batch["window"][i]
             mask = PackedMask(probabilities.argmax(0).to(torch.uint8).cpu().numpy())
             bins = calibration(probabilities, batch["mask"][i]).cpu().numpy() if "mask" in batch else None
             window = slice(top, bottom), slice(left, right)
-            predictions.append(Prediction(int(batch["index"][i]), mask, window, bins=bins))
+            predictions.append(Prediction(int(batch["index"][i]), mask, window, bins=bins, doubts=doubts))
         return predictions
+
+    def trusted(self, looked: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:
+        """Of what `looked` gives of an image: the probabilities (classes, H, W), and each doubt (H, W)."""
+        probabilities = looked[: len(self.classes)]
+        if self.fitted is not None:
+            probabilities = tempered(probabilities, self.fitted.temperature, False, dim=0)
+        if not self.doubting:
+            return probabilities, {}
+        maps = [entropy(probabilities, several=False, dim=0), *([looked[-1]] if self.looks > 1 else [])]
+        maps += [(probabilities[k] >= threshold).float() for k, threshold in bounds_of(self.fitted)]
+        names = doubts_of(self.classes, self.fitted, self.looks)
+        return probabilities, {name: values.cpu().numpy() for name, values in zip(names, maps, strict=True)}
+
+    def evidence(self, batch: dict[str, Any]) -> list[Evidence]:
+        """Of each part up to PIXELS labelled pixels, drawn, and how probable those of each class are held."""
+        found = []
+        for index, looked, mask in zip(batch["index"].tolist(), self.looked(batch), batch["mask"], strict=True):
+            probabilities = self.trusted(looked)[0].flatten(1).T.cpu()
+            labelled = (mask.flatten().cpu() != IGNORE).nonzero()[:, 0]
+            counts = counts_by_belief(probabilities[labelled], mask.flatten().cpu()[labelled])
+            drawn = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(index))[:PIXELS]
+            kept = labelled[drawn]
+            found.append(Evidence(index, probabilities[kept], mask.flatten().cpu()[kept].long(), counts))
+        return found
 
     def probabilities(self, batch: dict[str, Any]) -> list[Tensor]:
         """Of each part of a batch (see `transforms.WholeImages`): (classes, H, W) in native pixels."""
+        return [self.trusted(looked)[0] for looked in self.looked(batch)]
+
+    def looked(self, batch: dict[str, Any]) -> list[Tensor]:
+        """What `averaged` gives of each part of a batch, in native pixels."""
         images: list[Tensor] = batch["image"]
         if len({image.shape for image in images}) == 1 and self._fits(images[0]):
             maps = list(self.averaged(torch.stack(images)))
@@ -149,12 +184,22 @@ class Segmenter(Task):
         """Probabilities (classes, h, w) of an image of any size."""
         if self._fits(image):
             return self.averaged(image[None])[0]
-        return predict_windows(self.averaged, image, self.window, self.overlap)
+        return predict_windows(self.averaged, image, self.window, self.overlap, more=self.doubting)
 
     def averaged(self, image: Tensor) -> Tensor:
-        """Probabilities (B, classes, H, W) of images (B, C, H, W), averaged over the views."""
-        seen = [view.back(self(view.forth(image)).float().softmax(1)) for view in self.views]
-        return torch.stack(seen).mean(0) if len(seen) > 1 else seen[0]
+        """Probabilities (B, classes, H, W) of images (B, C, H, W), averaged over networks and views.
+
+        Where doubts are wanted a plane follows, of what those that were averaged disagree on.
+        """
+        seen = (view.back(x.float().softmax(1)) for view in self.views for x in self.each(view.forth(image)))
+        total, doubt = torch.zeros(()), torch.zeros(())
+        for probabilities in seen:  # one by one, since a stack of them takes memory
+            total = total.to(image.device) + probabilities / self.looks
+            if self.doubting:
+                doubt = doubt.to(image.device) - entropy(probabilities, several=False) / self.looks
+        if not self.doubting:
+            return total
+        return torch.cat([total, (doubt + entropy(total, several=False)).clamp_min(0)[:, None]], 1)
 
 
 def _native(probabilities: Tensor, extent: tuple[int, int], inner: list[int]) -> Tensor:
@@ -186,6 +231,7 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
     Raises:
         UserError: the data set cannot be trained on.
     """
+    refuse_in_vain(spec.evaluate, dataset)
     data = spec.data.model_copy(update={"classes": dataset.classes, **base.statistics(spec, dataset)})
     if dataset.readings:
         dataset = replace(dataset, warnings=[*dataset.warnings, *_doubts(spec, dataset)])
@@ -228,7 +274,7 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> Segmenter:
         adapt(network, spec.model.adapter.lora.rank, spec.model.name, (len(data.mean), *data.side))
     validated = dataset.splits["val"] if dataset else []
     order = {case: n for n, case in enumerate(cases(validated))}
-    return Segmenter(
+    task = Segmenter(
         network,
         _loss(spec, dataset) if dataset else nn.Identity(),
         data.class_names,
@@ -247,6 +293,8 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> Segmenter:
         monitored=f"val/{spec.train.monitor or 'dice'}",
         names=[sample.name for sample in dataset.splits["train"]].__getitem__ if dataset else str,
     )
+    task.fitted = None if dataset else spec.evaluate.fitted
+    return task
 
 
 def _network(spec: Recipe, classes: int, channels: int) -> EncoderDecoder:
@@ -283,8 +331,7 @@ def predictions(task: Segmenter, samples: Sequence[Sample], spec: Recipe, fabric
     if samples[0].windowed:
         for index, sample in enumerate(samples):
             try:
-                for window, numbers, confidence in _scene(task, sample, spec, fabric):
-                    yield Prediction(index, numbers, window, confidence)
+                yield from _scene(task, sample, spec, fabric, index)
             except Unwritable:
                 raise
             except UserError as error:
@@ -295,10 +342,8 @@ def predictions(task: Segmenter, samples: Sequence[Sample], spec: Recipe, fabric
     yield from predict_in_batches(task, WholeImages(samples, data), collate, data.batch_size, workers, fabric)
 
 
-def _scene(
-    task: Segmenter, scene: Sample, spec: Recipe, fabric: Fabric
-) -> Iterator[tuple[Window, np.ndarray, np.ndarray]]:
-    """Windows of finished rows, their class numbers and these classes' probabilities in per cent (h, w) uint8."""
+def _scene(task: Segmenter, scene: Sample, spec: Recipe, fabric: Fabric, index: int) -> Iterator[Prediction]:
+    """Windows of finished rows, with class numbers and these classes' probabilities in per cent (h, w) uint8."""
     data = spec.data
     mean, std = (np.array(values, dtype=np.float32)[:, None, None] for values in (data.mean, data.std))
 
@@ -311,7 +356,8 @@ def _scene(
         with fabric.autocast():
             return task.averaged(images)
 
-    for strip in strips(scene.size[1], 4 * len(data.class_names) * data.side[0]):
+    planes = len(data.class_names) + task.doubting
+    for strip in strips(scene.size[1], 4 * planes * data.side[0]):
         bands = slide(
             averaged,
             read,
@@ -322,23 +368,38 @@ def _scene(
             data.batch_size,
             strip,
             fabric.device,
+            more=task.doubting,
         )
         with closing(bands):  # whose reading ends before an error closes what it reads
-            for rows, probabilities in bands:
+            for rows, looked in bands:
+                probabilities, doubts = task.trusted(looked)
                 confidence, numbers = probabilities.max(0)
                 percent = (100 * confidence).round_().to(torch.uint8)
-                yield (rows, strip), numbers.to(torch.uint8).cpu().numpy(), percent.cpu().numpy()
+                yield Prediction(
+                    index, numbers.to(torch.uint8).cpu().numpy(), (rows, strip), percent.cpu().numpy(), doubts=doubts
+                )
 
 
-def open_writer(spec: Recipe, out: Path, polygons: bool = False, class_numbers: bool = False) -> Writer:
+def open_writer(
+    spec: Recipe,
+    out: Path,
+    polygons: bool = False,
+    class_numbers: bool = False,
+    looks: int = 1,
+    uncertainty: bool = False,
+) -> Writer:
     """What writes masks in the format that the samples came in, with the values that the recipe's own masks have.
+
+    Args:
+        uncertainty: maps of what makes them doubtful too, of predictions that are means of so many `looks`.
 
     Raises:
         UserError: it cannot write there, or no polygons.
     """
     module = importlib.import_module(f"visionattn.writers.{formats.module_of(spec.data).KIND.writer}")
     colors = class_colors(spec.data, counted(spec))
-    return module.open(out, MaskCode.of(spec.data, class_numbers), colors, spec.evaluate.leave_out, polygons)
+    maps = doubts_of(spec.data.class_names, spec.evaluate.fitted, looks) if uncertainty else []
+    return module.open(out, MaskCode.of(spec.data, class_numbers), colors, spec.evaluate.leave_out, polygons, maps)
 
 
 def refuse_other(spec: Recipe, dataset: Dataset) -> None:
@@ -353,8 +414,17 @@ def class_names(spec: Recipe) -> list[str]:
 
 
 def described(case: Sequence[Sample], parts: Sequence[Prediction], spec: Recipe) -> dict[str, Any]:
-    """The mask (H, W) of an image or scene, or (slices, H, W) of a volume."""
+    """The mask (H, W) of an image or scene, or (slices, H, W) of a volume, and maps of what makes it doubtful."""
     masks = [np.full(sample.size, IGNORE, np.uint8) for sample in case]
+    maps: dict[str, list[np.ndarray]] = {}
     for part in parts:
         masks[part.index][part.window or ()] = np.asarray(part.value)
-    return {"mask": masks[0] if len(case) == 1 else np.stack(masks)}
+        for name, values in part.doubts.items():
+            planes = maps.setdefault(name, [np.zeros(sample.size, np.float32) for sample in case])
+            planes[part.index][part.window or ()] = values
+    values = {name: _together(planes) for name, planes in maps.items()}
+    return {"mask": _together(masks), "doubts": values}
+
+
+def _together(planes: Sequence[np.ndarray]) -> np.ndarray:
+    return planes[0] if len(planes) == 1 else np.stack(planes)

@@ -12,7 +12,7 @@ from visionattn.cli import main
 
 RECIPE = """\
 task: segmentation
-model: {name: test_resnet, decoder: fpn, decoder_args: {pyramid_channels: 32, segmentation_channels: 32}}
+model: {name: test_resnet, decoder: fpn, decoder_args: {pyramid_channels: 32, segmentation_channels: 64}}
 data: {format: FORMAT, root: ROOT, image_size: 48, batch_size: 4, workers: 0, classes: [background, thing]}
 optim: {lr: 3e-3}
 train: {epochs: 1}
