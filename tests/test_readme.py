@@ -67,7 +67,7 @@ def test_the_commands_on_your_own_images_work(tmp_path, monkeypatch, pictures):
     shutil.copytree(pictures / "test" / "upright", "more")
     text = blocks("yaml")[0]
     Path("scenes.yaml").write_text(text)
-    check, dry_run, fit, resume, evaluate, predict = blocks("bash")[2].strip().splitlines()
+    check, dry_run, fit, resume, evaluate, predict, calibrate = blocks("bash")[2].strip().splitlines()
     run = re.search(r"runs/\S+", resume)[0]
     assert visionattn(check) == 0
     assert visionattn(dry_run, *SHORT, *SMALL, "data.image_size=32") == 0
@@ -77,6 +77,7 @@ def test_the_commands_on_your_own_images_work(tmp_path, monkeypatch, pictures):
     assert visionattn(evaluate) == 0
     assert visionattn(predict.replace("more/*.png", " ".join(map(str, Path("more").glob("*.png"))))) == 0
     assert len(Path("predictions.csv").read_text().splitlines()) == 1 + 24
+    assert visionattn(calibrate) == 0
 
 
 def test_the_commands_on_masks_work(tmp_path, monkeypatch):

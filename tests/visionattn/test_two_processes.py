@@ -110,6 +110,22 @@ def test_a_run_on_two_processes_is_one_run(recipe, tmp_path):
 
 
 @pytest.mark.slow
+def test_trust_is_the_same_on_two_processes(recipe, tmp_path):
+    if "boxes" in recipe.name:
+        pytest.skip("detectors have no probabilities of classes")
+    asked = ["evaluate.calibration=temperature", "evaluate.conformal=0.3"]
+    done = visionattn("fit", recipe, "--run", tmp_path / "run", *asked, *TWO, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    kept = load(tmp_path / "run").recipe.evaluate.fitted
+    again = load(tmp_path / "run").calibrate(split="val")
+    assert (again.images, again.source) == (kept.images, kept.source)
+    for name in ("temperature", "least"):
+        assert getattr(again, name) == pytest.approx(getattr(kept, name), rel=1e-3)
+    bounds, others = ([t or 0.0 for t in fitted.thresholds or []] for fitted in (again, kept))
+    assert bounds == pytest.approx(others, abs=2e-3)
+
+
+@pytest.mark.slow
 def test_adapters_are_trained_on_two_processes(recipe, tmp_path):
     done = visionattn(
         "fit", recipe, *TWO, "model.adapter={lora: {rank: 2}}", "train.ema=0.5", "--run=run", cwd=tmp_path

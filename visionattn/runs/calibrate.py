@@ -16,6 +16,7 @@ from torch import distributed as dist
 from visionattn import recipe
 from visionattn.data.loaders import SplitDataModule
 from visionattn.data.sample import Dataset
+from visionattn.environment import silence
 from visionattn.errors import UserError
 from visionattn.models.weights import load_checkpoint
 from visionattn.recipe import Recipe, part_of
@@ -121,6 +122,7 @@ def calibrate(
     Raises:
         UserError: a task without probabilities, or samples that cannot say it.
     """
+    silence()
     trained = load_trained(model)
     spec = trained.recipe
     if not isinstance(spec.evaluate, Calibrated):
