@@ -79,6 +79,11 @@ class CosineAttention(nn.Module):
         self.cpb_act = nn.ReLU()
         self.cpb_fc2 = nn.Linear(512, num_heads)
 
+    def join(self, heads: Tensor, gates: Tensor | None) -> Tensor:
+        """Results of heads (B, H, W, heads, head_dim) -> (B, H, W, dim); gates: (B, H, W, heads), what each counts."""
+        heads = heads if gates is None else heads * gates[..., None].to(heads.dtype)
+        return linear(self.proj, heads.flatten(3))
+
     def queries(self, q: Tensor, log_keys: Tensor) -> Tensor:
         """Of q (B, heads, H, W, head_dim), normalised, what is multiplied with keys, by the number of keys."""
         factor = (F.softplus(self.temperature)[:, None] * log_keys).to(q.dtype)
@@ -143,14 +148,14 @@ class GlobalAttention(CosineAttention):
         super().__init__(dim, num_heads, side)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         size = x.shape[1], x.shape[2]
         q, k, v = unpack(linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)))
         keys = torch.full((), size[0] * size[1], dtype=self.temperature.dtype, device=x.device)
         q = self.queries(_unit(q).movedim(3, 1), keys.log()).movedim(1, 3)
         bias = position_bias(*self.distances(q, size), size)
         x = window_attention(q, _unit(k), v, size, bias=bias, scale=1.0)
-        return linear(self.proj, x.flatten(3))
+        return self.join(x, gates)
 
 
 @register_notrace_module
@@ -185,7 +190,7 @@ class AggregatedAttention(CosineAttention):
         self.learnable_tokens = nn.Parameter(trunc_normal_(torch.empty(num_heads, dim // num_heads, window), std=0.02))
         self.learnable_bias = nn.Parameter(torch.zeros(num_heads, 1, window))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         keys = self._pooled(x.shape[1]), self._pooled(x.shape[2])
         if autocasting(x):  # once for the three layers that take it
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -196,7 +201,7 @@ class AggregatedAttention(CosineAttention):
         bias, rows, columns = self.distances(x, keys)
         with no_autocast(x):
             x = self._attend_in_parts(q, k, v, pooled_k, pooled_v, bias.to(q.dtype), rows, columns)
-        return linear(self.proj, x.movedim(1, 3).flatten(3))
+        return self.join(x.movedim(1, 3), gates)
 
     def _attend_in_parts(
         self,
@@ -453,7 +458,7 @@ class TransNeXt(MapClassifier):
         self.global_pool, self.head_drop, self.head = create_classifier(
             self.num_features, num_classes, global_pool, drop_rate=drop_rate
         )
-        self.apply(_init_weights)
+        self.apply(init_weights)
 
     def no_weight_decay(self) -> set[str]:
         names = ("query_embedding", "relative_pos_bias_local", "cpb", "temperature")
@@ -498,7 +503,7 @@ def _check(depths: Sequence[int], windows: Sequence[int | None], **of_stages: Se
             raise ValueError(f"window_size={window}: expected an odd number")
 
 
-def _init_weights(module: nn.Module) -> None:
+def init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Conv2d):

@@ -42,6 +42,7 @@ REFERENCES = {
     "dinat_*": ["DiNAT"],
     "nat_*": ["NAT"],
     "patchconvnet_*": ["PatchConvnet"],
+    "moh_*": ["MoH-ViT/transnext.py TransNeXt"],
     "transnext_*": ["TransNeXt", "segmentation TransNeXt"],
     "ninformer_*": ["train.NiNformerImageClassification"],
 }

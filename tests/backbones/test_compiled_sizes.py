@@ -16,6 +16,15 @@ SIZES = [(64, 96), (224, 192), (256, 320)]
 FAST = {"va_davit_tiny", "patchconvnet_s60"}
 MODELS = {
     "biformer_tiny": {"depth": (1, 1, 1, 1), "embed_dim": (32, 64, 128, 256)},
+    "moh_transnext_small_75": {
+        "depths": (1, 1),
+        "embed_dims": (24, 48),
+        "num_heads": (2, 4),
+        "mlp_ratios": (4, 4),
+        "sr_ratios": (4, 1),
+        "shared_heads": (2, 2),
+        "active_heads": (0, 1),
+    },
     "nat_mini": {"depths": (1, 1), "embed_dim": 32, "num_heads": (1, 2), "dilations": (1, 1)},
     "dinat_mini": {"depths": (2, 1), "embed_dim": 32, "num_heads": (1, 2), "dilations": (4, 1)},
     "ninformer_tiny_patch4_32": {},

@@ -15,7 +15,7 @@ from golden_records import NAMES, assert_same, case_input, filled_state_dict, lo
 from torch import Tensor, nn
 
 import visionattn  # noqa: F401 - registers the models
-from visionattn.backbones import biformer, crossformer, nat, nat_isotropic, ninformer, patchconvnet, transnext
+from visionattn.backbones import biformer, crossformer, moh, nat, nat_isotropic, ninformer, patchconvnet, transnext
 from visionattn.kernels import record_attention, set_backend, window_attention
 
 # Whole networks that the default run affords, one a family; micro ones all run
@@ -78,6 +78,13 @@ def _transnext_dense(kwargs: dict) -> tuple[str, dict]:
     return "transnext_micro", {**_transnext(kwargs)[1], "features_only": True}
 
 
+def _moh(kwargs: dict) -> tuple[str, dict]:
+    ours = {"shared_head": "shared_heads", "routed_head": "active_heads"}
+    arguments = _transnext({"img_size": 224, **kwargs})[1]
+    size = {"pretrain_size": kwargs.get("pretrain_size", kwargs["img_size"])}
+    return "moh_transnext_small_75", {ours.get(key, key): value for key, value in arguments.items()} | size
+
+
 MODELS: dict[str, Callable[[dict], tuple[str, dict]]] = {
     "BiFormer": _biformer,
     "BiFormerSTL": _biformer_stl("biformer_stl"),
@@ -93,6 +100,7 @@ MODELS: dict[str, Callable[[dict], tuple[str, dict]]] = {
     "PatchConvnet": _patchconvnet,
     "TransNeXt": _transnext,
     "segmentation TransNeXt": _transnext_dense,
+    "MoH-ViT/transnext.py TransNeXt": _moh,
 }
 
 
@@ -161,6 +169,35 @@ def _aggregated(kwargs: dict) -> nn.Module:
     )
 
 
+class RoutedAttention(nn.Module):
+    """Attention whose heads a router weighs, on tokens (B, L, C) of maps of `size`; keeps the loss of balance."""
+
+    def __init__(self, attn: nn.Module, router: moh.Router, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.attn, self.router, self.size = attn, router, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(1, self.size)
+        gates, self.loss = self.router(x)
+        return self.attn(x, gates).flatten(1, 2)
+
+
+def _moh_layer(kwargs: dict) -> nn.Module:
+    dim, heads, size = kwargs["dim"], kwargs["num_heads"], tuple(kwargs["input_resolution"])
+    attn = (
+        transnext.AggregatedAttention(dim, heads, size, kwargs["sr_ratio"], kwargs["window_size"])
+        if "sr_ratio" in kwargs
+        else transnext.GlobalAttention(dim, heads, size)
+    )
+    return RoutedAttention(attn, moh.Router(dim, heads, kwargs["shared_head"], kwargs["routed_head"]), size)
+
+
+def _moh_names(state_dict: dict) -> dict:
+    layers = {key: key.split(".")[0] for key in state_dict}
+    ours = {key: f"router.{moh.ROUTERS[layer]}.weight" for key, layer in layers.items() if layer in moh.ROUTERS}
+    return {ours.get(key, f"attn.{key}"): value for key, value in state_dict.items()}
+
+
 LAYERS: dict[str, Callable[[dict], nn.Module]] = {
     "ops.bra_legacy.BiLevelRoutingAttention": _bra,
     "ops.bra_nchw.nchwBRA": _bra_nchw,
@@ -194,6 +231,8 @@ LAYERS: dict[str, Callable[[dict], nn.Module]] = {
     "classification/transnext.py Attention": lambda kwargs: Tokens(
         transnext.GlobalAttention(kwargs["dim"], kwargs["num_heads"], 7), tuple(kwargs["input_resolution"])
     ),
+    "MoH-ViT/attention_native.py AggregatedAttention": _moh_layer,
+    "MoH-ViT/attention.py Attention": _moh_layer,
     "ConvolutionalGLU": lambda kwargs: Tokens(
         transnext.ConvGLU(kwargs["in_features"], kwargs["hidden_features"]), (9, 6)
     ),
@@ -201,6 +240,7 @@ LAYERS: dict[str, Callable[[dict], nn.Module]] = {
 }
 RENAMED: dict[str, Callable[[dict, nn.Module], dict]] = {  # how others than BiFormer's layers get our key names
     ninformer.__name__: ninformer.checkpoint_filter_fn,
+    __name__: lambda state_dict, layer: _moh_names(state_dict),
     patchconvnet.__name__: lambda state_dict, layer: patchconvnet.in_our_names(state_dict),
     transnext.__name__: lambda state_dict, layer: transnext.in_our_names(state_dict),
 }
@@ -278,12 +318,24 @@ def network_outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
             outputs["norm"] = features.permute(0, 2, 3, 1)
     elif isinstance(model, ninformer.NiNformer):
         outputs["patches"] = model.patch_embed(image).permute(0, 3, 1, 2)
+    elif isinstance(model, moh.MoHTransNeXt):
+        outputs |= moh_losses(model, image)
     elif isinstance(model, transnext.TransNeXt):
         outputs["stem"] = model.stages[0].patch_embed(image).permute(0, 3, 1, 2)
         outputs["pooled"] = model.forward_head(features, pre_logits=True)
     elif isinstance(model, patchconvnet.PatchConvNet):
         outputs |= patchconvnet_outputs(model, image)
     return outputs
+
+
+def moh_losses(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    losses: list[Tensor] = []
+    for router in model.modules():
+        if isinstance(router, moh.Router) and router.active:
+            router.register_forward_hook(lambda _, __, output: losses.append(output[1]))
+    _, loss = model.train()(image, auxiliary=True)
+    model.eval()
+    return {"aux_losses": torch.stack(losses), "moh_loss": 0.01 * loss[None]}
 
 
 def patchconvnet_outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
@@ -311,7 +363,7 @@ def test_layer(name):
     for case in record["cases"]:
         outputs = layer_outputs(layer, case_input(case))
         for key in case["outputs"]:
-            if not key.startswith("grad_"):
+            if not key.startswith(("grad_", "aux_grad_", "l_aux")):
                 assert_same(outputs[key], case["outputs"][key], f"{name}, {key}", tolerance(case))
 
 
@@ -333,6 +385,27 @@ def test_layer_with_gradients(name, backend):
         expected = {key.replace(".", "_"): value for key, value in case["outputs"].items()}
         for key in actual.keys() & expected.keys():
             assert_same(actual[key], expected[key], f"{name}, {key}", tolerance(case, key))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("moh_attn", "moh_aggattn"))])
+def test_router_and_its_loss_with_gradients(name):
+    record = load_record(name)
+    layer = make_layer(record).train()
+    routers = {layer: key for key, layer in moh.ROUTERS.items()}
+    for case in record["cases"]:
+        x = case_input(case).requires_grad_()
+        out = layer(x)
+        weights = torch.from_numpy(np.random.RandomState(22).standard_normal(out.shape))
+        sums, actual = {"grad": (out * weights).sum()}, {"out": out}
+        if isinstance(layer.loss, Tensor):
+            sums["aux_grad"], actual["l_aux"] = layer.loss, layer.loss[None]
+        parameters = {f"{routers[key.split('.')[0]]}.weight": p for key, p in layer.router.named_parameters()}
+        for kind, total in sums.items():
+            inputs = {"x": x, **parameters}
+            gradients = torch.autograd.grad(total, inputs.values(), retain_graph=True, allow_unused=True)
+            actual |= {f"{kind}_{key}": grad for key, grad in zip(inputs, gradients, strict=True)}
+        for key, expected in case["outputs"].items():
+            assert_same(actual[key], expected, f"{name}, {key}", tolerance(case, key.removeprefix("aux_")))
 
 
 def layer_outputs(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:

@@ -30,7 +30,8 @@ BLOCKS = {
     "patchconvnet_s60": 6,
     "transnext_micro": 21,
 }
-CUT = {**TWINS, "patchconvnet_s60": {"depth": 6}}
+SHORT = {"depths": (1, 1, 2, 1)}
+CUT = {**TWINS, "patchconvnet_s60": {"depth": 6}, "moh_transnext_small_75": SHORT, "transnext_small": SHORT}
 MORE = {"transnext_micro": 1.9}  # times these launches: its block has two projections, a pooled map and an MLP more
 CALLS = [
     (False, None),
@@ -72,4 +73,12 @@ def test_a_block_costs_no_more_than_one_of_swin(name, training, dtype):
     ours, swin = counted(name, training, dtype), counted(SWIN, training, dtype)
     assert ours.launches / BLOCKS[name] <= MORE.get(name, 1) * LAUNCHES * swin.launches / SWIN_BLOCKS
     assert ours.bytes / BLOCKS[name] <= BYTES * swin.bytes / SWIN_BLOCKS
+    check_dtype(ours, dtype)
+
+
+@each_call
+def test_routers_of_heads_cost_little(training, dtype):
+    ours, theirs = (counted(name, training, dtype) for name in ("moh_transnext_small_75", "transnext_small"))
+    assert ours.launches <= 1.4 * theirs.launches
+    assert ours.bytes <= BYTES * theirs.bytes
     check_dtype(ours, dtype)

@@ -38,6 +38,7 @@ SHORTER = {  # arguments by family: fewer blocks test as much, in less time
     "nat_isotropic": {"depth": 4},
     "patchconvnet": {"depth": 4},
     "transnext": {"depths": (1, 1, 2, 1)},
+    "moh": {"depths": (1, 1, 2, 1)},
 }
 NARROWER = {  # the same for widths, of the models that are tested by default
     "biformer": {"embed_dim": (32, 64, 128, 256)},
@@ -48,6 +49,12 @@ NARROWER = {  # the same for widths, of the models that are tested by default
     "nat_isotropic": {"embed_dim": 96, "num_heads": 3},
     "patchconvnet": {"embed_dim": 96},
     "transnext": {"embed_dims": (24, 48, 96, 192), "num_heads": (1, 2, 4, 8)},
+    "moh": {
+        "embed_dims": (24, 48, 96, 192),
+        "num_heads": (2, 4, 4, 8),
+        "shared_heads": (2, 4, 1, 2),
+        "active_heads": (0, 0, 2, 4),
+    },
 }
 STRIDES = {  # by family or model, of the maps that `features_only` gives; all others are pyramids
     "volo": [8, 16, 16, 16],

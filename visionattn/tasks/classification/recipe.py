@@ -65,6 +65,9 @@ class Loss(Section):
     label_smoothing: Rate = 0.0
     class_weights: Literal["balanced"] | list[AbovePositive] | None = None
     gamma: NotNegative = Field(2.0, description="focusing of the focal loss")
+    auxiliary: NotNegative = Field(
+        0.0, description="weight of the loss that a network has of its own besides (moh_*: the balance of its heads)"
+    )
 
 
 class Train(sections.Train):

@@ -1,5 +1,6 @@
 """The classification task: one step for training and validation, and prediction with views averaged."""
 
+import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -66,6 +67,7 @@ class Classifier(Task):
         tta: names of views that predictions are averaged over.
         turnable: images may be turned by a quarter.
         mix: mixup or cutmix of a training batch, or None.
+        auxiliary: weight of the network's own loss, that `network(images, auxiliary=True)` gives besides the logits.
         teacher: whose logits are learned besides the labels, or None.
         teacher_weight: of these; 1 - teacher_weight of the labels.
         temperature: that both logits are divided by.
@@ -79,13 +81,14 @@ class Classifier(Task):
         tta: Sequence[str],
         turnable: bool,
         mix: Any = None,
+        auxiliary: float = 0.0,
         teacher: Teacher | None = None,
         teacher_weight: float = 0.5,
         temperature: float = 2.0,
         **task: Any,
     ) -> None:
         super().__init__(network, **task)
-        self.loss, self.labelling, self.mix = loss, labelling, mix
+        self.loss, self.labelling, self.mix, self.auxiliary = loss, labelling, mix, auxiliary
         self.views = views(tta, turnable)
         self.teacher, self.teacher_weight, self.temperature = teacher, teacher_weight, temperature
         self.facts = {"teacher": teacher.about} if teacher else {}
@@ -95,12 +98,15 @@ class Classifier(Task):
         image, label = batch["image"], batch["label"]
         if self.mix is not None:
             image, label = self.mix(image, label)
-        logits = self(image)
+        logits, own = self(image, auxiliary=True) if self.auxiliary else (self(image), 0.0)
         loss = self.loss(logits, label)
         if self.teacher is not None:
             several = isinstance(self.labelling, MultiLabel)
             taught = distillation(logits, self.teacher.logits(image), self.temperature, several)
             loss = (1 - self.teacher_weight) * loss + self.teacher_weight * taught
+        if self.auxiliary:
+            self.log("train/auxiliary", own, on_step=False, on_epoch=True, batch_size=len(image), sync_dist=True)
+            loss = loss + self.auxiliary * own
         return self.log_loss(loss, batch, batch_idx)
 
     def on_fit_start(self) -> None:
@@ -251,6 +257,11 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> Classifier:
     result = try_out(network, spec.model.name, (data.channels, *data.side))
     if tuple(result.shape) != (1, len(data.classes)):
         raise UserError(f"model {spec.model.name} gives {tuple(result.shape)} for an image: it is no classifier")
+    if spec.loss.auxiliary and "auxiliary" not in inspect.signature(network.forward).parameters:
+        raise UserError(
+            f"loss.auxiliary is {spec.loss.auxiliary:g}, but {spec.model.name} has no loss of its own: leave it out, or"
+            " use a model that has one, moh_*"
+        )
     if (teacher := spec.model.teacher) is not None:
         settings["teacher"] = make_teacher(teacher, (data.mean, data.std), data.classes)
         settings |= {"teacher_weight": teacher.weight, "temperature": teacher.temperature}
@@ -261,6 +272,7 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> Classifier:
         _loss(spec, dataset, labelling),
         **settings,
         mix=mix_transform(data.augment, len(data.classes)),
+        auxiliary=spec.loss.auxiliary,
         frozen=spec.model.freeze,
         names=[sample.name for sample in dataset.splits["train"]].__getitem__,
     )
