@@ -34,7 +34,7 @@ from torchvision.ops import Permute
 from visionattn.backbones._twins import unwrap
 from visionattn.backbones.backbone import MapClassifier, create
 from visionattn.backbones.layers import check_in_chans, init_linear, linear, missing, pad_map_to_multiple
-from visionattn.kernels import routing_attention
+from visionattn.kernels import _record, routing_attention
 from visionattn.kernels._packed import unpack
 from visionattn.kernels._plain import crop
 
@@ -183,6 +183,8 @@ class BiLevelRoutingAttention(nn.Module):
             k, v = self.kv_down(k), self.kv_down(v)
         if not self.soft_routing:
             weights = None
+        if _record.active():
+            _record.place()
         out = routing_attention(q, k, v, self.n_win, self.topk, self.scale, routes=routes, route_weights=weights)
         return linear(self.wo, crop(out.flatten(3) + lepe, (height, width)))
 
@@ -217,6 +219,8 @@ class RefactoredRoutingAttention(nn.Module):
             routes = self.routes(qkv, size, topk)
             qkv = pad_map_to_multiple(qkv, *size)
         q, k, v = unpack(qkv.unflatten(-1, (3, self.num_heads, -1)))
+        if _record.active():
+            _record.place()
         out = routing_attention(q, k, v, regions, topk, self.scale, routes=routes).flatten(3)
         return linear(self.output_linear, crop(out, (height, width)) + lepe)
 

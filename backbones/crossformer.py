@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from visionattn.backbones._twins import unwrap
 from visionattn.backbones.backbone import MapClassifier, create
 from visionattn.backbones.layers import Mlp, check_in_chans, init_linear, linear, pad_to_multiple
-from visionattn.kernels import window_attention
+from visionattn.kernels import _record, window_attention
 from visionattn.kernels._check import autocasting
 from visionattn.kernels._packed import unpack
 from visionattn.kernels._plain import keep
@@ -163,7 +163,8 @@ class GroupAttention(nn.Module):
             interval = _ceil_div(longest, group) if isinstance(self.interval, str) else self.interval
         if self.no_mask or self.pad_type == 1:
             return self._padded(x, group, interval)
-        return linear(self.proj, self._attend(x, group, interval, None))
+        places = _places(x) if _record.active() else None
+        return linear(self.proj, self._attend(x, group, interval, None, places))
 
     def _padded(self, x: Tensor, group: int, interval: int) -> Tensor:
         """Attention with padded tokens before the map, or with those that are keys."""
@@ -172,22 +173,30 @@ class GroupAttention(nn.Module):
         above, left = (below // 2, right // 2) if self.pad_type == 1 else (0, 0)
         padding = left, right - left, above, below - above
         mask = None if self.no_mask else F.pad(x.new_ones(1, height, width, dtype=torch.bool), padding)
-        x = self._attend(F.pad(x, (0, 0, *padding)), group, interval, mask)
+        places = F.pad(_places(x), padding, value=-1) if _record.active() else None
+        x = self._attend(F.pad(x, (0, 0, *padding)), group, interval, mask, places)
         return linear(self.proj, x[:, above : above + height, left : left + width])
 
-    def _attend(self, x: Tensor, group: int, interval: int, mask: Tensor | None) -> Tensor:
-        """(B, H, W, dim) -> the same before the last projection; mask (1, H, W)"""
+    def _attend(self, x: Tensor, group: int, interval: int, mask: Tensor | None, places: Tensor | None) -> Tensor:
+        """(B, H, W, dim) -> the same before the last projection; mask (1, H, W); places (1, H, W) of the map's own,
+        where weights are recorded"""
         q, k, v = unpack(linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)))
         if interval == 1:
             groups = min(group, x.shape[1]), min(group, x.shape[2])
+            if places is not None:
+                _record.place(places)
             return window_attention(q, k, v, groups, bias=self.bias(groups, q), mask=mask).flatten(3)
         rows, columns = (_cut(length, group * interval) for length in x.shape[1:3])
-        regions = [
-            [self._far(q[:, r, c], k[:, r, c], v[:, r, c], group, interval, mask) for c in columns] for r in rows
-        ]
-        return torch.cat([torch.cat(row, 2) for row in regions], 1)
 
-    def _far(self, q: Tensor, k: Tensor, v: Tensor, group: int, interval: int, mask: Tensor | None) -> Tensor:
+        def far(r: slice, c: slice) -> Tensor:
+            own = None if places is None else places[:, r, c]
+            return self._far(q[:, r, c], k[:, r, c], v[:, r, c], group, interval, mask, own)
+
+        return torch.cat([torch.cat([far(r, c) for c in columns], 2) for r in rows], 1)
+
+    def _far(
+        self, q: Tensor, k: Tensor, v: Tensor, group: int, interval: int, mask: Tensor | None, places: Tensor | None
+    ) -> Tensor:
         """(B, H, W, heads, head_dim) -> (B, H, W, dim): long distance in whole regions, or on an axis in a smaller one.
 
         Groups of a smaller region have fewer tokens; those that interval does not divide are filled up and masked.
@@ -203,6 +212,8 @@ class GroupAttention(nn.Module):
         elif mask is not None:
             mask = _split(mask, regions).repeat(batch, 1, 1)
         groups = q.shape[1] // interval, q.shape[2] // interval
+        if places is not None:
+            _record.place(F.pad(_split(places, regions), (0, right, 0, below), value=-1))
         x = window_attention(q, k, v, groups, dilated=True, bias=self.bias(groups, q), mask=mask)
         x = x[:, :height, :width].flatten(3).unflatten(0, (-1, *regions))
         return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
@@ -219,6 +230,11 @@ class GroupAttention(nn.Module):
         with torch.autocast(like.device.type, enabled=False) if autocasting(like) else nullcontext():
             table = self.pos(offsets)  # of few numbers: casts would take longer
         return table.T.index_select(1, pairs).unflatten(1, (tokens, tokens))
+
+
+def _places(x: Tensor) -> Tensor:
+    """(1, H, W), the places of the map (B, H, W, dim) in row-major order."""
+    return torch.arange(x.shape[1] * x.shape[2], device=x.device).view(1, *x.shape[1:3])
 
 
 @keep

@@ -40,7 +40,7 @@ from visionattn.backbones.layers import (
     pad_map_to_multiple,
     pad_to_multiple,
 )
-from visionattn.kernels import channel_attention, window_attention
+from visionattn.kernels import _record, channel_attention, window_attention
 from visionattn.kernels._packed import unpack
 from visionattn.kernels._plain import crop
 
@@ -74,6 +74,8 @@ class WindowAttention(nn.Module):
         height, width = x.shape[1:3]
         x = pad_map_to_multiple(x, self.window_size, self.window_size)
         q, k, v = unpack(linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)))
+        if _record.active():
+            _record.place()
         x = window_attention(q, k, v, self.window_size)
         return linear(self.proj, crop(x, (height, width)).flatten(3))
 

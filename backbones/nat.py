@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from visionattn.backbones._twins import unwrap
 from visionattn.backbones.backbone import MapClassifier, create
 from visionattn.backbones.layers import Mlp, check_in_chans, init_linear, linear
-from visionattn.kernels import neighborhood_attention
+from visionattn.kernels import _record, neighborhood_attention
 from visionattn.kernels._check import known
 from visionattn.kernels._packed import unpack
 from visionattn.kernels._plain import crop
@@ -91,6 +91,8 @@ class NeighborhoodAttention(nn.Module):
         if not (known(height >= window) and known(width >= window)):
             x = F.pad(x, (0, 0, 0, max(0, window - width), 0, max(0, window - height)))
         q, k, v = unpack(linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)))
+        if _record.active():
+            _record.place()
         x = neighborhood_attention(q, k, v, self.kernel_size, self.dilation, bias=self.rpb)
         return linear(self.proj, crop(x.flatten(3), (height, width)))
 

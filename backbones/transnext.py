@@ -228,14 +228,16 @@ class AggregatedAttention(CosineAttention):
                 q[:, :, first:last],
                 k[:, :, with_margin],
                 v[:, :, with_margin],
-                pooled_k.flatten(2, 3),
-                pooled_v.flatten(2, 3),
+                pooled_k,
+                pooled_v,
                 inside[first:last],
                 log_keys[first:last],
                 position_bias(bias, rows[first * keys[0] : last * keys[0]], columns, keys),
             )
 
-        if takes_plain(q) or torch.is_grad_enabled() or torch.jit.is_tracing() or _record.active():
+        if _record.active():
+            return _record.repeatable(attend, 0, height)
+        if takes_plain(q) or torch.is_grad_enabled() or torch.jit.is_tracing():
             return attend(0, height)
         row = q.shape[0] * self.num_heads * width * (self.window_size**2 + keys[0] * keys[1]) * q.element_size()
         step = max(1, CHUNK // max(1, row))
@@ -258,17 +260,20 @@ class AggregatedAttention(CosineAttention):
     ) -> Tensor:
         """Of some rows of the map; k and v with a margin.
 
-        q: (B, heads, H, W, head_dim), normalised as k and pooled_k (B, heads, keys, head_dim) are.
+        q: (B, heads, H, W, head_dim), normalised as k and pooled_k (B, heads, rows, columns, head_dim) are.
         inside, log_keys: as of `_inside`. bias: (heads, H * W, keys).
         """
         height, width, window = inside.shape
+        keys = tuple(pooled_k.shape[2:4])
+        pooled_k, pooled_v = pooled_k.flatten(2, 3), pooled_v.flatten(2, 3)
         scaled = self.queries(q, log_keys).contiguous()
         local = torch.where(inside, self.relative_pos_bias_local[:, None, None].to(scaled.dtype), -math.inf)
         near = (self._near(scaled, k) + local).flatten(2, 3)
         far = scaled.flatten(2, 3) @ pooled_k.mT + bias
         weights = torch.cat([near.to(far.dtype), far], -1).softmax(-1)
         if _record.active():
-            _record.keep(weights, _indices(inside, bias.shape[-1]).expand(q.shape[0], -1, -1))
+            indices = _indices(inside, bias.shape[-1]).expand(q.shape[0], -1, -1)
+            _record.keep(weights, indices, "aggregated", queries=(height, width), keys=(height, width), pooled=keys)
         near, far = weights.split([window, bias.shape[-1]], -1)
         learned = q.flatten(2, 3) @ self.learnable_tokens.to(q.dtype) + self.learnable_bias.to(q.dtype)
         near = (near + learned).unflatten(2, (height, width))

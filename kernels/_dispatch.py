@@ -2,7 +2,8 @@
 
 To add a pattern, write `kernels/<pattern>.py`, shaped like `routing.py`, with
 - `_reference(*arguments) -> (output, weights, indices)`: the definition, any dtype. `weights` is the very tensor that
-  multiplies v, (B, heads, Nq, Nk); for a sparse pattern `indices` (B, Nq, Nk) holds the flat key positions, else None;
+  multiplies v, (B, heads, Nq, Nk); for a sparse pattern `indices` (B, Nq, Nk) holds the flat key positions, -1 outside
+  of the map, else None. Where rows are not the places of the map in order, a fourth result (Nq,) says what they add to;
 - `_plain(*arguments) -> output`: the fast path of GPUs and of all that a compiler traces, see `_plain.py`;
 - `_on_cpu(*arguments) -> output`: the fast path of a CPU; may be the same;
 - the public function, last, named in `__all__` and imported in `__init__.py`: it checks the user's arguments, makes
@@ -47,6 +48,7 @@ class Forms(NamedTuple):
     reference: Callable[..., tuple]
     on_cpu: Callable[..., Any]
     plain: Callable[..., Any]
+    kind: str = "space"  # of what attends to what, see `_record.Attention`
 
 
 _default = "auto"  # what backend="auto" means now
@@ -77,9 +79,7 @@ def dispatch(pattern: str, backend: str, forms: Forms, *arguments: Any) -> Any:
         with torch.autocast(device, enabled=False):
             return dispatch(pattern, backend, forms, *arguments)
     if _record.active():
-        output, weights, indices = forms.reference(*arguments)
-        _record.keep(weights, indices)
-        return output
+        return _record.recorded(forms.reference, pattern, forms.kind, *arguments)
     body, why = _choose(pattern, _default if backend == "auto" else backend, forms, arguments)
     _note(pattern, body, why)
     if body == "reference":

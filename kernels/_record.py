@@ -1,32 +1,114 @@
-"""Keeps the attention weights that the kernels of a model compute, for explanation."""
+"""Keeps the attention weights that a model computes, for explanation: of our kernels, and of timm's attention layers.
 
-from collections.abc import Iterator
+What a kernel records is placed on the map of its layer: sequences of tokens are laid out by the size of the image, and
+layers that pad their map, or cut it into regions, say so by `place`.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-__all__ = ["Attention", "active", "keep", "record_attention"]
+__all__ = ["Attention", "active", "keep", "place", "record_attention", "record_means", "recorded", "repeatable"]
+
+STRIDES = (16, 8, 32, 14, 4, 2, 64, 28, 7, 1)  # pixels of a token, by which sequences of tokens are laid out
+PREFIX = 9  # class tokens and registers, less than
+Size = tuple[int, ...]
 
 
 class Attention(NamedTuple):
-    """Attention weights of one call of one layer; rows sum to 1.
+    """Attention weights of one call of a kernel, or of an attention layer of timm's.
 
-    weights: (B, heads, queries, keys), queries in row-major order of their map. After backward, `weights.grad` is their
-        gradient.
-    indices: None where every query attends to every key, in row-major order of their map; else (B, queries, keys), the
-        flat positions of the keys that the weights belong to.
+    Rows sum to 1, but for talking heads, which mix the weights of heads. What a row gives to places outside of the
+    picture (the zero padding of halo and outlook attention, tokens that a layer pads its map with) stands at index -1.
+
+    Attributes:
+        weights: (B, heads, N, K), of query n to key k. After backward, `weights.grad` is their gradient.
+        indices: (B, N, K), the key that each weight belongs to: `prefix` tokens without a place, then the places of
+            `keys` in row-major order, then those of `pooled`; -1: outside of the picture. None: all keys, in order.
+        pattern: the kernel, such as "window"; "softmax" of a layer of timm's.
+        kind: "space": places attend to places. "class": class tokens do, and are the rows. "channel": channels attend
+            to channels, which have no place: N = K = channels of a group, and `queries` and `keys` are ().
+        queries: (H, W) of the map of the queries; () where the layer does not say it.
+        keys: (H, W) of the map of the keys, which has the same outlines, coarser or finer.
+        prefix: so many class tokens and the like come before the keys, and where kind is "space" before the queries.
+        places: (N,), what each row adds to: a class token, or a place of `queries` from `prefix` on. None: all in
+            order. CrossFormer's calls have the places of a region each; in outlook attention a place has a row for
+            each window that it is in, and takes their sum.
+        pooled: (h, w) of a second, coarser map of keys (TransNeXt), or ().
+    """
+
+    weights: Tensor
+    indices: Tensor | None = None
+    pattern: str = ""
+    kind: str = "space"
+    queries: Size = ()
+    keys: Size = ()
+    prefix: int = 0
+    places: Tensor | None = None
+    pooled: Size = ()
+
+    @property
+    def outside(self) -> Tensor:
+        """(B, heads, N), the share of each row that goes to places outside of the picture."""
+        if self.indices is None:
+            return torch.zeros_like(self.weights[..., 0])
+        return (self.weights * (self.indices < 0)[:, None]).sum(-1)
+
+
+class _Call:
+    """One call of a kernel: what is known of it before its weights are, and these.
+
+    layout: (regions, positions), where in the layer's map the positions of the kernel's map lie, -1: nowhere; or None.
     """
 
     weights: Tensor
     indices: Tensor | None
 
+    def __init__(self, name: str, geometry: Attention, layout: Tensor | None) -> None:
+        self.name, self.geometry, self.layout = name, geometry, layout
+
+    def attention(self, values: Tensor) -> Attention:
+        """Of weights, or of what there is of each, (B, any, N, K), as the kernel has them: placed on the map."""
+        known, indices = self.geometry, self.indices
+        rows = known.places
+        if self.layout is not None:
+            values, indices, rows = _on_map(values, indices, self.layout)
+        if rows is None:
+            return known._replace(weights=values, indices=indices)
+        order = rows.argsort(stable=True)[int((rows < 0).sum()) :]
+        rows = rows[order]
+        whole = len(rows) == known.prefix + math.prod(known.queries) and bool((rows.diff() == 1).all())
+        indices = None if indices is None else indices[:, order]
+        return known._replace(weights=values[:, :, order], indices=indices, places=None if whole else rows)
+
+
+def _on_map(values: Tensor, indices: Tensor | None, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of an image's regions, (B * regions, any, N, K): rows (B, any, regions * N, K), their keys, and their places."""
+    regions, positions = places.shape
+    values = values.unflatten(0, (-1, regions)).transpose(1, 2).flatten(2, 3)
+    if indices is None:
+        found = places[:, None].expand(-1, positions, -1)[None].expand(len(values), -1, -1, -1)
+    else:
+        found = indices.unflatten(0, (-1, regions))
+        region = torch.arange(regions, device=places.device)[:, None, None]
+        found = torch.where(found < 0, -1, places[region, found.clamp(min=0)])
+    return values, found.flatten(1, 2), places.flatten()
+
 
 class _Recorder:
-    def __init__(self) -> None:
-        self.running: list[str] = []  # names of the modules being called, outermost first
-        self.record: dict[str, list[Attention]] = {}
+    def __init__(self, take: Callable[[_Call, Tensor | None], None], lean: bool) -> None:
+        self.take, self.lean = take, lean
+        self.running: list[tuple[str, nn.Module, tuple]] = []  # modules being called and what with, outermost first
+        self.layout: tuple[Size, Tensor | None] | None = None  # what `place` said of the next call of a kernel
+        self.calls: list[_Call] = []  # of the checkpointed function that is running
+        self.repeated: Iterator[_Call] = iter(())  # while backward runs it again
 
 
 _recorder: _Recorder | None = None
@@ -34,32 +116,86 @@ _recorder: _Recorder | None = None
 
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[dict[str, list[Attention]]]:
-    """While active, the kernels called inside `model` run their reference form and keep their attention weights.
+    """While active, attention called inside `model` runs its explicit form and its weights are kept.
 
         with record_attention(model) as record:
             model(images)[0, label].backward()
         record["stages.2.0.attn"][0].weights.grad
 
     Yields a dictionary that fills as the model runs: the name (in `model.named_modules()`) of the innermost module that
-    was running -> one `Attention` for each call. Works on a compiled model too, which then runs uncompiled. A model
-    with `grad_checkpointing` runs without it; where other code checkpoints, call backward inside the block (what
-    backward computes again is not recorded a second time).
+    was running -> one `Attention` for each call of a kernel. Kept are the calls of `visionattn.kernels`, and of timm's
+    layers those that have a dropout of their weights, `attn_drop` (ViT, DeiT, Swin, PVT, CaiT, XCiT ...). Works on a
+    compiled model too, which then runs uncompiled. A model with `grad_checkpointing` runs without it; where other code
+    checkpoints, call backward inside the block (what backward computes again is not recorded a second time).
     """
+    record: dict[str, list[Attention]] = {}
+
+    def take(call: _Call, _: Tensor | None) -> None:
+        attention, weights = call.attention(call.weights), call.weights
+        if attention.weights is weights:
+            if weights.requires_grad:
+                weights.retain_grad()
+        else:  # padding is cropped, or regions are put together
+            attention = attention._replace(weights=attention.weights.detach())
+            if weights.requires_grad:
+                weights.register_hook(partial(_add_gradient, call, attention.weights))
+        record.setdefault(call.name, []).append(attention)
+
+    with _recording(model, _Recorder(take, lean=False)):
+        yield record
+
+
+def _add_gradient(call: _Call, weights: Tensor, gradient: Tensor) -> None:
+    placed = call.attention(gradient).weights
+    weights.grad = placed if weights.grad is None else weights.grad + placed
+
+
+@contextmanager
+def record_means(model: nn.Module, relevant: bool = False) -> Iterator[list[tuple[str, Attention]]]:
+    """As `record_attention`, in less memory: names of layers with the means over their heads, (B, 1, N, K), in order.
+
+    relevant: of the positive parts of weights times their gradients. Then the list fills in backward, the last call
+        first: forward keeps no weights, and backward computes those of one call at a time.
+    """
+    means: list[tuple[str, Attention]] = []
+
+    def take(call: _Call, gradient: Tensor | None) -> None:
+        weights = call.weights.detach()
+        if gradient is None:
+            mean = weights.mean(1, keepdim=True)
+        else:
+            mean = torch.zeros_like(weights[:, :1])
+            for ours, change in zip(weights.unbind(1), gradient.unbind(1), strict=True):
+                mean[:, 0] += (ours * change).clamp_(min=0)
+            mean /= weights.shape[1]
+        means.append((call.name, call.attention(mean)))
+        del call.weights, call.indices
+
+    with _recording(model, _Recorder(take, lean=relevant)):
+        yield means
+
+
+@contextmanager
+def _recording(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
     global _recorder
     if _recorder is not None:
         raise RuntimeError("record_attention is active already: leave its block before entering another")
-    recorder = _Recorder()
     with ExitStack() as undo:
         for name, module in model.named_modules():
+            if name.endswith("attn_drop"):
+                continue
             undo.callback(module.register_forward_pre_hook(_entering(recorder, name)).remove)
             undo.callback(module.register_forward_hook(_leaving(recorder), always_call=True).remove)
             if getattr(module, "grad_checkpointing", False):
                 module.grad_checkpointing = False
                 undo.callback(setattr, module, "grad_checkpointing", True)
+            dropout = getattr(module, "attn_drop", None)
+            if isinstance(dropout, nn.Module):
+                _open_up(module, dropout, recorder, undo)
         undo.enter_context(torch.compiler.set_stance("force_eager"))
         _recorder = recorder
         try:
-            yield recorder.record
+            yield
         finally:
             _recorder = None
 
@@ -69,21 +205,200 @@ def active() -> bool:
     return _recorder is not None and bool(_recorder.running)
 
 
-def keep(weights: Tensor, indices: Tensor | None) -> None:
-    """Record the weights of the kernel being called, unless backward is only repeating a checkpointed forward."""
-    if _recorder is None or torch._C._current_graph_task_id() != -1:
+def place(places: Tensor | None = None) -> None:
+    """What a layer of a map (B, H, W, dim) says before it calls a kernel with a map that it has padded or cut.
+
+    places: (1, rows, columns), or of images cut into regions (regions, rows, columns): where in the layer's map, flat,
+        each position of the kernel's map lies, -1 for padding. None: the map is padded below and to the right.
+    """
+    if _recorder is not None:
+        _recorder.layout = tuple(_recorder.running[-1][2][0].shape[1:3]), places
+
+
+def keep(
+    weights: Tensor,
+    indices: Tensor | None = None,
+    pattern: str = "softmax",
+    kind: str = "space",
+    queries: Size = (),
+    keys: Size = (),
+    pooled: Size = (),
+    places: Tensor | None = None,
+) -> None:
+    """Record weights where a recorder is active; the arguments are those of `Attention`.
+
+    Maps that are not given, and sequences (N,) or (N, 1), are laid out by the size of the image, with tokens before
+    them that do not fit; queries that are fewer than the keys are then class tokens. What backward computes a second
+    time, of a checkpoint, is not recorded again.
+    """
+    recorder = _recorder
+    if recorder is None:
         return
-    if weights.requires_grad:
-        weights.retain_grad()
-    _recorder.record.setdefault(_recorder.running[-1], []).append(Attention(weights, indices))
+    if torch._C._current_graph_task_id() != -1:
+        for call in itertools.islice(recorder.repeated, 1):
+            call.weights, call.indices = weights.detach(), indices
+        return
+    if not recorder.running:
+        return
+    given, recorder.layout = recorder.layout, None
+    geometry = Attention(weights.new_empty(0), None, pattern, kind, queries, keys, 0, places, pooled)
+    layout = None
+    if given is not None:
+        geometry, layout = _placed(geometry, *given, weights.device)
+    elif kind != "channel":
+        geometry = _laid_out(geometry, weights.shape, indices is None, recorder.running)
+    call = _Call(recorder.running[-1][0], geometry, layout)
+    if not recorder.lean:
+        call.weights, call.indices = weights, indices
+        recorder.take(call, None)
+    elif weights.requires_grad:
+        recorder.calls.append(call)
+        weights.register_hook(partial(recorder.take, call))
+
+
+def recorded(reference: Callable[..., tuple], pattern: str, kind: str, *arguments: Any) -> Any:
+    """The output of a kernel's reference, whose weights are kept."""
+    queries, keys = ((), ()) if kind == "channel" else (_map_size(x) for x in arguments[:2])
+
+    def run(*arguments: Any) -> Any:
+        output, weights, indices, *places = reference(*arguments)
+        if places:
+            keep(weights, indices, pattern, kind, keys, keys, places=places[0])
+        else:
+            keep(weights, indices, pattern, kind, queries, keys)
+        return output
+
+    return repeatable(run, *arguments)
+
+
+def repeatable(run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """run(...), which calls `keep`; where memory is short as a checkpoint, which keeps nothing for backward."""
+    recorder = _recorder
+    if recorder is None or not recorder.lean:
+        return run(*arguments, **options)
+    calls: list[_Call] = []
+
+    def run_again(*arguments: Any, **options: Any) -> Any:
+        recorder.calls, recorder.repeated = calls, iter(calls)
+        return run(*arguments, **options)
+
+    with set_checkpoint_early_stop(False):
+        return checkpoint(run_again, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def _placed(
+    geometry: Attention, size: Size, places: Tensor | None, device: torch.device
+) -> tuple[Attention, Tensor | None]:
+    """What a layer with a map of `size` calls a kernel for, and where the positions of the kernel's map are in it."""
+    height, width = geometry.queries
+    if places is None:
+        if (height, width) == size:
+            return geometry, None
+        rows, columns = (torch.arange(length, device=device) for length in (height, width))
+        inside = (rows < size[0])[:, None] & (columns < size[1])
+        places = torch.where(inside, rows[:, None] * size[1] + columns, -1)
+    keys = size if geometry.keys == geometry.queries else geometry.keys
+    return geometry._replace(queries=size, keys=keys), places.reshape(-1, height * width)
+
+
+def _laid_out(geometry: Attention, shape: Size, dense: bool, running: list[tuple[str, nn.Module, tuple]]) -> Attention:
+    """With the maps of sequences of tokens; shape: of the weights."""
+    queries, keys = geometry.queries, geometry.keys
+    if len(queries) > 1 and queries[1] != 1:
+        return geometry
+    rows, columns = shape[2], shape[3] if dense else math.prod(keys)
+    kind = "class" if geometry.kind == "space" and rows < columns else geometry.kind
+    prefix, found = _grid(columns if kind == "class" else rows, shape[0], running)
+    if not found:
+        return geometry._replace(kind=kind)
+    if kind == "class":
+        return geometry._replace(kind=kind, queries=(), keys=found, prefix=prefix)
+    of_keys = found if columns == rows else _coarser(found, columns - prefix)
+    return geometry._replace(queries=found, keys=of_keys, prefix=prefix)
+
+
+def _grid(tokens: int, batch: int, running: list[tuple[str, nn.Module, tuple]]) -> tuple[int, Size]:
+    """The map that so many tokens are of images that modules were called with, and how many come before it."""
+    known = [module.num_prefix_tokens for _, module, _ in running if hasattr(module, "num_prefix_tokens")]
+    inputs = [x[0] for *_, x in running if x and isinstance(x[0], Tensor) and x[0].ndim == 4]
+    if not inputs or len(inputs[0]) != batch:  # or the batch is of windows
+        return 0, ()
+    images = [x.shape[2:] for x in inputs[:2]]  # the second of an encoder, which pads it
+    for image, prefix, stride in itertools.product(images, [*known[:1], *range(PREFIX)], STRIDES):
+        size = tuple(-(-side // stride) for side in image)
+        if math.prod(size) + prefix == tokens:
+            return prefix, size
+    return 0, ()
+
+
+def _coarser(size: Size, tokens: int) -> Size:
+    """A map of so many tokens that is pooled from one of `size`."""
+    sizes = [tuple(-(-side // step) for side in size) for step in range(1, max(size) + 1)]
+    sizes += [tuple(side // step for side in size) for step in range(1, min(size) + 1)]
+    return next((found for found in [*sizes, (7, 7)] if math.prod(found) == tokens), ())
+
+
+def _map_size(x: Any) -> Size:
+    """Of a map (B, H, W, heads, ...) or a sequence (B, L, heads, ...)."""
+    return tuple(x.shape[1:3]) if x.ndim > 4 else (x.shape[1],)
+
+
+def _open_up(layer: Any, dropout: nn.Module, recorder: _Recorder, undo: ExitStack) -> None:
+    """Make an attention layer of timm's compute its weights, which then pass through its dropout."""
+
+    def see(module: nn.Module, arguments: tuple, weights: Tensor) -> None:
+        if weights.ndim != 4:  # VOLO's outlook attention
+            return
+        if hasattr(layer, "temperature"):
+            keep(weights, kind="channel")
+            return
+        for _, block, given in recorder.running[-2:-1]:
+            if hasattr(block, "_attn") and hasattr(block, "window_size"):
+                size = tuple(given[0].shape[1:3])
+                places = _swin_windows(block, size).to(weights.device)
+                recorder.layout = size, places
+                keep(weights, queries=places.shape[1:], keys=places.shape[1:])
+                return
+        keep(weights)
+
+    undo.callback(dropout.register_forward_hook(see).remove)
+    if getattr(layer, "fused_attn", False):
+        layer.fused_attn = False
+        undo.callback(setattr, layer, "fused_attn", True)
+    if recorder.lean:
+        layer.forward = partial(repeatable, layer.forward)
+        undo.callback(layer.__dict__.pop, "forward")
+
+
+def _swin_windows(block: Any, size: Size) -> Tensor:
+    """(windows, tokens of a window, 1): where in the map they are, which the block is asked by a map of its places."""
+    seen: list[Tensor] = []
+    attention = block.attn
+    block.attn = _Seeing(seen)
+    try:
+        block._attn(1 + torch.arange(math.prod(size), dtype=torch.float64).view(1, *size, 1))
+    finally:
+        block.attn = attention
+    return seen[0].long() - 1
+
+
+class _Seeing(nn.Module):
+    def __init__(self, seen: list[Tensor]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.seen.append(x)
+        return x
 
 
 def _entering(recorder: _Recorder, name: str):
-    return lambda module, arguments: recorder.running.append(name)
+    return lambda module, arguments: recorder.running.append((name, module, arguments))
 
 
 def _leaving(recorder: _Recorder):
     def leave(module, arguments, output) -> None:
         recorder.running.pop()
+        recorder.layout = None
 
     return leave

@@ -230,7 +230,7 @@ def channel_attention(
     maps = [x.flatten(1, -3) for x in (q, k, v)]
     if groups != q.shape[-2]:
         maps = [x.flatten(2).unflatten(2, (groups, -1)) for x in maps]
-    return dispatch("channel", backend, Forms(_reference, _on_cpu, _plain), *maps, scale).reshape(q.shape)
+    return dispatch("channel", backend, Forms(_reference, _on_cpu, _plain, "channel"), *maps, scale).reshape(q.shape)
 
 
 def cross_covariance_attention(
@@ -252,6 +252,6 @@ def cross_covariance_attention(
     check_alike(q, k, v, axes=(2, 1))
     check_tensor("temperature", temperature, (q.shape[-2], 1, 1), q, temperature.dtype)
     maps = (x.flatten(1, -3) for x in (q, k, v))
-    forms = Forms(_cross_reference, _cross_on_cpu, _cross_plain)
+    forms = Forms(_cross_reference, _cross_on_cpu, _cross_plain, "channel")
     output = dispatch("cross_covariance", backend, forms, *maps, temperature)
     return output.reshape(q.shape)

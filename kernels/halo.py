@@ -55,11 +55,12 @@ def _reference(
     if rel_width is not None:
         logits = logits + torch.einsum("byxhd,xwd->bhyxw", q, rel_width[columns])[..., None, :]
     logits = logits.flatten(4).flatten(2, 3)
-    weights = logits.softmax(-1).masked_fill(outside, 0)  # what is missing to 1 goes to values of zero
-    output = torch.einsum("bhnk,bnkhd->bnhd", weights, v.flatten(1, 2)[:, indices]).unflatten(1, q.shape[1:3])
+    weights = logits.softmax(-1)
+    values = _zero(v.flatten(1, 2)[:, indices], outside)
+    output = torch.einsum("bhnk,bnkhd->bnhd", weights, values).unflatten(1, q.shape[1:3])
     if return_lse:
         output = output, logits.to(precise(q)).logsumexp(-1).unflatten(-1, q.shape[1:3])
-    return output, weights, indices.expand(q.shape[0], -1, -1)
+    return output, weights, indices.where(~outside, -1).expand(q.shape[0], -1, -1)
 
 
 def _zero(x: Tensor, outside: Tensor) -> Tensor:
@@ -426,8 +427,7 @@ def halo_attention(
         ValueError: an argument does not fit, or the backend asked for cannot run.
 
     `record_attention` keeps weights (B, heads, H * W, side ** 2) and the flat positions in the map of keys (B, H * W,
-    side ** 2) that they belong to. Keys outside of the map have the weight 0 and the position of another; what is
-    missing to 1 in a row is their share.
+    side ** 2) that they belong to, -1 for the zeros outside of the map.
     """
     check_int("block_size", block_size, 1)
     check_int("halo_size", halo_size, 0)

@@ -24,7 +24,7 @@ Cut = tuple[slice, slice]  # images, rows of windows
 
 def _reference(
     logits: Tensor, v: Tensor, kernel_size: int, stride: int, padding: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     b, height, width, heads, dim = v.shape
     h, w = logits.shape[1:3]
     place = torch.arange(kernel_size**2, device=v.device)
@@ -37,8 +37,9 @@ def _reference(
     padded = torch.cat([v.flatten(1, 2), v.new_zeros(b, 1, heads, dim)], dim=1)
     mixed = torch.einsum("bnpij,bpjnd->bpind", weights.unflatten(2, (h * w, -1)), padded[:, keys])
     output = torch.zeros_like(padded).index_add(1, keys.flatten(), mixed.flatten(1, 2))[:, :-1]
-    indices = keys.where(keys < height * width, -1).repeat_interleave(kernel_size**2, dim=0)
-    return output.reshape(v.shape), weights, indices.expand(b, -1, -1)
+    places = keys.where(keys < height * width, -1)
+    indices = places.repeat_interleave(kernel_size**2, dim=0).expand(b, -1, -1)
+    return output.reshape(v.shape), weights, indices, places.flatten()
 
 
 def _plain(logits: Tensor, v: Tensor, kernel_size: int, stride: int, padding: int, scale: float) -> Tensor:
@@ -183,8 +184,8 @@ def outlook_attention(
     scale: multiplies the logits; by default `head_dim ** -0.5`, as in VOLO.
     backend: "auto", "reference", "torch" or "triton".
 
-    Returns (B, H, W, heads, head_dim). Recorded weights are those of the windows: (B, heads, h w K, K) with indices
-    (B, h w K, K), where -1 is a place outside the map.
+    Returns (B, H, W, heads, head_dim). Recorded weights are those of the windows, (B, heads, N, K) with indices (B, N,
+    K), -1 outside of the map, and the places (N,) that their rows add to, at most h w K of them, in order.
     Raises ValueError for shapes, dtypes, devices or parameters that do not fit.
     Source: Yuan et al., VOLO, https://arxiv.org/abs/2106.13112, algorithm 1.
     """

@@ -474,7 +474,7 @@ def attention_by_region(
 
     attention: as recorded; queries, keys: sizes of their maps.
     """
-    weights, indices = attention
+    weights, indices = attention[:2]
     if indices is not None:
         dense = weights.new_zeros(*weights.shape[:3], keys[0] * keys[1])
         weights = dense.scatter(-1, indices[:, None].expand_as(weights), weights)

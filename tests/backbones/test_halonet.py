@@ -73,9 +73,9 @@ def test_attention_is_recorded_for_each_layer():
     with visionattn.record_attention(model) as record:
         model(torch.randn(1, 3, 96, 64))
     assert set(record) == {"stages.2.1.self_attn", "stages.3.0.self_attn"}
-    weights, indices = record["stages.2.1.self_attn"][0]
-    assert weights.shape == (1, 8, 6 * 4, 12 * 12)
-    assert indices.shape == (1, 6 * 4, 12 * 12)
+    call = record["stages.2.1.self_attn"][0]
+    assert call.weights.shape == (1, 8, 6 * 4, 12 * 12)
+    assert call.indices.shape == (1, 6 * 4, 12 * 12)
 
 
 @pytest.mark.parametrize(

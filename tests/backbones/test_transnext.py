@@ -38,7 +38,8 @@ def test_keys_are_the_neighbours_inside_the_map_and_the_pooled_map():
     with record_attention(model) as record:
         model(torch.randn(2, 3, 64, 96))
     (attention,) = record["stages.0.blocks.0.attn"]  # 16 x 24 positions, pooled to 2 x 3
-    weights, indices = attention
+    weights, indices = attention.weights, attention.indices
+    assert (attention.queries, attention.keys, attention.pooled) == ((16, 24), (16, 24), (2, 3))
     assert weights.shape == (2, 1, 16 * 24, 9 + 6)
     assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
     inner = 3 * 24 + 5

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from visionattn import kernels
 from visionattn.kernels import record_attention
+from visionattn.kernels._record import Attention
 
 SETTINGS = settings(  # the same calls everywhere
     max_examples=20,
@@ -165,24 +166,21 @@ def any_window(draw) -> dict:
     return call | {"window": window, "shift": shift, "dilated": dilated}
 
 
-def by_tokens(weights: Tensor, indices: Tensor | None, v: Tensor) -> Tensor:
+def by_tokens(attention: Attention, v: Tensor) -> Tensor:
     v = v.flatten(1, -3)
-    if indices is None:
-        return torch.einsum("bhnk,bkhd->bnhd", weights, v)
-    gathered = torch.stack([image[index] for image, index in zip(v, indices, strict=True)])
-    return torch.einsum("bhnk,bnkhd->bnhd", weights, gathered)
+    if attention.indices is None:
+        return torch.einsum("bhnk,bkhd->bnhd", attention.weights, v)
+    v = F.pad(v, (0, 0, 0, 0, 0, 1))  # -1 is a place of zeros
+    gathered = torch.stack([image[index] for image, index in zip(v, attention.indices, strict=True)])
+    return torch.einsum("bhnk,bnkhd->bnhd", attention.weights, gathered)
 
 
-def by_channels(weights: Tensor, indices: None, v: Tensor) -> Tensor:
-    return torch.einsum("bhde,bnhe->bnhd", weights, v.flatten(1, -3))
+def by_channels(attention: Attention, v: Tensor) -> Tensor:
+    return torch.einsum("bhde,bnhe->bnhd", attention.weights, v.flatten(1, -3))
 
 
-def by_windows(weights: Tensor, indices: Tensor, v: Tensor) -> Tensor:
-    values = F.pad(v.flatten(1, 2), (0, 0, 0, 0, 0, 1))  # -1 is a place of zeros, and one for what is dropped
-    mixed = by_tokens(weights, indices, values[:, None])
-    neighbours = weights.shape[-1]
-    places = indices[0].unflatten(0, (-1, neighbours))[:, 0].flatten() % values.shape[1]
-    return torch.zeros_like(values).index_add(1, places, mixed)[:, :-1]
+def by_windows(attention: Attention, v: Tensor) -> Tensor:
+    return torch.zeros_like(v.flatten(1, 2)).index_add(1, attention.places, by_tokens(attention, v))
 
 
 class Pattern(NamedTuple):
@@ -194,7 +192,7 @@ class Pattern(NamedTuple):
     stages: list[dict]  # as in models
     budgets: dict[str, int]  # what limits the workspace in the module, and the largest to try
     tolerance: float  # of float32
-    mixed: Callable[..., Tensor] = by_tokens  # (recorded weights, indices, v) -> output
+    mixed: Callable[..., Tensor] = by_tokens  # (what is recorded, v) -> output
 
 
 ANY_TOKENS = {most: st.one_of(tuples(1, 4 * most), tuples(2, most)) for most in (7, 13)}
@@ -690,9 +688,9 @@ def test_recorded_weights_give_the_output(pattern, sizes):
         output = layer(maps)
         output.sum().backward()
     torch.testing.assert_close(output, layer(maps))
-    ((weights, indices),) = record[""]
-    assert weights.grad.any()
-    mixed = PATTERNS[pattern].mixed(weights, indices, maps["v"])
+    (attention,) = record[""]
+    assert attention.weights.grad.any()
+    mixed = PATTERNS[pattern].mixed(attention, maps["v"])
     torch.testing.assert_close(mixed.reshape(output.shape), output)
 
 

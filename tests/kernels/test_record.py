@@ -1,11 +1,15 @@
-"""record_attention: names, weights, gradients, and that nothing stays behind."""
+"""record_attention: names, weights, gradients, where they lie, and that nothing stays behind."""
 
 import pytest
+import timm
 import torch
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from visionattn.backbones import biformer, crossformer, davit, halonet, nat, volo
 from visionattn.kernels import record_attention, routing_attention
+from visionattn.kernels._record import record_means
 
 
 class Layer(nn.Module):
@@ -70,7 +74,7 @@ def test_weights_and_indices_give_the_output(model, images):
     with record_attention(model) as record:
         layer = model.blocks[0]
         output = model.blocks[0](images) - images
-    weights, indices = record["blocks.0"][0]
+    weights, indices = record["blocks.0"][0][:2]
     values = layer.qkv(images).unflatten(-1, (3, 2, 4))[:, :, :, 2].flatten(1, 2)  # (B, N, heads, dim)
     selected = torch.stack([values[image][indices[image]] for image in range(2)])  # (B, N, keys, heads, dim)
     rebuilt = torch.einsum("bhnk,bnkhd->bnhd", weights, selected)
@@ -153,3 +157,130 @@ def test_a_compiled_model_runs_uncompiled_while_recorded(model, images):
         torch.testing.assert_close(compiled(images), expected)
     assert {name.removeprefix("_orig_mod.") for name in record} == {"blocks.0", "blocks.1"}
     torch.testing.assert_close(compiled(images), expected)
+
+
+SIZE = (13, 9)  # of a layer's map, which neither windows nor regions divide
+LAYERS = {  # and what computes the values
+    "window, padded": (lambda: davit.WindowAttention(16, 2, 7), "qkv"),
+    "routing, padded": (lambda: biformer.BiLevelRoutingAttention(16, 2, 4, 3, side_dwconv=0), "qkv.qkv"),
+    "routing, values padded": (lambda: biformer.RefactoredRoutingAttention(16, 2, 4, 3, side_dwconv=0), "qkv_linear"),
+    "neighborhood, padded": (lambda: nat.NeighborhoodAttention(16, 2, 5, 2), "qkv"),
+    "short distance": (lambda: crossformer.GroupAttention(16, 2, 4, 1, position_bias=False), "qkv"),
+    "long distance": (lambda: crossformer.GroupAttention(16, 2, 2, 2, position_bias=False), "qkv"),
+    "long distance, padded around": (
+        lambda: crossformer.GroupAttention(16, 2, 2, 2, position_bias=False, pad_type=1, no_mask=True),
+        "qkv",
+    ),
+    "outlook, values padded": (lambda: volo.OutlookAttention(16, 2), "v"),
+    "timm's Swin": (lambda: SwinTransformerBlock(16, SIZE, 2, window_size=4, shift_size=2), "attn.qkv"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_weights_lie_on_the_map_of_the_layer(name):
+    """The layer's values at the recorded places, mixed by the recorded weights, are what the layer makes of its map."""
+    torch.manual_seed(0)
+    make, projection = LAYERS[name]
+    layer = make().double().eval()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    swin = isinstance(layer, SwinTransformerBlock)
+    if swin:  # x + attention alone
+        layer.norm1, layer.attn.proj, layer.mlp = nn.Identity(), nn.Identity(), Nothing()
+    for last in ("proj", "wo", "output_linear"):
+        if hasattr(layer, last):
+            setattr(layer, last, nn.Identity())
+    x = torch.randn(2, *SIZE, 16, dtype=torch.float64)
+    with record_attention(layer) as record:
+        expected = layer(x) - x if swin else layer(x)
+
+    inside = layer.get_submodule(projection)(x)[..., -16:].flatten(1, 2)
+    outside = layer.get_submodule(projection)(torch.zeros_like(x[:, :1, 0]))[..., -16:]
+    values = torch.cat([inside, 0 * outside if "values padded" in name else outside], 1)  # index -1 is the last
+    found = torch.zeros_like(inside)
+    (calls,) = record.values()
+    for call in calls:
+        assert (call.queries, call.keys, call.kind, call.prefix) == (SIZE, SIZE, "space", 0)
+        torch.testing.assert_close(call.weights.sum(-1), torch.ones_like(call.weights[..., 0]))
+        gathered = torch.stack([values[image][call.indices[image]] for image in range(2)]).unflatten(-1, (2, -1))
+        rows = torch.einsum("bhnk,bnkhd->bnhd", call.weights, gathered).flatten(2)
+        found.index_add_(1, torch.arange(13 * 9) if call.places is None else call.places, rows)
+        torch.testing.assert_close(call.outside, (call.weights * (call.indices < 0)[:, None]).sum(-1))
+    torch.testing.assert_close(found.unflatten(1, SIZE), expected)
+
+
+class Nothing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def test_zero_padding_of_a_halo_is_outside_of_the_picture():
+    torch.manual_seed(0)
+    layer = halonet.HaloAttention(16, 16, 2, block_size=4, halo_size=1, stride=2).double()
+    layer.reset_parameters()
+    x = torch.randn(1, 16, *SIZE, dtype=torch.float64)
+    with record_attention(layer) as record:
+        expected = layer(x)
+    (call,) = record[""]
+    assert (call.queries, call.keys) == ((7, 5), SIZE)
+    torch.testing.assert_close(call.weights.sum(-1), torch.ones_like(call.weights[..., 0]))
+    values = layer.kv(x)[0].unflatten(0, (2, 16))[:, 8:].flatten(2).permute(2, 0, 1)
+    inside = call.weights[0] * (call.indices[0] >= 0)
+    mixed = torch.einsum("hnk,nkhd->hdn", inside, values[call.indices[0].clamp(min=0)])
+    torch.testing.assert_close(mixed.flatten(0, 1).unflatten(-1, (7, 5)), expected[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("va_convit_tiny", {"depth": 2, "local_up_to_layer": 1}, [("space", (3, 4), 0), ("space", (3, 4), 1)]),
+        ("va_xcit_nano_12_p8_224", {"depth": 1}, [("channel", (), 0), *2 * [("class", (6, 8), 1)]]),
+        ("patchconvnet_s60", {"depth": 1}, [("class", (3, 4), 1)]),
+        ("deit_tiny_distilled_patch16_224", {"depth": 1, "img_size": (48, 64)}, [("space", (3, 4), 2)]),
+        ("xcit_nano_12_p16_224", {"depth": 1}, [("channel", (), 0), *2 * [("class", (3, 4), 1)]]),
+        ("cait_xxs24_224", {"depth": 1, "img_size": (48, 64)}, [("space", (3, 4), 0), *2 * [("class", (3, 4), 1)]]),
+        ("pvt_v2_b0", {"depths": (1, 1, 1, 1)}, [*3 * [("space", (1, 2), 0)], ("space", (2, 2), 0)]),
+    ],
+)
+def test_tokens_are_laid_out_by_the_image(name, options, expected):
+    """Ours, and timm's own models, which are not changed by it."""
+    model = timm.create_model(name, num_classes=3, **options).eval()
+    images = torch.randn(2, 3, 48, 64)
+    before = model(images)
+    with record_attention(model) as record:
+        after = model(images)
+        after[:, 0].sum().backward()
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+    calls = [call for calls in record.values() for call in calls]
+    assert [(call.kind, call.keys, call.prefix) for call in calls][: len(expected)] == expected
+    assert all(call.weights.grad is not None for call in calls)
+    assert [getattr(m, "fused_attn", None) for m in model.modules()] == fused(name, options)
+    torch.testing.assert_close(model(images), before)
+
+
+def fused(name: str, options: dict) -> list:
+    return [getattr(m, "fused_attn", None) for m in timm.create_model(name, num_classes=3, **options).modules()]
+
+
+@pytest.mark.parametrize("name", ["biformer_tiny", "deit_tiny_patch16_224"])
+def test_means_in_little_memory_are_those_of_the_record(name):
+    """Backward computes the weights again, the last layer first."""
+    torch.manual_seed(0)
+    options = {"img_size": (48, 64)} if "deit" in name else {"depth": (1, 1, 1, 1)}
+    model = timm.create_model(name, num_classes=3, **options).double().eval()
+    images = torch.randn(2, 3, 48, 64, dtype=torch.float64, requires_grad=True)
+    with record_attention(model) as record:
+        model(images)[:, 0].sum().backward()
+    with record_means(model) as means, torch.no_grad():
+        model(images)
+    with record_means(model, relevant=True) as relevant:
+        output = model(images)
+        assert not relevant
+        output[:, 0].sum().backward()
+    calls = [(name, call) for name, calls in record.items() for call in calls]
+    assert [name for name, _ in means] == [name for name, _ in relevant][::-1] == [name for name, _ in calls]
+    for (_, call), (_, mean), (_, relevance) in zip(calls, means, relevant[::-1], strict=True):
+        torch.testing.assert_close(mean.weights, call.weights.mean(1, keepdim=True))
+        expected = (call.weights * call.weights.grad).clamp(min=0).mean(1, keepdim=True)
+        torch.testing.assert_close(relevance.weights, expected)
+        assert mean[2:-2] == relevance[2:-2] == call[2:-2]
