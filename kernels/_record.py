@@ -399,6 +399,5 @@ def _entering(recorder: _Recorder, name: str):
 def _leaving(recorder: _Recorder):
     def leave(module, arguments, output) -> None:
         recorder.running.pop()
-        recorder.layout = None
 
     return leave

@@ -165,10 +165,10 @@ LAYERS = {  # and what computes the values
     "routing, padded": (lambda: biformer.BiLevelRoutingAttention(16, 2, 4, 3, side_dwconv=0), "qkv.qkv"),
     "routing, values padded": (lambda: biformer.RefactoredRoutingAttention(16, 2, 4, 3, side_dwconv=0), "qkv_linear"),
     "neighborhood, padded": (lambda: nat.NeighborhoodAttention(16, 2, 5, 2), "qkv"),
-    "short distance": (lambda: crossformer.GroupAttention(16, 2, 4, 1, position_bias=False), "qkv"),
-    "long distance": (lambda: crossformer.GroupAttention(16, 2, 2, 2, position_bias=False), "qkv"),
+    "short distance": (lambda: crossformer.GroupAttention(64, 2, 4, 1), "qkv"),
+    "long distance": (lambda: crossformer.GroupAttention(64, 2, 2, 2), "qkv"),
     "long distance, padded around": (
-        lambda: crossformer.GroupAttention(16, 2, 2, 2, position_bias=False, pad_type=1, no_mask=True),
+        lambda: crossformer.GroupAttention(64, 2, 2, 2, pad_type=1, no_mask=True),
         "qkv",
     ),
     "outlook, values padded": (lambda: volo.OutlookAttention(16, 2), "v"),
@@ -190,12 +190,13 @@ def test_weights_lie_on_the_map_of_the_layer(name):
     for last in ("proj", "wo", "output_linear"):
         if hasattr(layer, last):
             setattr(layer, last, nn.Identity())
-    x = torch.randn(2, *SIZE, 16, dtype=torch.float64)
+    dim = 64 if "distance" in name else 16  # of CrossFormer, for its position bias
+    x = torch.randn(2, *SIZE, dim, dtype=torch.float64)
     with record_attention(layer) as record:
         expected = layer(x) - x if swin else layer(x)
 
-    inside = layer.get_submodule(projection)(x)[..., -16:].flatten(1, 2)
-    outside = layer.get_submodule(projection)(torch.zeros_like(x[:, :1, 0]))[..., -16:]
+    inside = layer.get_submodule(projection)(x)[..., -dim:].flatten(1, 2)
+    outside = layer.get_submodule(projection)(torch.zeros_like(x[:, :1, 0]))[..., -dim:]
     values = torch.cat([inside, 0 * outside if "values padded" in name else outside], 1)  # index -1 is the last
     found = torch.zeros_like(inside)
     (calls,) = record.values()
