@@ -34,6 +34,8 @@ class Prediction(NamedTuple):
         window: that `value` is about; None: the whole sample.
         confidence: (h, w) uint8, the probability of a mask's classes in per cent, where a writer wants it.
         bins: calibration counts where there is a truth.
+        missed: (K, 2) int64 where there is a truth: of the pixels of each class, how many are held less probable than a
+            promise of recall needs, and how many there are.
         doubts: what makes the value doubtful, by name: numbers, of masks maps (h, w).
         error: why there is no value.
     """
@@ -43,5 +45,6 @@ class Prediction(NamedTuple):
     window: Window | None = None
     confidence: np.ndarray | None = None
     bins: np.ndarray | None = None
+    missed: np.ndarray | None = None
     doubts: Mapping[str, Any] = {}
     error: str | None = None

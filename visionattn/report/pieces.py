@@ -3,9 +3,10 @@
 import base64
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,6 +20,8 @@ __all__ = [
     "about_weights",
     "embedded",
     "finite",
+    "fitted_note",
+    "fitted_rows",
     "framed",
     "matrix",
     "most_confused",
@@ -131,6 +134,18 @@ def reliability(bins: np.ndarray, error: float | None, believed: str, seen: str,
     legend = [("s0", seen), ("mark", "perfect"), ("gap", "gap"), ("share", f"share of the {noun}")]
     title = f"Calibration: mean gap {number(True, error)}"
     return chart.figure(title, f"{title}; {seen} by predicted {believed}", legend)
+
+
+def fitted_rows(fitted: Mapping[str, Any]) -> list[list[str]]:
+    """A row for each number that was fitted on held-out images."""
+    known = {name.replace("_", " "): value for name, value in fitted.items() if value is not None}
+    return [[name, f"{value:.4g}" if isinstance(value, float) else str(value)] for name, value in known.items()]
+
+
+def fitted_note(fitted: Mapping[str, Any]) -> str:
+    """What is to be kept in mind of numbers that were fitted on the images that the best epoch was chosen by."""
+    text = "Fitted on the images that the best epoch was chosen by: on others it may promise too much."
+    return f'<p class="note">{text}</p>' if fitted["source"] == "val" else ""
 
 
 def embedded(picture: Path) -> str:

@@ -80,7 +80,7 @@ def predict(
     options |= {"format": format} if format else {}
     if uncertainty:
         options["uncertainty"] = trained.task.doubting = True
-    options |= {"looks": looks} if (looks := getattr(trained.task, "looks", 1)) > 1 else {}
+    options |= {"looks": looks} if (looks := trained.task.looks) > 1 else {}
     writer: Writer = kind.open_writer(trained.recipe, out, **options)
     samples, problems = formats.unlabelled(paths, data, len(data.mean or ()))
     if process > 0:

@@ -117,6 +117,11 @@ class Task(pl.LightningModule):
         if train.compile:
             network.compile()
 
+    @property
+    def looks(self) -> int:
+        """How many predictions those are the mean of that this gives."""
+        return 1
+
     def forward(self, image: Tensor, **options: Any) -> Any:
         return self.network(self._laid_out(image), **options)
 

@@ -85,7 +85,16 @@ def _trust(labelling: Labelling, probabilities: Tensor, targets: Tensor, spec: R
     if fitted.temperature != 1:
         before = tempered(probabilities, 1 / fitted.temperature, several)
         error = metrics.overall(before, targets, metrics.of_classes(before, targets, ranked=False))["calibration_error"]
-        trust["before"] = {"calibration_error": error.item(), "loss": labelling.log_loss(before, targets).item()}
+        if several:
+            belief, right = before.flatten().numpy(), targets.flatten().numpy()
+        else:
+            belief, wrong = _sure_and_wrong(before, targets)
+            right = ~wrong
+        trust["before"] = {
+            "calibration_error": error.item(),
+            "loss": labelling.log_loss(before, targets).item(),
+            "bins": metrics.binned(right, belief).tolist(),
+        }
     if fitted.least is not None:
         sets = (probabilities >= fitted.least).numpy()
         trust["sets"] = {

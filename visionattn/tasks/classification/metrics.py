@@ -19,7 +19,7 @@ from torchmetrics.utilities import dim_zero_cat
 from visionattn.report.evaluation import LOSS, Metric
 from visionattn.tasks.classification.labels import Labelling
 
-__all__ = ["BINS", "METRICS", "Scores", "interval", "measurable", "of_classes", "overall", "per_class"]
+__all__ = ["BINS", "METRICS", "Scores", "binned", "interval", "measurable", "of_classes", "overall", "per_class"]
 
 BINS = 15
 METRICS = {
@@ -139,6 +139,12 @@ class Scores(EpochMetric):
         ranked = self.ranked or probabilities.numel() <= SORTED
         scores = overall(probabilities, targets, of_classes(probabilities, targets, ranked))
         return {name: score for name, score in scores.items() if not score.isnan()}
+
+
+def binned(right: np.ndarray, belief: np.ndarray) -> np.ndarray:
+    """(3, BINS): number, summed probability, and how many came true."""
+    place = np.minimum((belief * BINS).astype(int), BINS - 1)
+    return np.stack([np.bincount(place, weights, BINS) for weights in (np.ones_like(belief), belief, right)])
 
 
 def per_class(scores: dict[str, Tensor], targets: Tensor, labelling: Labelling) -> list[dict[str, Any]]:

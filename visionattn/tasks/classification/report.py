@@ -13,6 +13,8 @@ from visionattn.report.pieces import (
     PERCENT,
     about_weights,
     embedded,
+    fitted_note,
+    fitted_rows,
     framed,
     matrix,
     most_confused,
@@ -20,7 +22,7 @@ from visionattn.report.pieces import (
     reliability,
     table_of,
 )
-from visionattn.tasks.classification.metrics import BINS, METRICS
+from visionattn.tasks.classification.metrics import METRICS, binned
 
 __all__ = ["sections"]
 
@@ -112,12 +114,12 @@ def _probabilities(evaluation: Evaluation) -> str:
         _roc(scored[k], auroc[scored[k]], truth[k], belief[k], confusion[k], several) for k in sorted(worst)
     )
     if not several:
-        bins = _binned(np.array(correct, float), np.array(confidence, float))
+        bins = binned(np.array(correct, float), np.array(confidence, float))
         return curves + reliability(bins, evaluation.overall["calibration_error"], "confidence", "accuracy", "images")
     lowest = f", the {ROC_LABELS} lowest of {len(auroc)}" if len(auroc) > ROC_LABELS else ""
     note = '<p class="note">With the area under the curve; the dot is the threshold 0.5.</p>'
     rocs = f'<div><h3>ROC curves{lowest}</h3>{note}<div class="small">{curves}</div></div>' if curves else ""
-    bins = _binned(truth.ravel(), belief.ravel())
+    bins = binned(truth.ravel(), belief.ravel())
     error = evaluation.overall["calibration_error"]
     return rocs + reliability(bins, error, "probability", "frequency", "image-label pairs")
 
@@ -136,26 +138,17 @@ def _trust(evaluation: Evaluation) -> str:
         said = f"mistakes among these; the top is {number(True, top)}"
         blocks += chart.figure(title, f"{title}; {said}", [("s0", said)])
     if fitted := more.get("fitted"):
-        rows = [[name.replace("_", " "), _short(value)] for name, value in fitted.items() if value is not None]
-        if before := more.get("before"):
-            for name, value in before.items():
-                rows.append([f"{METRICS[name].label} before", number(METRICS[name].percent, value)])
-                rows.append([f"{METRICS[name].label} after", number(METRICS[name].percent, evaluation.overall[name])])
+        rows = fitted_rows(fitted)
         if sets := more.get("sets"):
-            rows += [
-                ["sets that have the class", f"{number(True, sets['covered'])} (asked {number(True, sets['asked'])})"]
-            ]
+            covered = f"{number(True, sets['covered'])} (asked {number(True, sets['asked'])})"
+            rows += [["sets that have the class", covered]]
             rows += [[f"sets of {size}", f"{count:,}"] for size, count in enumerate(sets["sizes"]) if count]
-        note = (
-            '<p class="note">Fitted on images that the best epoch was chosen by: on others it may promise too much.</p>'
-        )
-        note = note if fitted["source"] == "val" else ""
-        blocks += f"<div><h3>Trust</h3>{note}{table_of('trust', ['What', 'Value'], rows)}</div>"
+        blocks += f"<div><h3>Trust</h3>{fitted_note(fitted)}{table_of('trust', ['What', 'Value'], rows)}</div>"
+        if before := more.get("before"):
+            bins, error = np.array(before["bins"]), before["calibration_error"]
+            noun = "image-label pairs" if more["multi_label"] else "images"
+            blocks += reliability(bins, error, "confidence before the temperature", "accuracy", noun)
     return blocks
-
-
-def _short(value: float | str) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _roc(name: str, area: float, truth: np.ndarray, score: np.ndarray, confusion: list, small: bool) -> str:
@@ -171,12 +164,6 @@ def _roc(name: str, area: float, truth: np.ndarray, score: np.ndarray, confusion
     legend = [("s0", "true positive rate; the dot is the threshold 0.5"), ("mark", "chance")]
     title = f"ROC curve of {name}: AUROC {area:.3f}"
     return chart.figure(f"{name}: {area:.3f}" if small else title, title, () if small else legend)
-
-
-def _binned(right: np.ndarray, belief: np.ndarray) -> np.ndarray:
-    """(3, BINS): number, summed probability, and how many came true."""
-    place = np.minimum((belief * BINS).astype(int), BINS - 1)
-    return np.stack([np.bincount(place, weights, BINS) for weights in (np.ones_like(belief), belief, right)])
 
 
 def _mistakes(evaluation: Evaluation) -> str:

@@ -126,7 +126,6 @@ class Classifier(Task):
 
     @property
     def looks(self) -> int:
-        """How many predictions the mean is of."""
         return len(self.views) * getattr(self.network, "count", 1)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int = 0) -> list[Prediction]:

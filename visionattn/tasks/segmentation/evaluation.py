@@ -26,6 +26,7 @@ from visionattn.tasks.segmentation.metrics import (
 )
 from visionattn.tasks.segmentation.recipe import Recipe
 from visionattn.tasks.segmentation.task import counted
+from visionattn.tasks.segmentation.trust import bounds_of
 
 __all__ = ["measure"]
 
@@ -65,10 +66,36 @@ def measure(predictions: Sequence[Prediction], samples: Sequence[Sample], spec: 
             },
             "slices": len(samples[0].spacing) == 3,
             "bootstrap": {"resamples": resamples, "groups": len(set(groups))},
-        },
+        }
+        | _trust(predictions, samples, spec),
         tables={"cases.csv": measured.table(kept), "pictures.csv": rows},
         pictures=pictures,
     )
+
+
+def _trust(predictions: Sequence[Prediction], samples: Sequence[Sample], spec: Recipe) -> dict[str, Any]:
+    """What was fitted, and the share of each class that its threshold misses here, in the mean over cases."""
+    fitted = spec.evaluate.fitted
+    if fitted is None:
+        return {}
+    trust: dict[str, Any] = {"fitted": fitted.model_dump()}
+    counts: dict[str, np.ndarray] = {}
+    for prediction in predictions:
+        if prediction.missed is not None:
+            case = samples[prediction.index].case
+            counts[case] = counts.get(case, 0) + prediction.missed
+    if counts:
+        of_cases = np.array(list(counts.values()))
+        has = of_cases[..., 1] > 0
+        shares = np.where(has, of_cases[..., 0] / np.maximum(of_cases[..., 1], 1), 0).sum(0)
+        known = {k for k, _ in bounds_of(fitted)}
+        trust["missed"] = {
+            name: float(shares[k] / n)
+            for k, (name, n) in enumerate(zip(spec.data.class_names, has.sum(0), strict=True))
+            if n and k in known
+        }
+        trust["promised"] = spec.evaluate.conformal
+    return trust
 
 
 class _Cases:

@@ -5,7 +5,18 @@ from html import escape
 import numpy as np
 
 from visionattn.report.evaluation import Evaluation, read_rows
-from visionattn.report.pieces import about_weights, embedded, framed, matrix, most_confused, number, reliability
+from visionattn.report.pieces import (
+    about_weights,
+    embedded,
+    fitted_note,
+    fitted_rows,
+    framed,
+    matrix,
+    most_confused,
+    number,
+    reliability,
+    table_of,
+)
 from visionattn.tasks.segmentation.metrics import MEASURES, METRICS
 
 __all__ = ["sections"]
@@ -24,8 +35,23 @@ def sections(evaluation: Evaluation) -> str:
     bins, error = np.array(evaluation.more["calibration"]), evaluation.overall.get("calibration_error")
     blocks = f"<div>{_per_class(evaluation)}</div><div>{confusion}</div>"
     blocks += reliability(bins, error, "confidence", "accuracy", "labelled pixels")
+    blocks += _trust(evaluation)
     note = f'<p class="note">{escape(about_weights(evaluation))}. {_rules(evaluation)}</p>'
     return f'{note}<div class="blocks">{blocks}</div>{_pictures(evaluation)}'
+
+
+def _trust(evaluation: Evaluation) -> str:
+    """What was fitted on held-out images, and what became of its promise here."""
+    fitted, promised = evaluation.more.get("fitted"), evaluation.more.get("promised")
+    if not fitted:
+        return ""
+    rows = fitted_rows({name: value for name, value in fitted.items() if name != "thresholds"})
+    for name, threshold in zip(evaluation.classes, fitted["thresholds"] or [], strict=False):
+        share = evaluation.more.get("missed", {}).get(name)
+        kept = "cannot be promised" if threshold is None else f"from probability {threshold:.3g}"
+        kept += "" if share is None else f": {number(True, share)} of it missed, at most {number(True, promised)} asked"
+        rows.append([f"may be {name}", kept])
+    return f"<div><h3>Trust</h3>{fitted_note(fitted)}{table_of('trust', ['What', 'Value'], rows)}</div>"
 
 
 def _rules(evaluation: Evaluation) -> str:

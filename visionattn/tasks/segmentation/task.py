@@ -35,7 +35,7 @@ from visionattn.tasks.segmentation.losses import balanced_weights, make_loss
 from visionattn.tasks.segmentation.metrics import CaseCounts, calibration, surfaces_available
 from visionattn.tasks.segmentation.recipe import Data, Recipe
 from visionattn.tasks.segmentation.transforms import TrainingCrops, WholeImages, collate
-from visionattn.tasks.segmentation.trust import PIXELS, bounds_of, counts_by_belief, doubts_of, refuse_in_vain
+from visionattn.tasks.segmentation.trust import PIXELS, bounds_of, counts_by_belief, doubts_of, missed, refuse_in_vain
 from visionattn.writers import Writer
 
 __all__ = [
@@ -126,7 +126,6 @@ class Segmenter(Task):
 
     @property
     def looks(self) -> int:
-        """How many predictions the mean is of."""
         return len(self.views) * getattr(self.network, "count", 1)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int = 0) -> list[Prediction]:
@@ -135,9 +134,13 @@ class Segmenter(Task):
         for i, (probabilities, doubts) in enumerate(map(self.trusted, self.looked(batch))):
             top, bottom, left, right = batch["window"][i]
             mask = PackedMask(probabilities.argmax(0).to(torch.uint8).cpu().numpy())
-            bins = calibration(probabilities, batch["mask"][i]).cpu().numpy() if "mask" in batch else None
+            known: dict[str, Any] = {}
+            if "mask" in batch:
+                truth = batch["mask"][i]
+                known["bins"] = calibration(probabilities, truth).cpu().numpy()
+                known |= {"missed": missed(probabilities, truth, bounds)} if (bounds := bounds_of(self.fitted)) else {}
             window = slice(top, bottom), slice(left, right)
-            predictions.append(Prediction(int(batch["index"][i]), mask, window, bins=bins, doubts=doubts))
+            predictions.append(Prediction(int(batch["index"][i]), mask, window, doubts=doubts, **known))
         return predictions
 
     def trusted(self, looked: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:

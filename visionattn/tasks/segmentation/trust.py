@@ -20,7 +20,16 @@ from visionattn.recipe.sections import Fitted
 from visionattn.tasks.base import Evidence
 from visionattn.tasks.segmentation.recipe import Evaluate
 
-__all__ = ["PIXELS", "bounds_of", "completed", "counts_by_belief", "doubts_of", "refuse_in_vain", "temperature"]
+__all__ = [
+    "PIXELS",
+    "bounds_of",
+    "completed",
+    "counts_by_belief",
+    "doubts_of",
+    "missed",
+    "refuse_in_vain",
+    "temperature",
+]
 
 PIXELS = 1000  # of a part of an image
 BINS = 1000  # of a probability
@@ -52,6 +61,21 @@ def doubts_of(classes: Sequence[str], fitted: Fitted | None, looks: int) -> list
     """
     may_be = [f"may_be_{k}_{re.sub(r'[^0-9A-Za-z-]+', '_', classes[k])}" for k, _ in bounds_of(fitted)]
     return [*(DISAGREEMENT if looks > 1 else DISAGREEMENT[:1]), *may_be]
+
+
+def missed(probabilities: Tensor, truth: Tensor, bounds: Sequence[tuple[int, float]]) -> np.ndarray:
+    """(K, 2) int64: of the pixels of each class, those held less probable than its bound, and all.
+
+    Args:
+        probabilities: (K, H, W).
+        truth: (H, W) class numbers.
+        bounds: of some classes, see `bounds_of`.
+    """
+    counts = np.zeros((len(probabilities), 2), np.int64)
+    for k, bound in bounds:
+        of_class = probabilities[k][truth == k]
+        counts[k] = int((of_class < bound).sum()), of_class.numel()
+    return counts
 
 
 def temperature(evidence: Sequence[Evidence]) -> float:
