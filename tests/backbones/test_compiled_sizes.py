@@ -29,6 +29,15 @@ MODELS = {
     "dinat_mini": {"depths": (2, 1), "embed_dim": 32, "num_heads": (1, 2), "dilations": (4, 1)},
     "ninformer_tiny_patch4_32": {},
     "patchconvnet_s60": {"depth": 1, "embed_dim": 96},
+    "rmt_tiny": {
+        "depths": (1, 1),
+        "embed_dims": (16, 32),
+        "num_heads": (2, 2),
+        "mlp_ratios": (3, 3),
+        "decay_ranges": (4, 4),
+        "layer_scales": (None, None),
+        "by_axis": 1,
+    },
     "transnext_micro": {
         "depths": (1, 1),
         "embed_dims": (24, 48),

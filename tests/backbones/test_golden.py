@@ -15,7 +15,19 @@ from golden_records import NAMES, assert_same, case_input, filled_state_dict, lo
 from torch import Tensor, nn
 
 import visionattn  # noqa: F401 - registers the models
-from visionattn.backbones import biformer, crossformer, moh, nat, nat_isotropic, ninformer, patchconvnet, transnext
+from visionattn.backbones import (
+    biformer,
+    crossformer,
+    layers,
+    moh,
+    nat,
+    nat_isotropic,
+    ninformer,
+    patchconvnet,
+    rmt,
+    transnext,
+)
+from visionattn.backbones.layers import DepthwiseConv
 from visionattn.kernels import record_attention, set_backend, window_attention
 
 # Whole networks that the default run affords, one a family; micro ones all run
@@ -67,6 +79,20 @@ def _patchconvnet(kwargs: dict) -> tuple[str, dict]:
     return "patchconvnet_s60", {key: value for key, value in kwargs.items() if key not in always}
 
 
+def _rmt(kwargs: dict) -> tuple[str, dict]:
+    scale, stages = kwargs.get("layer_init_values", 1e-6), kwargs["layerscales"]
+    ours = {"heads_ranges": "decay_ranges"}
+    always = ("init_values", "chunkwise_recurrents", "layerscales", "layer_init_values")
+    arguments = {ours.get(key, key): value for key, value in kwargs.items() if key not in always}
+    by_axis = sum(kwargs["chunkwise_recurrents"])
+    layer_scales = [scale if scaled else None for scaled in stages]
+    return "rmt_tiny", {**arguments, "by_axis": by_axis, "layer_scales": layer_scales}
+
+
+def _rmt_dense(kwargs: dict) -> tuple[str, dict]:
+    return "rmt_tiny", {**_rmt(kwargs)[1], "extra_norms": True, "features_only": True}
+
+
 def _transnext(kwargs: dict) -> tuple[str, dict]:
     ours = {"fixed_pool_size": "pool_size"}
     always = ("patch_size", "norm_layer", "is_extrapolation", "img_size")
@@ -98,6 +124,10 @@ MODELS: dict[str, Callable[[dict], tuple[str, dict]]] = {
     "NATIsotropic": _nat_isotropic,
     "train.NiNformerImageClassification": _ninformer,
     "PatchConvnet": _patchconvnet,
+    "classfication_release/RMT.py VisRetNet": _rmt,
+    "classfication_release/RMT.py VisRetNet (RMT_T3)": _rmt,
+    "classification_token_label_release/RMT.py VisRetNet": _rmt,
+    "segmentation/mmseg/models/backbones/RMT.py RMT": _rmt_dense,
     "TransNeXt": _transnext,
     "segmentation TransNeXt": _transnext_dense,
     "MoH-ViT/transnext.py TransNeXt": _moh,
@@ -156,6 +186,31 @@ class ClassToken(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x[:, :1], x)
+
+
+class Turned(nn.Module):
+    """A layer of RMT, given the turns of its positions."""
+
+    def __init__(self, layer: nn.Module, head_dim: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, head_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, rmt.turns_of_places(x, self.head_dim))
+
+
+def _retention(by_axis: bool) -> Callable[[dict], nn.Module]:
+    def make(kwargs: dict) -> nn.Module:
+        dim, heads = kwargs["embed_dim"], kwargs["num_heads"]
+        return Turned(rmt.Retention(dim, heads, kwargs["heads_range"], by_axis), dim // heads)
+
+    return make
+
+
+def _retention_block(kwargs: dict) -> nn.Module:
+    dim = kwargs["embed_dim"]
+    attn = _retention(kwargs["retention"] == "chunk")(kwargs)
+    return Turned(rmt.Block(dim, attn.layer, kwargs["ffn_dim"] / dim, 1e-6), attn.head_dim)
 
 
 def _aggregated(kwargs: dict) -> nn.Module:
@@ -236,19 +291,34 @@ LAYERS: dict[str, Callable[[dict], nn.Module]] = {
     "ConvolutionalGLU": lambda kwargs: Tokens(
         transnext.ConvGLU(kwargs["in_features"], kwargs["hidden_features"]), (9, 6)
     ),
+    "classfication_release/RMT.py VisionRetentionChunk with RetNetRelPos2d": _retention(True),
+    "classfication_release/RMT.py VisionRetentionAll with RetNetRelPos2d": _retention(False),
+    "classfication_release/RMT.py RetBlock": _retention_block,
+    "classfication_release/RMT.py FeedForwardNetwork": lambda kwargs: rmt.ConvMlp(
+        kwargs["embed_dim"], kwargs["ffn_dim"]
+    ),
+    "classfication_release/RMT.py DWConv2d": lambda kwargs: DepthwiseConv(kwargs["dim"], kwargs["kernel_size"]),
     "Learned_Aggregation_Layer": lambda kwargs: ClassToken(patchconvnet.Aggregation(**kwargs)),
 }
 RENAMED: dict[str, Callable[[dict, nn.Module], dict]] = {  # how others than BiFormer's layers get our key names
     ninformer.__name__: ninformer.checkpoint_filter_fn,
     __name__: lambda state_dict, layer: _moh_names(state_dict),
     patchconvnet.__name__: lambda state_dict, layer: patchconvnet.in_our_names(state_dict),
+    rmt.__name__: lambda state_dict, layer: rmt.in_our_names(state_dict),
+    layers.__name__: lambda state_dict, layer: rmt.in_our_names(state_dict),
     transnext.__name__: lambda state_dict, layer: transnext.in_our_names(state_dict),
+}
+
+
+ELSEWHERE = {  # records of other tests
+    "definition (the released kernel is Triton, GPU only)",
+    "classfication_release/RMT.py RetNetRelPos2d",
 }
 
 
 def make_layer(record: dict) -> nn.Module:
     layer = LAYERS[record["reference"]["class"]](record["reference"]["kwargs"]).eval()
-    inner = layer.layer if isinstance(layer, ChannelsLast | Tokens | ClassToken) else layer
+    inner = layer.layer if isinstance(layer, ChannelsLast | Tokens | ClassToken | Turned) else layer
     rename = RENAMED.get(type(inner).__module__, biformer.checkpoint_filter_fn)
     inner.load_state_dict(rename(filled_state_dict(record), inner))
     return layer
@@ -273,7 +343,9 @@ def network_records() -> Iterator:
 
 
 def has_gradients(name: str) -> bool:
-    return any(key.startswith("grad_") for key in load_record(name)["cases"][0]["outputs"])
+    return reference_class(name) in LAYERS and any(
+        key.startswith("grad_") for key in load_record(name)["cases"][0]["outputs"]
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -285,7 +357,7 @@ def _float64() -> Iterator[None]:
 
 def test_every_record_is_used():
     assert NAMES
-    assert {reference_class(name) for name in NAMES} == {*MODELS, *LAYERS}
+    assert {reference_class(name) for name in NAMES} == {*MODELS, *LAYERS, *ELSEWHERE}
 
 
 @pytest.mark.parametrize("name", list(network_records()))
@@ -307,7 +379,7 @@ def test_network(name, tmp_path):
 @torch.no_grad()
 def network_outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
     if not hasattr(model, "forward_features"):  # features_only
-        return {f"feat{i}": feature for i, feature in enumerate(model(image))}
+        return {f"{name}{i}": feature for i, feature in enumerate(model(image)) for name in ("feat", "out")}
     features, stages = model.forward_intermediates(image)
     outputs = {f"{name}{i}": stage for i, stage in enumerate(stages) for name in ("feat", "block")}
     outputs |= {"norm": features, "logits": model.forward_head(features)}
@@ -323,6 +395,10 @@ def network_outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
     elif isinstance(model, transnext.TransNeXt):
         outputs["stem"] = model.stages[0].patch_embed(image).permute(0, 3, 1, 2)
         outputs["pooled"] = model.forward_head(features, pre_logits=True)
+    elif isinstance(model, rmt.RMT):
+        outputs = {key: x.permute(0, 2, 3, 1) if key.startswith("feat") else x for key, x in outputs.items()}
+        outputs["norm"] = model.projection.norm(model.projection.fc(stages[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        outputs["logits"] = model(image)
     elif isinstance(model, patchconvnet.PatchConvNet):
         outputs |= patchconvnet_outputs(model, image)
     return outputs
@@ -373,7 +449,7 @@ def test_layer_with_gradients(name, backend):
     """Gradients of sum(out * w) for the record's w, with every backend that runs on a CPU."""
     record = load_record(name)
     layer = make_layer(record)
-    inner = layer.layer if isinstance(layer, Tokens) else layer
+    inner = layer.layer if isinstance(layer, Tokens | Turned) else layer
     for case in record["cases"]:
         layer.zero_grad()
         x = case_input(case).requires_grad_()

@@ -28,11 +28,15 @@ BLOCKS = {
     "dinat_mini": 18,
     "ninformer_small_patch16_224": 8,
     "patchconvnet_s60": 6,
+    "rmt_tiny": 14,
     "transnext_micro": 21,
 }
 SHORT = {"depths": (1, 1, 2, 1)}
 CUT = {**TWINS, "patchconvnet_s60": {"depth": 6}, "moh_transnext_small_75": SHORT, "transnext_small": SHORT}
-MORE = {"transnext_micro": 1.9}  # times these launches: its block has two projections, a pooled map and an MLP more
+MORE = {  # times these launches
+    "rmt_tiny": 1.2,  # three convolutions and the rotation of q and k, attention to rows, then to columns
+    "transnext_micro": 1.9,  # two projections, a pooled map and an MLP
+}
 CALLS = [
     (False, None),
     (True, torch.bfloat16),

@@ -37,6 +37,7 @@ SHORTER = {  # arguments by family: fewer blocks test as much, in less time
     "convit": {"depth": 4, "local_up_to_layer": 2},
     "nat_isotropic": {"depth": 4},
     "patchconvnet": {"depth": 4},
+    "rmt": {"depths": (1, 1, 2, 1)},
     "transnext": {"depths": (1, 1, 2, 1)},
     "moh": {"depths": (1, 1, 2, 1)},
 }
@@ -48,6 +49,7 @@ NARROWER = {  # the same for widths, of the models that are tested by default
     "davit": {"embed_dims": (48, 96, 192, 384), "num_heads": (2, 4, 8, 16)},
     "nat_isotropic": {"embed_dim": 96, "num_heads": 3},
     "patchconvnet": {"embed_dim": 96},
+    "rmt": {"embed_dims": (16, 32, 48, 64), "num_heads": (2, 2, 3, 4), "projection": 96},
     "transnext": {"embed_dims": (24, 48, 96, 192), "num_heads": (1, 2, 4, 8)},
     "moh": {
         "embed_dims": (24, 48, 96, 192),

@@ -62,6 +62,14 @@ def cross_covariance(dtype, batch=2, size=(7, 9), heads=2, dim=16) -> dict[str, 
     return {**packed(dtype, batch, size, heads, dim), "temperature": draw(heads, 1, 1, dtype=dtype)}
 
 
+def decayed(dtype, batch=2, size=(5, 7), heads=2, dim=16, along="map") -> dict[str, Any]:
+    return {
+        **packed(dtype, batch, size, heads, dim),
+        "decay": [-0.3 / (head + 1) for head in range(heads)],
+        "along": along,
+    }
+
+
 def gated(dtype, batch=2, size=(5, 7), heads=2, dim=16) -> dict[str, Any]:
     maps, tokens = packed(dtype, batch, size, heads, dim), math.prod(size)
     return {**maps, "position_logits": draw(heads, tokens, tokens, dtype=dtype), "gate": draw(heads, dtype=dtype)}
@@ -210,6 +218,16 @@ CHANNELS = {
 PATTERNS = {
     "channel": Pattern(kernels.channel_attention, channel, **CHANNELS),
     "cross_covariance": Pattern(kernels.cross_covariance_attention, cross_covariance, **CHANNELS),
+    "decayed": Pattern(
+        kernels.decayed_attention,
+        decayed,
+        any=sizes(tuples(2, 13), along=st.sampled_from(["map", "rows", "columns"])),
+        forms=[{"along": "map"}, {"size": (20, 18), "along": "rows"}, {"size": (20, 18), "along": "columns"}],
+        more=[{"size": (2, 17)}],  # of fewer than 16 tokens see gated
+        stages=[{"size": (14, 14), "dim": 32}, {"size": (28, 28), "dim": 32, "along": "columns"}],
+        budgets={"CHUNK": 2**13},
+        tolerance=2e-5,
+    ),
     "gated": Pattern(
         kernels.gated_positional_attention,
         gated,
@@ -413,7 +431,7 @@ def test_chunks_of_any_size_give_the_same(pattern, sizes, share, monkeypatch):
     agree(pattern, sizes, torch.float64)
 
 
-@each("forms", "more", without=("channel", "cross_covariance", "gated", "outlook"))
+@each("forms", "more", without=("channel", "cross_covariance", "decayed", "gated", "outlook"))
 def test_more_windows_than_a_launch_can_have_are_done_in_parts(pattern, sizes, form, monkeypatch):
     monkeypatch.setattr("visionattn.kernels._plain.HEADS", 3)
     agree(pattern, sizes, torch.float64)
