@@ -13,7 +13,7 @@ from visionattn.kernels._dispatch import bodies, describe_backends, set_backend
 from visionattn.kernels._proof import path as verdict_file
 from visionattn.kernels._proof import verdicts
 from visionattn.kernels._record import record_attention
-from visionattn.kernels.channel import channel_attention, cross_covariance_attention
+from visionattn.kernels.channel import channel_attention, cross_covariance_attention, linear_attention
 from visionattn.kernels.decayed import decayed_attention
 from visionattn.kernels.gated import gated_positional_attention
 from visionattn.kernels.halo import halo_attention
@@ -30,6 +30,7 @@ __all__ = [
     "describe_backends",
     "gated_positional_attention",
     "halo_attention",
+    "linear_attention",
     "neighborhood_attention",
     "outlook_attention",
     "record_attention",

@@ -1,12 +1,14 @@
-"""Attention over channels: inside a group each channel attends to the channels, its features being all tokens.
+"""Attention through a matrix of channels by channels, linear in the number of tokens.
 
-Two patterns, linear in the number of tokens:
+Three patterns. Of channels, each of which attends to those of its group, its features being all tokens:
 channel_attention: Ding et al., DaViT: Dual Attention Vision Transformers, ECCV 2022, https://arxiv.org/abs/2204.03645;
 cross_covariance_attention: El-Nouby et al., XCiT: Cross-Covariance Image Transformers, NeurIPS 2021,
     https://arxiv.org/abs/2106.09681.
+Of tokens, whose products with keys are weights without a softmax, so that keys and values can be multiplied first:
+linear_attention: Katharopoulos et al., Transformers are RNNs, ICML 2020, https://arxiv.org/abs/2006.16236.
 
-Both are two matmuls around a softmax over a matrix of head_dim x head_dim, and have no Triton kernel: none has been
-measured against the matmuls yet.
+All are two matmuls around a matrix of head_dim x head_dim, and have no Triton kernel: none has been measured against
+the matmuls yet.
 
 Sizes in comments: B images, L tokens, N groups (heads), D channels of a group.
 """
@@ -15,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from visionattn.kernels import _record
 from visionattn.kernels._check import check_alike, check_tensor, precise
 from visionattn.kernels._dispatch import Forms, dispatch
 from visionattn.kernels._plain import together
 
-__all__ = ["channel_attention", "cross_covariance_attention"]
+__all__ = ["channel_attention", "cross_covariance_attention", "linear_attention"]
 
 EPSILON = 1e-12  # least norm, as in torch.nn.functional.normalize
 LARGE = 8 * 2**20  # bytes of a map
@@ -54,6 +57,33 @@ def _cross_plain(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor
     q, k, v = together(_groups, q, k, v)
     q, k = (torch.nn.functional.normalize(x, dim=2, eps=EPSILON) for x in (q, k))
     return _mix_groups((q.mT @ k) * temperature, v)
+
+
+def _linear_reference(
+    q: Tensor, k: Tensor, v: Tensor, query_weights: Tensor | None, key_weights: Tensor | None
+) -> tuple[Tensor, Tensor | None, None]:
+    if query_weights is not None:
+        q = q * query_weights[..., None]
+    if key_weights is not None:
+        k = k * key_weights[..., None]
+    if not _record.active():  # what runs under torch.func and TorchScript too: linear in tokens
+        return torch.einsum("bqnd,bnde->bqne", q, torch.einsum("bknd,bkne->bnde", k, v) / k.shape[1]), None, None
+    weights = torch.einsum("bqnd,bknd->bnqk", q, k) / k.shape[1]
+    return torch.einsum("bnqk,bknd->bqnd", weights, v), weights, None
+
+
+def _linear_on_cpu(q: Tensor, k: Tensor, v: Tensor, query_weights: Tensor | None, key_weights: Tensor | None) -> Tensor:
+    v = v if key_weights is None else v * key_weights[..., None]
+    output = _mix(_products(v, k) / k.shape[1], q)
+    return output if query_weights is None else output * query_weights[..., None]
+
+
+def _linear_plain(q: Tensor, k: Tensor, v: Tensor, query_weights: Tensor | None, key_weights: Tensor | None) -> Tensor:
+    v = v if key_weights is None else v * key_weights[..., None]
+    q, k, v = together(_groups, q, k, v)
+    products = _GroupProducts.apply(k.flatten(0, 1), v.flatten(0, 1)).view(*k.shape[:2], k.shape[3], v.shape[3])
+    output = (q @ (products / k.shape[2]).to(q.dtype)).transpose(1, 2)
+    return output if query_weights is None else output * query_weights[..., None]
 
 
 def _groups(x: Tensor) -> Tensor:
@@ -255,3 +285,34 @@ def cross_covariance_attention(
     forms = Forms(_cross_reference, _cross_on_cpu, _cross_plain, "channel")
     output = dispatch("cross_covariance", backend, forms, *maps, temperature)
     return output.reshape(q.shape)
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_weights: Tensor | None = None,
+    key_weights: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """query_weights * q (mean over keys of k^T (key_weights * v)): attention without a softmax, linear in the tokens.
+
+    q, k, v: maps (B, H, W, heads, head_dim) or sequences (B, L, heads, head_dim), any strides, of one shape. What makes
+        q and k positive, and what rows are divided by, is the caller's: papers differ in it.
+    query_weights, key_weights: maps (B, H, W, heads) or sequences (B, L, heads); have gradients.
+    backend: "auto", "reference", "torch" or "triton".
+
+    Returns q's shape. Recorded weights are (B, heads, N, N), all factors and 1 / N included; rows need not sum to 1.
+    Raises ValueError for shapes, dtypes or devices that do not fit.
+    Source: Katharopoulos et al., Transformers are RNNs, https://arxiv.org/abs/2006.16236, equations 4 and 5.
+    """
+    check_alike(q, k, v, axes=(2, 1))
+    weights: list[Tensor | None] = []
+    for name, x in (("query_weights", query_weights), ("key_weights", key_weights)):
+        if x is not None:
+            check_tensor(name, x, q.shape[:-1], q)
+        weights.append(None if x is None else x.flatten(1, -2))
+    maps = (x.flatten(1, -3) for x in (q, k, v))
+    forms = Forms(_linear_reference, _linear_on_cpu, _linear_plain)
+    return dispatch("linear", backend, forms, *maps, *weights).reshape(q.shape)

@@ -36,6 +36,7 @@ REFERENCES = {
     "biformer_stl": ["BiFormerSTL"],
     "biformer_*": ["BiFormer", "BiFormer_mm"],
     "crossformer*": ["CrossFormer", "models.crossformer_backbone_seg.CrossFormer"],
+    "lgvit_*": ["SAM/LGViT.py LGViT"],
     "*nat_isotropic_*": ["NATIsotropic"],
     "vitrpb_*": ["NATIsotropic"],
     "dinat_s_*": ["DiNAT_s"],

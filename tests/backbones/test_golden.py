@@ -4,6 +4,7 @@ A family adds its records and, below, how the arguments of a reference class bec
 are loaded through `timm.create_model(pretrained=True)`, `LAYERS` for single modules. Both are keyed by class name.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -19,7 +20,7 @@ from visionattn.backbones import (
     biformer,
     crossformer,
     layers,
-    moh,
+    lgvit,
     nat,
     nat_isotropic,
     ninformer,
@@ -56,6 +57,10 @@ def _crossformer(kwargs: dict) -> tuple[str, dict]:
 
 def _crossformer_dense(kwargs: dict) -> tuple[str, dict]:
     return "crossformer_tiny", {**_crossformer(kwargs)[1], "features_only": True}
+
+
+def _lgvit(kwargs: dict) -> tuple[str, dict]:
+    return "lgvit_96", {**{key: kwargs[key] for key in kwargs if key != "img_size"}, "num_classes": 0}
 
 
 def _nat(name: str) -> Callable[[dict], tuple[str, dict]]:
@@ -118,6 +123,7 @@ MODELS: dict[str, Callable[[dict], tuple[str, dict]]] = {
     "BiFormer_mm": _biformer_dense,
     "CrossFormer": _crossformer,
     "models.crossformer_backbone_seg.CrossFormer": _crossformer_dense,
+    "SAM/LGViT.py LGViT": _lgvit,
     "NAT": _nat("nat_mini"),
     "DiNAT": _nat("dinat_mini"),
     "DiNAT_s": _nat("dinat_s_tiny"),
@@ -189,20 +195,23 @@ class ClassToken(nn.Module):
 
 
 class Turned(nn.Module):
-    """A layer of RMT, given the turns of its positions."""
+    """A layer that is given the turns of its positions, which `turns` makes for a map; tokens are of a square one."""
 
-    def __init__(self, layer: nn.Module, head_dim: int) -> None:
+    def __init__(self, layer: nn.Module, turns: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, head_dim
+        self.layer, self.turns = layer, turns
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x, rmt.turns_of_places(x, self.head_dim))
+        if x.ndim == 3:
+            return self(x.unflatten(1, [math.isqrt(x.shape[1])] * 2)).flatten(1, 2)
+        return self.layer(x, self.turns(x))
 
 
 def _retention(by_axis: bool) -> Callable[[dict], nn.Module]:
     def make(kwargs: dict) -> nn.Module:
         dim, heads = kwargs["embed_dim"], kwargs["num_heads"]
-        return Turned(rmt.Retention(dim, heads, kwargs["heads_range"], by_axis), dim // heads)
+        layer = rmt.Retention(dim, heads, kwargs["heads_range"], by_axis)
+        return Turned(layer, lambda x: rmt.turns_of_places(x, dim // heads))
 
     return make
 
@@ -210,7 +219,7 @@ def _retention(by_axis: bool) -> Callable[[dict], nn.Module]:
 def _retention_block(kwargs: dict) -> nn.Module:
     dim = kwargs["embed_dim"]
     attn = _retention(kwargs["retention"] == "chunk")(kwargs)
-    return Turned(rmt.Block(dim, attn.layer, kwargs["ffn_dim"] / dim, 1e-6), attn.head_dim)
+    return Turned(rmt.Block(dim, attn.layer, kwargs["ffn_dim"] / dim, 1e-6), attn.turns)
 
 
 def _aggregated(kwargs: dict) -> nn.Module:
@@ -298,12 +307,20 @@ LAYERS: dict[str, Callable[[dict], nn.Module]] = {
         kwargs["embed_dim"], kwargs["ffn_dim"]
     ),
     "classfication_release/RMT.py DWConv2d": lambda kwargs: DepthwiseConv(kwargs["dim"], kwargs["kernel_size"]),
+    "SAM/LGViT.py LinearAttention": lambda kwargs: Turned(
+        lgvit.LinearAttention(kwargs["dim"], kwargs["num_heads"]), lgvit.turns_of_places
+    ),
+    "SAM/LGViT.py LGViTBlock": lambda kwargs: Turned(
+        lgvit.Block(kwargs["dim"], kwargs["num_heads"], kwargs["mlp_ratio"]), lgvit.turns_of_places
+    ),
+    "SAM/LGViT.py MBConv": lambda kwargs: ChannelsLast(lgvit.ConvBlock(kwargs["in_chans"], kwargs["expand_ratio"])),
     "Learned_Aggregation_Layer": lambda kwargs: ClassToken(patchconvnet.Aggregation(**kwargs)),
 }
 RENAMED: dict[str, Callable[[dict, nn.Module], dict]] = {  # how others than BiFormer's layers get our key names
     ninformer.__name__: ninformer.checkpoint_filter_fn,
     __name__: lambda state_dict, layer: _moh_names(state_dict),
     patchconvnet.__name__: lambda state_dict, layer: patchconvnet.in_our_names(state_dict),
+    lgvit.__name__: lambda state_dict, layer: lgvit.in_our_names(state_dict),
     rmt.__name__: lambda state_dict, layer: rmt.in_our_names(state_dict),
     layers.__name__: lambda state_dict, layer: rmt.in_our_names(state_dict),
     transnext.__name__: lambda state_dict, layer: transnext.in_our_names(state_dict),
@@ -381,8 +398,8 @@ def network_outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
     if not hasattr(model, "forward_features"):  # features_only
         return {f"{name}{i}": feature for i, feature in enumerate(model(image)) for name in ("feat", "out")}
     features, stages = model.forward_intermediates(image)
-    outputs = {f"{name}{i}": stage for i, stage in enumerate(stages) for name in ("feat", "block")}
-    outputs |= {"norm": features, "logits": model.forward_head(features)}
+    outputs = {f"{name}{i}": stage for i, stage in enumerate(stages) for name in ("feat", "block", "stage")}
+    outputs |= {"norm": features, "out": features, "logits": model.forward_head(features)}
     if isinstance(model, nat.NAT):
         outputs["stem"] = model.patch_embed(image).permute(0, 3, 1, 2)
         outputs["pooled"] = model.forward_head(features, pre_logits=True)
@@ -449,7 +466,7 @@ def test_layer_with_gradients(name, backend):
     """Gradients of sum(out * w) for the record's w, with every backend that runs on a CPU."""
     record = load_record(name)
     layer = make_layer(record)
-    inner = layer.layer if isinstance(layer, Tokens | Turned) else layer
+    inner = layer.layer if isinstance(layer, ChannelsLast | Tokens | Turned) else layer
     for case in record["cases"]:
         layer.zero_grad()
         x = case_input(case).requires_grad_()

@@ -26,6 +26,7 @@ BLOCKS = {
     "crossformer_tiny": 16,
     "nat_mini": 18,
     "dinat_mini": 18,
+    "lgvit_192": 12,
     "ninformer_small_patch16_224": 8,
     "patchconvnet_s60": 6,
     "rmt_tiny": 14,
@@ -34,6 +35,7 @@ BLOCKS = {
 SHORT = {"depths": (1, 1, 2, 1)}
 CUT = {**TWINS, "patchconvnet_s60": {"depth": 6}, "moh_transnext_small_75": SHORT, "transnext_small": SHORT}
 MORE = {  # times these launches
+    "lgvit_192": 1.3,  # two gates, a convolution of values and the rotation of q and k, on few channels
     "rmt_tiny": 1.2,  # three convolutions and the rotation of q and k, attention to rows, then to columns
     "transnext_micro": 1.9,  # two projections, a pooled map and an MLP
 }

@@ -34,6 +34,7 @@ SHORTER = {  # arguments by family: fewer blocks test as much, in less time
     "nat": {"depths": (1, 2, 2, 1)},
     "davit": {"depths": (1, 1, 1, 1)},
     "xcit": {"depth": 3},
+    "lgvit": {"depths": (1, 1, 1, 1)},
     "convit": {"depth": 4, "local_up_to_layer": 2},
     "nat_isotropic": {"depth": 4},
     "patchconvnet": {"depth": 4},
@@ -47,6 +48,7 @@ NARROWER = {  # the same for widths, of the models that are tested by default
     "halonet": {"channels": (32, 64, 128, 256)},
     "nat": {"embed_dim": 32, "num_heads": (1, 2, 4, 8)},
     "davit": {"embed_dims": (48, 96, 192, 384), "num_heads": (2, 4, 8, 16)},
+    "lgvit": {"embed_dim": 48, "num_heads": (3, 3, 6, 12)},
     "nat_isotropic": {"embed_dim": 96, "num_heads": 3},
     "patchconvnet": {"embed_dim": 96},
     "rmt": {"embed_dims": (16, 32, 48, 64), "num_heads": (2, 2, 3, 4), "projection": 96},
@@ -60,6 +62,7 @@ NARROWER = {  # the same for widths, of the models that are tested by default
 }
 STRIDES = {  # by family or model, of the maps that `features_only` gives; all others are pyramids
     "volo": [8, 16, 16, 16],
+    "lgvit": [16, 16, 16, 16],
     "nat_isotropic": [16, 16, 16],
     "convit": [16, 16, 16],
     "patchconvnet": [16, 16, 16],

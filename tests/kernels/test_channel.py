@@ -1,4 +1,5 @@
-"""channel_attention and cross_covariance_attention against their definitions written as loops, and their misuse."""
+"""channel_attention, cross_covariance_attention and linear_attention against their definitions written as loops, and
+their misuse."""
 
 import itertools
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from visionattn.kernels import channel_attention, cross_covariance_attention
+from visionattn.kernels import channel_attention, cross_covariance_attention, linear_attention
 
 
 def make_inputs(batch, size, heads, dim, dtype=torch.float64) -> list[Tensor]:
@@ -45,6 +46,28 @@ def test_cross_covariance_attention_follows_the_definition(size, backend):
     q, k = (x / x.square().sum(1, keepdim=True).sqrt() for x in (q, k))
     expected = loops(q, k, v, temperature.flatten()).view(output.shape)
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("size", [(7,), (1,), (3, 5)])
+def test_linear_attention_follows_the_definition(size, backend):
+    q, k, v, _ = make_inputs(2, size, 2, 4)
+    of_queries, of_keys = torch.rand(2, 2, *size, 2, dtype=torch.float64)
+    output = linear_attention(q, k, v, of_queries, of_keys, backend=backend)
+    q, k, v, of_queries, of_keys = (x.flatten(1, len(size)) for x in (q, k, v, of_queries, of_keys))
+    expected = torch.zeros_like(v)
+    for image, query, head in itertools.product(*map(range, q.shape[:3])):
+        for key in range(k.shape[1]):
+            weight = of_queries[image, query, head] * (q[image, query, head] @ k[image, key, head])
+            expected[image, query, head] += weight * of_keys[image, key, head] * v[image, key, head] / k.shape[1]
+    torch.testing.assert_close(output, expected.view(output.shape), rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_linear_attention_of_many_tokens_stays_finite_in_half_precision():
+    """Sums of so many products are larger than float16 has: they are means, made in float32."""
+    q = torch.full((1, 300, 300, 1, 16), 2.0, dtype=torch.float16)
+    torch.testing.assert_close(linear_attention(q, q, q), torch.full_like(q, 128))
 
 
 def test_groups_cut_the_channels_whatever_the_axes_of_q():
@@ -95,3 +118,9 @@ def test_a_temperature_of_another_shape_is_refused():
     q, k, v, _ = make_inputs(2, (6, 6), 2, 8, torch.float32)
     with pytest.raises(ValueError, match=r"temperature is .*\(2,\): expected the shape \(2, 1, 1\)"):
         cross_covariance_attention(q, k, v, torch.ones(2))
+
+
+def test_weights_of_another_shape_are_refused():
+    q, k, v, _ = make_inputs(2, (6, 6), 2, 8, torch.float32)
+    with pytest.raises(ValueError, match=r"key_weights is .*\(2, 6, 6\): expected the shape \(2, 6, 6, 2\)"):
+        linear_attention(q, k, v, key_weights=torch.ones(2, 6, 6))

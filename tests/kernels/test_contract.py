@@ -84,6 +84,13 @@ def halo(dtype, batch=2, size=(7, 9), heads=2, dim=16, block=4, halo=1, step=1, 
     return arguments
 
 
+def linear(dtype, batch=2, size=(7, 9), heads=2, dim=16, weighted=False) -> dict[str, Any]:
+    arguments = packed(dtype, batch, size, heads, dim)
+    if weighted:
+        arguments |= {name: draw(batch, *size, heads, dtype=dtype) for name in ("query_weights", "key_weights")}
+    return arguments
+
+
 def neighborhood(
     dtype, batch=2, size=(7, 9), heads=2, dim=16, kernel=(3, 3), dilation=1, stride=1, biased=True
 ) -> dict[str, Any]:
@@ -253,6 +260,17 @@ PATTERNS = {
         budgets={"CHUNK": 2**18, "SAVED": 2**18},
         tolerance=2e-4,
     ),
+    "linear": Pattern(
+        kernels.linear_attention,
+        linear,
+        **CHANNELS
+        | {
+            "any": sizes(ANY_TOKENS[13], weighted=st.booleans()),
+            "forms": [{"weighted": True}],
+            "more": [{}, {"size": (5,)}],
+            "mixed": by_tokens,
+        },
+    ),
     "neighborhood": Pattern(
         kernels.neighborhood_attention,
         neighborhood,
@@ -344,7 +362,17 @@ def each(*lists: str, without: tuple[str, ...] = ()) -> Any:
     return pytest.mark.parametrize(("pattern", "sizes"), calls)
 
 
-BATCHED = ("q", "k", "v", "logits", "mask", "routes", "route_weights")  # tensors with an axis of images
+BATCHED = (
+    "q",
+    "k",
+    "v",
+    "logits",
+    "mask",
+    "routes",
+    "route_weights",
+    "query_weights",
+    "key_weights",
+)  # tensors with an axis of images
 
 each_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 each_half = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)])
@@ -431,7 +459,7 @@ def test_chunks_of_any_size_give_the_same(pattern, sizes, share, monkeypatch):
     agree(pattern, sizes, torch.float64)
 
 
-@each("forms", "more", without=("channel", "cross_covariance", "decayed", "gated", "outlook"))
+@each("forms", "more", without=("channel", "cross_covariance", "decayed", "gated", "linear", "outlook"))
 def test_more_windows_than_a_launch_can_have_are_done_in_parts(pattern, sizes, form, monkeypatch):
     monkeypatch.setattr("visionattn.kernels._plain.HEADS", 3)
     agree(pattern, sizes, torch.float64)
@@ -593,7 +621,7 @@ def test_autocast_computes_in_its_dtype(pattern, sizes, backend):
 
 
 @both_forms
-@each("forms", "stages")
+@each("forms", "stages", without=("linear",))  # which has no softmax
 def test_extreme_logits_stay_finite(pattern, sizes):
     arguments = make_arguments(pattern, sizes, torch.float32)
     extreme = {name: x * 1e4 for name, x in floating(arguments).items() if name not in ("v", "gate")}
@@ -607,7 +635,7 @@ def test_extreme_logits_stay_finite(pattern, sizes):
 
 
 @both_forms
-@each("forms", "stages", without=("halo", "outlook"))  # whose keys outside of the map take a share
+@each("forms", "stages", without=("halo", "linear", "outlook"))  # whose rows need not sum to 1: keys outside of the map
 def test_equal_values_come_out_as_they_are(pattern, sizes):
     arguments = make_arguments(pattern, sizes, torch.float32)
     arguments["v"] = torch.full_like(arguments["v"], 3)
@@ -621,6 +649,8 @@ def some_place(name: str, x: Tensor) -> tuple[int, ...]:
         return 0, 1, 1, 0
     if name in ("q", "k", "v"):
         return 0, *[1] * (x.ndim - 3), 0
+    if name in ("query_weights", "key_weights"):
+        return 0, *[1] * (x.ndim - 2), 0
     middle = tuple(n // 2 for n in x.shape)
     return middle if name in ("rel_height", "rel_width") else (0, *middle[1:])
 
