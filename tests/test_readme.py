@@ -4,6 +4,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +129,16 @@ def test_the_commands_on_boxes_work(tmp_path, monkeypatch):
     assert len(list(Path("found").rglob("*.png"))) == 10
     assert visionattn(predict_coco) == 0
     assert len(json.loads(Path("found.json").read_text())["images"]) == 10
+
+
+def test_the_commands_after_the_training_work(tmp_path, monkeypatch, pictures, run):
+    monkeypatch.chdir(tmp_path)
+    export, predict = blocks("bash")[6].strip().splitlines()
+    shutil.copytree(run, re.search(r"runs/\S+", export)[0])
+    shutil.copytree(pictures / "test", "new_scenes")
+    assert visionattn(export) == 0
+    assert subprocess.run([sys.executable, *shlex.split(predict)[1:]]).returncode == 0
+    assert len(Path("answers.csv").read_text().splitlines()) == 1 + 24
 
 
 def test_the_recipes_in_the_readme_are_valid():

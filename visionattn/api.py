@@ -35,6 +35,8 @@ from visionattn.runs.directory import RunDirectory
 if TYPE_CHECKING:
     import pandas
 
+    from visionattn.tools.export import Exported
+
 __all__ = ["Predicted", "PredictedTable", "Run", "Table", "check", "fit", "load"]
 
 ImageLike = str | Path | Image.Image | np.ndarray
@@ -286,6 +288,37 @@ class Run:
         classes = kind.class_names(spec)
         results += [Predicted(problem.split(":")[0], classes, error=problem) for problem in problems]
         return results
+
+    def export(
+        self,
+        to: str = "onnx",
+        out: str | Path | None = None,
+        *,
+        size: int | str | Sequence[int | str] = (),
+        data: str | Path | None = None,
+    ) -> Exported:
+        """Write the network as a file that runs without visionattn, into a new folder.
+
+        Images (B, C, H, W) float32, values in 0..1 of uint8 and 16-bit files and as they are of scenes; normalisation,
+        temperature and probabilities are in the graph. Beside it: model.json (all that has to be known, also in the
+        file's metadata), check.json (what was measured), and of ONNX predict.py, which needs numpy and onnxruntime.
+
+        Args:
+            to: onnx, pt2, torchscript or safetensors (weights only).
+            out: the folder; unset: `export-FORMAT` in the run directory, or beside the checkpoint.
+            size: of images, such as 224 or "224,320"; "any": of all sizes; several: a file each; unset: that of the
+                recipe.
+            data: images to check on; unset: the recipe's validation images.
+
+        Raises:
+            UserError: the network cannot be exported so, or the file's results are not the network's; then nothing is
+                left.
+        """
+        from visionattn.tools.export import export
+
+        base = self.path if self.path.is_dir() else self.path.parent
+        out = base / f"export-{to}" if out is None else _path(out, "out")
+        return export(self.trained, to, out, size, None if data is None else _path(data, "data"))
 
     def _repr_html_(self) -> str:
         metrics = (

@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
             _add_doctor,
             _add_benchmark,
         ),
-        _add_completion,
+        *(_add_export, _add_completion),
     ):
         add(commands)
     return parser
@@ -311,6 +311,30 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 def _is_model(path: Path) -> bool:
     return path.suffix == ".ckpt" or (path / "environment.json").is_file()
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        "export",
+        "write a trained network as a file that runs without visionattn, checked on validation images",
+        "runs/scenes-20261121-120000 --to onnx -o scenes_onnx",
+        "runs/scenes-20261121-120000 --size 224 --size 448,320",
+    )
+    command.add_argument("model", type=Path, metavar="RUN|CHECKPOINT")
+    command.add_argument("--to", default="onnx", metavar="FORMAT", help="onnx (default), pt2, torchscript, safetensors")
+    command.add_argument("-o", "--out", type=Path, metavar="DIR", help="folder to make (default: export-FORMAT in RUN)")
+    command.add_argument("--size", action="append", default=[], metavar="H,W", help="of images; several: a file each")
+    command.add_argument("--data", type=Path, metavar="IMAGES", help="to check on (default: the validation images)")
+    command.set_defaults(function=_export)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from visionattn.api import load
+
+    exported = load(arguments.model).export(arguments.to, arguments.out, size=arguments.size, data=arguments.data)
+    for name, check in exported.checks.items():
+        print(f"{exported.path / name}: {', '.join(f'{key} {value}' for key, value in check.items())}")
 
 
 def _add_check(commands: argparse._SubParsersAction) -> None:

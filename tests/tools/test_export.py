@@ -1,0 +1,294 @@
+"""Exported networks: right in ONNX Runtime, alone with numpy, and with nothing in them of the machine they are from."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from odd_images import write_odd_images
+from PIL import Image
+
+import visionattn
+from visionattn import UserError
+from visionattn.cli import main
+from visionattn.tasks.detection import deployed as detection
+from visionattn.tasks.detection import export as of_detectors
+from visionattn.tasks.segmentation import deployed as segmentation
+from visionattn.tasks.segmentation import export as of_segmenters
+from visionattn.tools import export
+
+NARROW = {"depth": [1, 1, 1, 1], "embed_dim": [8, 8, 16, 16], "head_dim": 8, "n_win": 2, "topks": [1, 2, 4, -2]}
+SMALL = {"pyramid_channels": 32, "segmentation_channels": 32}
+COMMON = {
+    "optim": {"lr": 3e-3},
+    "train": {"epochs": 1},
+    "evaluate": {"bootstrap": 0},
+    "trainer": {"enable_progress_bar": False, "accelerator": "cpu"},
+}
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory) -> export.Exported:
+    return visionattn.load(run).export(out=tmp_path_factory.mktemp("exported") / "stripes")
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("odd")
+    assert write_odd_images(folder) == 50
+    return folder
+
+
+def table(path: Path) -> list[list[str]]:
+    with path.open(newline="") as stream:
+        return list(csv.reader(stream))
+
+
+def predict_alone(folder: Path, images: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
+    """By a Python that does not find visionattn, torch or torchvision."""
+    block = "import sys, runpy; sys.modules |= dict.fromkeys(['visionattn', 'torch', 'torchvision', 'timm']); "
+    run = "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", block + run, folder / "predict.py", images, "-o", out, *options]
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True)
+
+
+def test_what_is_written(exported):
+    assert sorted(path.name for path in exported.path.iterdir()) == [
+        *("check.json", "model.json", "model.onnx", "predict.py"),
+    ]
+    check = json.loads((exported.path / "check.json").read_text())["model.onnx"]
+    assert check == exported.checks["model.onnx"]
+    assert 0 <= check["largest_relative_error"] < 1e-4
+    assert (check["batches"], check["images"]) == ([1, 3], 3)
+    about = json.loads((exported.path / "model.json").read_text())
+    assert (about["task"], about["classes"], about["channels"]) == ("classification", ["level", "upright"], 1)
+    assert (about["size"], about["resize"], about["temperature"]) == ([32, 32], "squash", 1.0)
+    assert len(about["checkpoint_sha256"]) == 64
+
+
+def test_the_table_alone_is_that_of_predict(exported, run, odd, tmp_path):
+    (odd / "torn.png").write_bytes(b"\x89PNG")
+    assert main(["predict", str(run), str(odd), "-o", str(tmp_path / "ours.csv")]) == 1
+    result = predict_alone(exported.path, odd, tmp_path / "alone.csv")
+    assert (result.returncode, result.stderr.count("torn.png")) == (1, 1), result.stderr
+    ours, alone = table(tmp_path / "ours.csv"), table(tmp_path / "alone.csv")
+    assert len(ours) == 52
+    assert [row[:2] for row in alone] == [row[:2] for row in ours]
+    for one, other in zip(ours[1:], alone[1:], strict=True):
+        assert one[2:] == other[2:] == ["", ""] or np.allclose(np.float64(one[2:]), np.float64(other[2:]), atol=2e-3)
+    result = predict_alone(exported.path, odd, tmp_path / "alone.csv")
+    assert result.returncode == 2
+    assert "never overwritten" in result.stderr
+
+
+def test_calibrated_probabilities_are_in_the_graph(run, tmp_path):
+    checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    torch.save(checkpoint | {"uncertainty": {"temperature": 2.5}}, tmp_path / "best.ckpt")
+    trained = visionattn.load(tmp_path / "best.ckpt").trained
+    graph = export.graph_of(trained)
+    with torch.no_grad():
+        probabilities, logits = graph(torch.rand(2, 1, 32, 32))
+        expected = trained.task.labelling.probabilities(logits / 2.5)
+    assert torch.equal(probabilities, expected)
+
+
+def test_no_file_tells_where_it_is_from(exported, run, pictures, tmp_path):
+    loaded = visionattn.load(run)
+    folders = [exported.path, *(loaded.export(to, tmp_path / to).path for to in ("torchscript", "pt2", "safetensors"))]
+    paths = [Path(__file__).parents[2], Path.home(), run, pictures, Path(torch.__file__).parents[1], tmp_path]
+    for file in (file for folder in folders for file in folder.iterdir()):
+        content = file.read_bytes()
+        assert not [path for path in paths if str(path).encode() in content], file
+        assert not [name for name in (b"00.png", b"upright/") if name in content], file
+
+
+@pytest.mark.parametrize("to", ["pt2", "torchscript"])
+@pytest.mark.filterwarnings("ignore")
+def test_programs_of_torch(to, run, tmp_path):
+    loaded = visionattn.load(run)
+    folder = loaded.export(to, tmp_path / to).path
+    x = torch.rand(5, 1, 32, 32)
+    if to == "pt2":
+        extra = {"visionattn": ""}
+        program = torch.export.load(folder / "model.pt2", extra_files=extra).module()
+        assert json.loads(extra["visionattn"])["classes"] == ["level", "upright"]
+    else:
+        program = torch.jit.load(folder / "model.pt")
+    with torch.no_grad():
+        probabilities, logits = program(x)
+        data = loaded.recipe.data
+        expected = loaded.model((x - data.mean[0]) / data.std[0])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(probabilities, expected.softmax(1), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_alone(run, tmp_path):
+    from safetensors import safe_open
+
+    loaded = visionattn.load(run)
+    folder = loaded.export("safetensors", tmp_path / "weights").path
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        assert json.loads(weights.metadata()["visionattn"])["model"] == "biformer_tiny"
+        own = loaded.model.state_dict()
+        assert set(weights.keys()) == set(own)
+        assert all(torch.equal(weights.get_tensor(key), own[key]) for key in own)
+
+
+def test_what_is_refused_leaves_nothing(exported, run, refused, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert "unknown format; did you mean onnx?" in refused("export", run, "--to", "onx", "-o", out)
+    assert "never overwritten" in refused("export", run, "-o", exported.path)
+    assert "--size 20: expected height,width of at least 32" in refused("export", run, "--size", "20", "-o", out)
+    monkeypatch.setattr(export, "LARGEST_ERROR", 0.0)
+    message = refused("export", run, "--to", "torchscript", "--size", "32,40", "-o", out)
+    assert "the exported file is wrong: at 32 x 40 pixels, batch" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_sizes_are_a_file_each(run, tmp_path):
+    folder = visionattn.load(run).export("torchscript", tmp_path / "sizes", size=[32, "48,40"])
+    assert list(folder.checks) == ["model-32x32.pt", "model-48x40.pt"]
+    assert json.loads((folder.path / "model-48x40.json").read_text())["size"] == [48, 40]
+
+
+def test_images_to_check_on_have_to_be_there(run, pictures, tmp_path):
+    checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    about = checkpoint["visionattn"]
+    moved = about["recipe"].replace(str(pictures), str(tmp_path / "gone"))
+    torch.save(checkpoint | {"visionattn": about | {"recipe": moved}}, tmp_path / "best.ckpt")
+    loaded = visionattn.load(tmp_path / "best.ckpt")
+    with pytest.raises(UserError, match=r"checked on validation images, .*gone.*: give images by --data"):
+        loaded.export("torchscript")
+    assert loaded.export("torchscript", data=pictures / "val").path == tmp_path / "export-torchscript"
+
+
+class Alone:
+    """Stands for an exported file, and computes what its graph does."""
+
+    def __init__(self, trained, part, size):
+        self.graph = export.graph_of(trained)
+        self.about = export.known_of(trained) | part.contract(trained.recipe, size)
+        self.about |= {"size": list(size), "trained_at": list(trained.recipe.data.side)}
+
+    def __call__(self, images):
+        with torch.no_grad():
+            results = self.graph(torch.from_numpy(np.ascontiguousarray(images, np.float32)))
+        return dict(zip(self.graph.OUTPUTS, (result.numpy() for result in results), strict=True))
+
+
+@pytest.fixture(scope="module")
+def blots(tmp_path_factory) -> Path:
+    """Images with masks, and the boxes of the same squares in one file."""
+    root, rng = tmp_path_factory.mktemp("blots"), np.random.default_rng(0)
+    (root / "masks").mkdir()
+    (root / "images").mkdir()
+    content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "blot"}]}
+    for i in range(10):
+        height, width = rng.integers(60, 90, 2).tolist()
+        mask, side = np.zeros((height, width), np.uint8), int(rng.integers(12, 30))
+        top, left = int(rng.integers(height - side)), int(rng.integers(width - side))
+        mask[top : top + side, left : left + side] = 1
+        picture = np.clip(rng.normal(90, 12, mask.shape) + 90 * mask, 0, 255).astype(np.uint8)
+        Image.fromarray(picture).save(root / "images" / f"{i}.png")
+        Image.fromarray(mask).save(root / "masks" / f"{i}.png")
+        content["images"].append({"id": i, "file_name": f"{i}.png", "height": height, "width": width})
+        box = {"id": i + 1, "image_id": i, "category_id": 1, "bbox": [left, top, side, side], "area": side**2}
+        content["annotations"].append(box | {"iscrowd": 0})
+    (root / "labels.json").write_text(json.dumps(content))
+    return root
+
+
+def segmenter(root: Path, run: Path, resize: str, tta: list[str]) -> visionattn.Run:
+    data = {"format": "image_mask", "root": str(root), "classes": ["ground", "blot"], "image_size": [64, 64]}
+    recipe = COMMON | {
+        "task": "segmentation",
+        "model": {"name": "biformer_tiny", "args": NARROW, "decoder": "fpn", "decoder_args": SMALL},
+        "data": data | {"resize": resize, "batch_size": 4, "workers": 0},
+        "evaluate": COMMON["evaluate"] | {"tta": tta},
+    }
+    return visionattn.fit(recipe, run=run)
+
+
+def detector(root: Path, run: Path, resize: str, name: str) -> visionattn.Run:
+    args = {"fpn_channels": 16, "convs": 1, "finest": 8, "coarsest": 16}
+    recipe = COMMON | {
+        "task": "detection",
+        "model": {"name": "biformer_tiny", "args": NARROW, "detector": name, "detector_args": args},
+        "data": {
+            "format": "coco",
+            "root": str(root),
+            "image_size": 64,
+            "resize": resize,
+            "batch_size": 4,
+            "workers": 0,
+        },
+    }
+    return visionattn.fit(recipe, {"data.overlap": 0.5, "evaluate.score": 0.05}, run=run)
+
+
+@pytest.mark.parametrize(
+    ("resize", "tta"), [("none", ["hflip"]), pytest.param("squash", ["rot90"], marks=pytest.mark.slow)]
+)
+def test_masks_alone_are_those_of_the_run(resize, tta, blots, tmp_path):
+    loaded = segmenter(blots, tmp_path / "run", resize, tta)
+    model = Alone(loaded.trained, of_segmenters, (64, 64))
+    for path in sorted((blots / "images").glob("*.png"))[:2]:
+        image = np.array(Image.open(path))[None]
+        if resize == "none":
+            image = np.pad(image, ((0, 0), (0, 50), (0, 0)), mode="reflect")
+        (expected,) = loaded.predict(image[0])
+        maps = segmentation.probabilities_of(model, image)
+        assert maps.shape == (2, *image.shape[1:])
+        assert np.allclose(maps.sum(0), 1, atol=1e-5)
+        assert (maps.argmax(0) == expected.mask).mean() > 0.999
+
+
+@pytest.mark.parametrize(
+    ("resize", "name"), [("fit", "fcos"), pytest.param("none", "retinanet", marks=pytest.mark.slow)]
+)
+def test_objects_alone_are_those_of_the_run(resize, name, blots, tmp_path):
+    loaded = detector(blots, tmp_path / "run", resize, name)
+    model = Alone(loaded.trained, of_detectors, (64, 64))
+    number = 0
+    for path in sorted((blots / "images").glob("*.png"))[:2]:
+        pixels = np.array(Image.open(path))
+        pixels = np.pad(pixels, ((0, 50), (0, 0))) if resize == "none" else pixels[:60, :60]
+        (expected,) = loaded.predict(pixels)
+        boxes = detection.found(model, pixels[None].astype(np.float32) / 255)
+        order, other = (np.lexsort([*b.xyxy.round(2).T, b.labels]) for b in (boxes, expected.boxes))
+        np.testing.assert_allclose(boxes.xyxy[order], expected.boxes.xyxy[other], atol=0.05)
+        np.testing.assert_allclose(boxes.scores[order], expected.boxes.scores[other], atol=1e-4)
+        number += len(boxes)
+    assert number
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_dense_predictions_of_a_file_are_those_of_predict(task, blots, odd, tmp_path):
+    make = {"segmentation": segmenter, "detection": detector}[task]
+    loaded = make(blots, tmp_path / "run", *{"segmentation": ("none", []), "detection": ("fit", "fcos")}[task])
+    folder = loaded.export(out=tmp_path / "exported").path
+    out = {"segmentation": "masks", "detection": "found.csv"}[task]
+    assert main(["predict", str(loaded.path), str(odd), "-o", str(tmp_path / out)]) == 0
+    result = predict_alone(folder, odd, tmp_path / f"alone_{out}")
+    assert result.returncode == 0, result.stderr
+    if task == "detection":
+        ours, alone = table(tmp_path / out), table(tmp_path / f"alone_{out}")
+        assert [row[0] for row in ours] == [row[0] for row in alone]
+        return
+    for path in (tmp_path / out).glob("*.png"):
+        assert (
+            np.array(Image.open(path)) == np.array(Image.open(tmp_path / f"alone_{out}" / path.name))
+        ).mean() > 0.999
+
+
+def test_detectors_that_look_twice_are_refused():
+    network = SimpleNamespace(head=torch.nn.Identity())
+    spec = SimpleNamespace(model=SimpleNamespace(detector="faster_rcnn"))
+    with pytest.raises(UserError, match=r"faster_rcnn is not exported.*: fcos, retinanet"):
+        of_detectors.graph(SimpleNamespace(network=network), spec, 1.0)

@@ -1,0 +1,252 @@
+"""`visionattn export`: a trained network as a file that runs without us, checked on validation images before it counts.
+
+Normalisation, temperature and probabilities are in the graph; everything else that has to be known is beside it and in
+its metadata.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visionattn import __version__
+from visionattn.data import formats
+from visionattn.data.sample import Dataset, Sample
+from visionattn.data.splits import split
+from visionattn.errors import UserError, nearest
+from visionattn.files import new_folder
+from visionattn.models.weights import load_checkpoint
+from visionattn.recipe import Recipe, part_of
+from visionattn.runs.checkpoints import Trained
+from visionattn.tasks.graph import Graph
+from visionattn.tools._exporters import EXPORTERS, Exporter, Ran
+from visionattn.tools._script import script_of
+
+__all__ = ["LARGEST_ERROR", "Exported", "export"]
+
+LARGEST_ERROR = 1e-3  # relative, of any output
+BATCHES = (1, 3)
+LEAST = 32  # pixels of a side
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` has written.
+
+    Attributes:
+        path: the folder.
+        checks: by file what was measured of it, as check.json.
+    """
+
+    path: Path
+    checks: dict[str, dict[str, Any]]
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.path / name for name in self.checks]
+
+
+def export(
+    trained: Trained,
+    to: str,
+    out: Path,
+    size: int | str | Sequence[int | str] = (),
+    data: Path | None = None,
+) -> Exported:
+    """Write a network into a new folder, with what is known of it and what was measured; see `Run.export`.
+
+    Raises:
+        UserError: it cannot be written so, or what was written differs from the network; then nothing is left.
+    """
+    if to not in EXPORTERS:
+        raise UserError(f"--to {to}: unknown format{nearest(to, EXPORTERS)}; there are {', '.join(EXPORTERS)}")
+    spec, part = trained.recipe, _part(trained.recipe)
+    sizes = sizes_of(size) or [part.size_of(spec)]
+    graph, about = graph_of(trained), known_of(trained)
+    samples = checked_on(trained, data)
+    checks: dict[str, dict[str, Any]] = {}
+    with new_folder(out) as folder:
+        for size in sizes:
+            stem = "model" if len(sizes) == 1 else f"model-{size[0]}x{size[1]}"
+            path = folder / f"{stem}{EXPORTERS[to].suffix}"
+            known = about | part.contract(spec, size) | {"size": list(size), "trained_at": list(spec.data.side)}
+            images = inputs(samples[: max(BATCHES)], spec, size)
+            checks[path.name] = _written(EXPORTERS[to], graph, images, path, known)
+            _write_json(path.with_suffix(".json"), known)
+        if to == "onnx":
+            text = script_of(f"visionattn.tasks.{spec.task}.deployed", PREDICT)
+            (folder / "predict.py").write_text(text, encoding="utf-8")
+        _write_json(folder / "check.json", checks)
+    return Exported(out, checks)
+
+
+PREDICT = """What the model beside this file says of images, as `visionattn predict` does: python predict.py --help
+
+It needs numpy, onnxruntime and Pillow. Written by visionattn from its own functions; Apache-2.0."""
+
+
+def sizes_of(given: int | str | Sequence[int | str]) -> list[Size]:
+    """Heights and widths from 224, "224", "224,320", or several of these.
+
+    Raises:
+        UserError: anything else.
+    """
+    sizes = []
+    for one in [given] if isinstance(given, int | str) else given:
+        sides = [int(side) for side in str(one).split(",") if side.strip().isdecimal()]
+        if len(sides) not in (1, 2) or len(sides) != str(one).count(",") + 1 or min(sides) < LEAST:
+            raise UserError(f"--size {one}: expected height,width of at least {LEAST} pixels, such as 224 or 224,320")
+        sizes.append((sides[0], sides[-1]))
+    return sizes
+
+
+def _part(spec: Recipe) -> ModuleType:
+    """The task's file of what its networks are exported as."""
+    try:
+        return part_of(spec.task, "export")
+    except ModuleNotFoundError:
+        raise UserError(
+            f"a network of {spec.task} answers nothing yet, and is not exported: train one from it, by model.checkpoint"
+        ) from None
+
+
+def graph_of(trained: Trained) -> Graph:
+    """What is exported of a network, in float32 on the CPU."""
+    graph = _part(trained.recipe).graph(trained.task.float().cpu(), trained.recipe, temperature_of(trained))
+    return graph.eval()
+
+
+def temperature_of(trained: Trained) -> float:
+    """What calibration has found, 1 where there was none."""
+    found = load_checkpoint(trained.checkpoint).get("uncertainty") or {}
+    return float(found.get("temperature") or 1.0)
+
+
+def checked_on(trained: Trained, data: Path | None) -> list[Sample]:
+    """The samples that files are checked on: those of validation, or others.
+
+    Raises:
+        UserError: there are none.
+    """
+    section = trained.recipe.data
+    if data is not None:
+        samples, problems = formats.unlabelled([data], section, len(section.mean or ()))
+        if not samples:
+            raise UserError("\n".join([f"{data}: no image to check on", *problems[:5]]))
+        return samples
+    try:
+        found = formats.find(section)
+        dataset: Dataset = split(found.samples, found.classes, section)[0].with_channels(len(section.mean or ()))
+    except (UserError, OSError) as error:
+        raise UserError(
+            f"files are checked on validation images, but those of the recipe cannot be read ({error}): give images by "
+            "--data"
+        ) from None
+    if not dataset.splits.get("val"):
+        raise UserError("files are checked on validation images, but there are none: give images by --data")
+    return dataset.splits["val"]
+
+
+def inputs(samples: Sequence[Sample], spec: Recipe, size: Size) -> Tensor:
+    """(N, C, *size) as the graph takes them: whole images where they fit, else their upper left corner."""
+    items = evaluated(samples, spec, size)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (spec.data.mean, spec.data.std))
+    images = [item["image"][:, : size[0], : size[1]] for item in items]
+    images = [F.pad(image, (0, size[1] - image.shape[2], 0, size[0] - image.shape[1])) for image in images]
+    return torch.stack(images) * std + mean
+
+
+def evaluated(samples: Sequence[Sample], spec: Recipe, size: Size) -> list[dict[str, Any]]:
+    """Items of the evaluation set at another size of image."""
+    data = spec.data.model_copy(update={"image_size": list(size)})
+    dataset = part_of(spec.task, "task").evaluation_set(samples, data)
+    return [dataset[i] for i in range(len(samples))]
+
+
+def known_of(trained: Trained) -> dict[str, Any]:
+    """What is known of the network whatever it is exported as."""
+    spec = trained.recipe
+    channels = len(spec.data.mean or ())
+    unit = formats.module_of(spec.data).KIND.unit_range
+    checkpoint = load_checkpoint(trained.checkpoint)
+    return {
+        "format": 1,
+        "task": spec.task,
+        "model": spec.model.name,
+        "channels": channels,
+        "values": "0..1" if unit else "as stored",
+        "mean": spec.data.mean,
+        "std": spec.data.std,
+        "temperature": temperature_of(trained),
+        "uncertainty": checkpoint.get("uncertainty"),
+        "epoch": trained.epoch,
+        "checkpoint_sha256": hashlib.sha256(trained.checkpoint.read_bytes()).hexdigest(),
+        "licence": getattr(trained.task.network, "pretrained_cfg", {}).get("license"),
+        "versions": {"visionattn": __version__, "torch": torch.__version__},
+    }
+
+
+def _written(
+    exporter: Exporter, graph: Graph, images: Tensor, path: Path, about: dict[str, Any], free: bool = False
+) -> dict[str, Any]:
+    """Write a file, run it at several batch sizes, and say what was found.
+
+    Raises:
+        UserError: its results are not the network's.
+    """
+    try:
+        exporter.write(graph, images[:1].repeat(2, 1, 1, 1), path, about, free)
+    except UserError:
+        raise
+    except Exception as error:  # exporters raise nearly anything
+        raise UserError(f"the network cannot be exported so: {_reason(error)}; nothing was kept") from error
+    if exporter.load is None:
+        return {"images": 0}
+    run, worst = exporter.load(path), 0.0
+    for batch in BATCHES:
+        worst = max(worst, error_of(run, graph, images[torch.arange(batch) % len(images)]))
+    return {"largest_relative_error": worst, "batches": list(BATCHES), "images": len(images)}
+
+
+def _reason(error: BaseException) -> str:
+    """The line of an exporter's report that says most: it writes pages."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip("-* ") for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "inferred" in line or "Not all values" in line or "guard" in line.lower()]
+    return f"{type(error).__name__}: {(telling or lines or ['no reason given'])[0]}"[:300]
+
+
+def error_of(run: Ran, graph: Graph, images: Tensor) -> float:
+    """The largest error of any output, relative to the largest value of that output.
+
+    Raises:
+        UserError: it is above `LARGEST_ERROR`.
+    """
+    with torch.no_grad():
+        expected = [output.numpy() for output in graph(images)]
+    found = run(images)
+    errors = {
+        n: float(np.abs(a - b).max() / np.abs(b).max()) for n, a, b in zip(graph.OUTPUTS, found, expected, strict=True)
+    }
+    name, worst = max(errors.items(), key=lambda one: one[1] if one[1] == one[1] else np.inf)
+    if not worst <= LARGEST_ERROR:
+        batch, _, height, width = images.shape
+        raise UserError(
+            f"the exported file is wrong: at {height} x {width} pixels, batch {batch}, {name} differ from the "
+            f"network's by {worst:.2g} of their largest value, more than {LARGEST_ERROR:g}; nothing was kept"
+        )
+    return worst
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")

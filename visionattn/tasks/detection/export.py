@@ -1,0 +1,89 @@
+"""What an exported detector computes, and what has to be known to use it."""
+
+import math
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from visionattn.errors import UserError, listed
+from visionattn.models.dense_heads import CANDIDATES, FLOOR, DenseHead
+from visionattn.models.detectors import DETECTORS
+from visionattn.tasks.detection.recipe import Recipe
+from visionattn.tasks.detection.task import DetectorTask
+from visionattn.tasks.graph import Graph
+
+__all__ = ["agreement", "contract", "graph", "right", "size_of"]
+
+
+class _Graph(Graph):
+    OUTPUTS = ("probabilities", "boxes", "logits")
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        network, head = self.network, self.network.head
+        raw = head(network.decoder(network.neck(network.encoder(self.normalised(images)))))
+        anchors = head.anchors(raw["shapes"], images.device)
+        boxes = head.decode(raw["boxes"].movedim(0, 2), anchors[..., None])  # of all images at once: (P, 4, B)
+        return head.scores(raw), boxes.movedim(2, 0), raw["logits"]
+
+
+def graph(task: DetectorTask, spec: Recipe, temperature: float) -> Graph:
+    """Images -> probabilities (B, P, K) of P places, their boxes (B, P, 4) in pixels, and logits.
+
+    Raises:
+        UserError: a detector that looks at regions one by one, or at queries, or whose views are fused.
+    """
+    network: Any = task.network
+    if not isinstance(network.head, DenseHead):
+        dense = [name for name, kind in DETECTORS.items() if issubclass(kind.head, DenseHead)]
+        raise UserError(
+            f"model.detector {spec.model.detector} is not exported: what it looks at depends on what it has found; "
+            f"those that are: {listed(dense)}"
+        )
+    if spec.evaluate.tta or spec.evaluate.scales != [1.0]:
+        raise UserError(
+            "evaluate.tta and evaluate.scales: views of a detector are fused by what is not exported; export a run "
+            "without them"
+        )
+    return _Graph(network, spec.data.mean, spec.data.std)
+
+
+def size_of(spec: Recipe) -> tuple[int, int]:
+    """Height and width of what the network sees at most, whole steps of its coarsest map."""
+    coarsest = max(spec.model.detector_args.coarsest or 32, 32)
+    height, width = (math.ceil(side / coarsest) * coarsest for side in spec.data.side)
+    return height, width
+
+
+def contract(spec: Recipe, size: tuple[int, int]) -> dict[str, Any]:
+    """How an image becomes inputs of the graph, and how places become objects."""
+    args, score = spec.model.detector_args, spec.evaluate.score
+    return {
+        "classes": spec.data.classes,
+        "resize": spec.data.resize,
+        "interpolation": "bilinear",
+        "tile": list(spec.data.side),
+        "overlap": spec.data.overlap,
+        "floor": FLOOR,
+        "candidates": CANDIDATES,
+        "limit": spec.evaluate.max_objects,
+        "nms": args.nms,
+        "agnostic": args.agnostic,
+        "score": score if isinstance(score, list) else [0.5 if score == "auto" else score] * len(spec.data.classes),
+        "outputs": {
+            "probabilities": "(B, places, classes)",
+            "boxes": "(B, places, 4): left, top, right, bottom in pixels of the input",
+            "logits": "(B, places, classes)",
+        },
+    }
+
+
+def agreement(outputs: dict[str, np.ndarray], others: dict[str, np.ndarray], spec: Recipe) -> float:
+    """Of the places and classes that either of two graphs reports, the share that both do; 1 without any."""
+    least = np.array(contract(spec, (0, 0))["score"])
+    one, other = (values["probabilities"] >= least for values in (outputs, others))
+    return float((one & other).sum() / (one | other).sum()) if (one | other).any() else 1.0
+
+
+def right(outputs: dict[str, np.ndarray], item: dict[str, Any], spec: Recipe) -> None:
+    """What is right is not a matter of single places: detections are compared by `agreement` alone."""
