@@ -23,7 +23,7 @@ from visionattn.data.sample import Dataset, Sample
 from visionattn.data.splits import split
 from visionattn.errors import UserError, nearest
 from visionattn.files import new_folder
-from visionattn.models.weights import load_checkpoint
+from visionattn.models.ensemble import Ensemble
 from visionattn.recipe import Recipe, part_of
 from visionattn.runs.checkpoints import Trained
 from visionattn.tasks.graph import Graph
@@ -121,14 +121,15 @@ def _part(spec: Recipe) -> ModuleType:
 
 def graph_of(trained: Trained) -> Graph:
     """What is exported of a network, in float32 on the CPU."""
-    graph = _part(trained.recipe).graph(trained.task.float().cpu(), trained.recipe, temperature_of(trained))
-    return graph.eval()
+    spec, fitted = trained.recipe, _fitted(trained)
+    if isinstance(trained.task.network, Ensemble):
+        raise UserError("several runs are averaged, but a file holds one network: export each of them")
+    return _part(spec).graph(trained.task.float().cpu(), spec, fitted.temperature if fitted else 1.0).eval()
 
 
-def temperature_of(trained: Trained) -> float:
-    """What calibration has found, 1 where there was none."""
-    found = load_checkpoint(trained.checkpoint).get("uncertainty") or {}
-    return float(found.get("temperature") or 1.0)
+def _fitted(trained: Trained) -> Any:
+    """What calibration has found, None where there was none."""
+    return getattr(trained.recipe.evaluate, "fitted", None)
 
 
 def checked_on(trained: Trained, data: Path | None) -> list[Sample]:
@@ -177,7 +178,7 @@ def known_of(trained: Trained) -> dict[str, Any]:
     spec = trained.recipe
     channels = len(spec.data.mean or ())
     unit = formats.module_of(spec.data).KIND.unit_range
-    checkpoint = load_checkpoint(trained.checkpoint)
+    fitted = _fitted(trained)
     return {
         "format": 1,
         "task": spec.task,
@@ -186,8 +187,8 @@ def known_of(trained: Trained) -> dict[str, Any]:
         "values": "0..1" if unit else "as stored",
         "mean": spec.data.mean,
         "std": spec.data.std,
-        "temperature": temperature_of(trained),
-        "uncertainty": checkpoint.get("uncertainty"),
+        "temperature": fitted.temperature if fitted else 1.0,
+        "uncertainty": fitted and fitted.model_dump(exclude={"source"}),
         "epoch": trained.epoch,
         "checkpoint_sha256": hashlib.sha256(trained.checkpoint.read_bytes()).hexdigest(),
         "licence": getattr(trained.task.network, "pretrained_cfg", {}).get("license"),

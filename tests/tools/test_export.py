@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from odd_images import write_odd_images
 from PIL import Image
 
 import visionattn
 from visionattn import UserError
 from visionattn.cli import main
+from visionattn.tasks.classification import deployed as classification
+from visionattn.tasks.classification import export as of_classifiers
 from visionattn.tasks.detection import deployed as detection
 from visionattn.tasks.detection import export as of_detectors
 from visionattn.tasks.segmentation import deployed as segmentation
@@ -86,15 +90,32 @@ def test_the_table_alone_is_that_of_predict(exported, run, odd, tmp_path):
     assert "never overwritten" in result.stderr
 
 
-def test_calibrated_probabilities_are_in_the_graph(run, tmp_path):
-    checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
-    torch.save(checkpoint | {"uncertainty": {"temperature": 2.5}}, tmp_path / "best.ckpt")
-    trained = visionattn.load(tmp_path / "best.ckpt").trained
-    graph = export.graph_of(trained)
+def test_what_calibration_has_found_is_in_the_graph_and_in_the_table(run, pictures, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    content = torch.load(checkpoint, weights_only=True)
+    recipe = yaml.safe_load(content["visionattn"]["recipe"])
+    recipe["evaluate"] |= {
+        "tta": ["vflip"],
+        "fitted": {"images": 24, "source": "val", "temperature": 2.5, "least": 0.4},
+    }
+    torch.save(content | {"visionattn": content["visionattn"] | {"recipe": yaml.safe_dump(recipe)}}, checkpoint)
+    trained = visionattn.load(tmp_path / "run").trained
     with torch.no_grad():
-        probabilities, logits = graph(torch.rand(2, 1, 32, 32))
-        expected = trained.task.labelling.probabilities(logits / 2.5)
-    assert torch.equal(probabilities, expected)
+        probabilities, logits = export.graph_of(trained)(torch.rand(2, 1, 32, 32))
+        assert torch.equal(probabilities, (logits / 2.5).softmax(1))
+    assert main(["predict", str(tmp_path / "run"), str(pictures / "test"), "-o", str(tmp_path / "ours.csv")]) == 0
+    ours = table(tmp_path / "ours.csv")
+    assert ours[0][-4:] == ["set", "set_size", "entropy", "mutual_information"]
+    monkeypatch.setattr(classification, "Model", lambda _: Alone(trained, of_classifiers, (32, 32)))
+    monkeypatch.setattr(
+        "sys.argv", ["predict.py", str(pictures / "test"), "-o", str(tmp_path / "a.csv"), "--model", "x"]
+    )
+    assert classification.main() == 0
+    for row, other in zip(ours, table(tmp_path / "a.csv"), strict=True):
+        assert row[:2] + row[4:6] == other[:2] + other[4:6]
+        numbers = [[float(r[k]) for k in (2, 3, 6, 7)] if row is not ours[0] else [0.0] for r in (row, other)]
+        np.testing.assert_allclose(*numbers, atol=1e-4)
 
 
 def test_no_file_tells_where_it_is_from(exported, run, pictures, tmp_path):

@@ -17,7 +17,7 @@ from visionattn.data.images import read_image
 from visionattn.data.sample import unit_range
 from visionattn.errors import UserError
 
-__all__ = ["Model", "averaged", "filled", "framed", "opened", "parsed", "resized", "started"]
+__all__ = ["Model", "filled", "framed", "likely", "looks", "opened", "parsed", "resized", "started"]
 
 
 class Model:
@@ -87,14 +87,32 @@ def framed(image: np.ndarray, size: Sequence[int], about: dict[str, Any]) -> np.
     return canvas
 
 
-def averaged(model: Model, images: np.ndarray, maps: bool = False) -> np.ndarray:
-    """The probabilities of images (B, C, H, W), averaged over the views; of `maps` each is turned back."""
-    total = np.zeros(())
-    for turns, mirrored in model.about["views"]:
-        seen = np.flip(np.rot90(images, turns, (-2, -1)), mirrored)
-        probabilities = model(seen)["probabilities"]
-        total = total + (np.rot90(np.flip(probabilities, mirrored), -turns, (-2, -1)) if maps else probabilities)
-    return total / len(model.about["views"])
+def looks(model: Model, images: np.ndarray, maps: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The probabilities (B, K, ...) of images (B, C, H, W), and of each view (views, B, K, ...) before calibration.
+
+    The mean over views is calibrated, as a run does it; of `maps` each is turned back.
+    """
+    about, seen = model.about, []
+    for turns, mirrored in about["views"]:
+        outputs = model(np.flip(np.rot90(images, turns, (-2, -1)), mirrored))
+        if len(about["views"]) == 1:
+            return outputs["probabilities"], outputs["probabilities"][None]
+        probabilities = likely(outputs["logits"].astype(np.float32), about["several_labels"])
+        seen.append(np.rot90(np.flip(probabilities, mirrored), -turns, (-2, -1)) if maps else probabilities)
+    mean = np.mean(seen, axis=0)
+    if about["temperature"] != 1:
+        chances = np.maximum(mean, 1e-12)
+        logits = np.log(chances / np.maximum(1 - mean, 1e-12)) if about["several_labels"] else np.log(chances)
+        mean = likely(logits / about["temperature"], about["several_labels"])
+    return mean, np.stack(seen)
+
+
+def likely(logits: np.ndarray, several: bool) -> np.ndarray:
+    """Probabilities of logits (B, K, ...): of labels each for itself, or of classes that exclude each other."""
+    if several:
+        return 1 / (1 + np.exp(-logits))
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
 
 
 def resized(

@@ -9,7 +9,7 @@ import numpy as np
 from visionattn.data.images import given_files
 from visionattn.data.sample import unit_range
 from visionattn.files import new_file, write_table
-from visionattn.inference.deployed import Model, averaged, opened, parsed, resized
+from visionattn.inference.deployed import Model, looks, opened, parsed, resized
 from visionattn.tasks.classification.labels import THRESHOLD, probability_cells
 
 __all__ = ["main", "seen"]
@@ -17,29 +17,42 @@ __all__ = ["main", "seen"]
 
 def main() -> int:
     arguments = parsed("table to write (.csv)")
-    model = Model(arguments.model)
-    classes, unread = model.about["classes"], 0
-    columns = probability_cells(classes, np.zeros(len(classes)))
+    model, unread = Model(arguments.model), 0
+    blank = np.zeros(len(model.about["classes"]))
+    columns = list(_cells(blank, np.stack([blank] * len(model.about["views"])), model.about))
     files = [path for _, path in given_files(arguments.images)]
     with new_file(arguments.out) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as stream:
-        write_table(stream, [["path", "predicted", *columns]])
+        write_table(stream, [["path", *columns]])
         for path, image in opened(files, model.about):
             if image is None:
                 unread += 1
-                write_table(stream, [[str(path), *("" for _ in range(1 + len(columns)))]])
+                write_table(stream, [[str(path), *("" for _ in columns)]])
                 continue
-            probabilities = averaged(model, seen(image, model.about)[None])[0]
-            cells = probability_cells(classes, probabilities).values()
-            write_table(stream, [[str(path), _label(probabilities, model.about), *cells]])
+            probabilities, each = looks(model, seen(image, model.about)[None])
+            write_table(stream, [[str(path), *_cells(probabilities[0], each[:, 0], model.about).values()]])
     print(f"{len(files) - unread} predicted, {unread} unreadable: {arguments.out}")
     return 1 if unread else 0
 
 
-def _label(probabilities: np.ndarray, about: dict[str, Any]) -> str:
-    """The likeliest class, or the labels that are likelier than not, joined by ;."""
-    if about["several_labels"]:
-        return ";".join(about["classes"][k] for k in np.flatnonzero(probabilities >= THRESHOLD))
-    return about["classes"][probabilities.argmax()]
+def _cells(probabilities: np.ndarray, each: np.ndarray, about: dict[str, Any]) -> dict[str, Any]:
+    """A row: the class or labels, probabilities (K,), what was promised of sets, what views (views, K) disagree on."""
+    classes, several, trust = about["classes"], about["several_labels"], about["uncertainty"] or {}
+    decided = np.flatnonzero(probabilities >= THRESHOLD) if several else [probabilities.argmax()]
+    cells = {"predicted": ";".join(classes[k] for k in decided)} | probability_cells(classes, probabilities)
+    if trust.get("least") is not None:
+        kept = np.flatnonzero(probabilities >= trust["least"])
+        kept = kept[np.argsort(-probabilities[kept], kind="stable")]
+        cells |= {"set": ";".join(classes[k] for k in kept), "set_size": len(kept)}
+    if len(each) > 1:
+        common = _entropy(each.mean(0), several) - _entropy(each, several).mean()
+        cells |= {"entropy": f"{_entropy(probabilities, several):.6g}", "mutual_information": f"{max(common, 0):.6g}"}
+    return cells
+
+
+def _entropy(probabilities: np.ndarray, several: bool) -> np.ndarray:
+    """In nats, of classes (..., K); of several labels the sum over these."""
+    sides = [probabilities, 1 - probabilities] if several else [probabilities]
+    return -sum((p * np.log(np.where(p > 0, p, 1))).sum(-1) for p in sides)
 
 
 def seen(image: np.ndarray, about: dict[str, Any]) -> np.ndarray:

@@ -8,7 +8,7 @@ from PIL import Image
 from visionattn.data.images import named_files
 from visionattn.errors import UserError
 from visionattn.files import make_folder, new_file
-from visionattn.inference.deployed import Model, averaged, filled, framed, opened, parsed, resized
+from visionattn.inference.deployed import Model, filled, framed, looks, opened, parsed, resized
 from visionattn.inference.sliding import _weights
 
 __all__ = ["main", "probabilities_of"]
@@ -62,7 +62,7 @@ def probabilities_of(model: Model, image: np.ndarray) -> np.ndarray:
 
 
 def _whole(model: Model, image: np.ndarray) -> np.ndarray:
-    return averaged(model, image[None], maps=True)[0]
+    return looks(model, image[None], maps=True)[0][0]
 
 
 def _tiled(model: Model, image: np.ndarray, tile: list[int]) -> np.ndarray:

@@ -39,6 +39,7 @@ def contract(spec: Recipe, size: tuple[int, int]) -> dict[str, Any]:
     colors = [color or (0, 0, 0) for color in class_colors(spec.data, counted(spec))]
     return {
         "classes": spec.data.class_names,
+        "several_labels": False,
         "resize": spec.data.resize,
         "interpolation": "bilinear",
         "overlap": spec.evaluate.overlap,
