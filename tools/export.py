@@ -27,7 +27,8 @@ from visionattn.models.ensemble import Ensemble
 from visionattn.recipe import Recipe, part_of
 from visionattn.runs.checkpoints import Trained
 from visionattn.tasks.graph import Graph
-from visionattn.tools._exporters import EXPORTERS, Exporter, Ran
+from visionattn.tools._exporters import EXPORTERS, Exporter, Ran, run_onnx, stamp
+from visionattn.tools._precision import PRECISIONS, compared
 from visionattn.tools._script import script_of
 
 __all__ = ["LARGEST_ERROR", "Exported", "export"]
@@ -35,6 +36,7 @@ __all__ = ["LARGEST_ERROR", "Exported", "export"]
 LARGEST_ERROR = 1e-3  # relative, of any output
 BATCHES = (1, 3)
 LEAST = 32  # pixels of a side
+COMPARED = 256  # images at most, by which smaller files are compared
 Size = tuple[int, int]
 
 
@@ -60,6 +62,7 @@ def export(
     to: str,
     out: Path,
     size: int | str | Sequence[int | str] = (),
+    precision: str | Sequence[str] = (),
     data: Path | None = None,
 ) -> Exported:
     """Write a network into a new folder, with what is known of it and what was measured; see `Run.export`.
@@ -69,6 +72,8 @@ def export(
     """
     if to not in EXPORTERS:
         raise UserError(f"--to {to}: unknown format{nearest(to, EXPORTERS)}; there are {', '.join(EXPORTERS)}")
+    smaller = [precision] if isinstance(precision, str) else list(precision)
+    _refuse_precision(smaller, to)
     spec, part = trained.recipe, _part(trained.recipe)
     sizes = sizes_of(size) or [part.size_of(spec)]
     graph, about = graph_of(trained), known_of(trained)
@@ -79,9 +84,17 @@ def export(
             stem = "model" if len(sizes) == 1 else f"model-{size[0]}x{size[1]}"
             path = folder / f"{stem}{EXPORTERS[to].suffix}"
             known = about | part.contract(spec, size) | {"size": list(size), "trained_at": list(spec.data.side)}
-            images = inputs(samples[: max(BATCHES)], spec, size)
+            images = inputs(evaluated(samples[: max(BATCHES)], spec, size), spec, size)
             checks[path.name] = _written(EXPORTERS[to], graph, images, path, known)
             _write_json(path.with_suffix(".json"), known)
+            for name in smaller:
+                small = folder / f"{stem}-{name}.onnx"
+                PRECISIONS[name](path, small)
+                stamp(small, known | {"precision": name})
+                some = samples[:: max(1, len(samples) // COMPARED)][:COMPARED]
+                items = (evaluated([sample], spec, size)[0] for sample in some)
+                pairs = [(inputs([item], spec, size), item) for item in items]
+                checks[small.name] = compared(run_onnx(small), run_onnx(path), pairs, graph.OUTPUTS, part, spec)
         if to == "onnx":
             text = script_of(f"visionattn.tasks.{spec.task}.deployed", PREDICT)
             (folder / "predict.py").write_text(text, encoding="utf-8")
@@ -107,6 +120,16 @@ def sizes_of(given: int | str | Sequence[int | str]) -> list[Size]:
             raise UserError(f"--size {one}: expected height,width of at least {LEAST} pixels, such as 224 or 224,320")
         sizes.append((sides[0], sides[-1]))
     return sizes
+
+
+def _refuse_precision(names: Sequence[str], to: str) -> None:
+    for name in names:
+        if name not in PRECISIONS:
+            raise UserError(
+                f"--precision {name}: unknown{nearest(name, PRECISIONS)}; there are {', '.join(PRECISIONS)}"
+            )
+        if to != "onnx":
+            raise UserError(f"--precision {name} is for --to onnx, but this is --to {to}")
 
 
 def _part(spec: Recipe) -> ModuleType:
@@ -157,9 +180,8 @@ def checked_on(trained: Trained, data: Path | None) -> list[Sample]:
     return dataset.splits["val"]
 
 
-def inputs(samples: Sequence[Sample], spec: Recipe, size: Size) -> Tensor:
+def inputs(items: Sequence[dict[str, Any]], spec: Recipe, size: Size) -> Tensor:
     """(N, C, *size) as the graph takes them: whole images where they fit, else their upper left corner."""
-    items = evaluated(samples, spec, size)
     mean, std = (torch.tensor(values)[:, None, None] for values in (spec.data.mean, spec.data.std))
     images = [item["image"][:, : size[0], : size[1]] for item in items]
     images = [F.pad(image, (0, size[1] - image.shape[2], 0, size[0] - image.shape[1])) for image in images]

@@ -295,6 +295,7 @@ class Run:
         out: str | Path | None = None,
         *,
         size: int | str | Sequence[int | str] = (),
+        precision: str | Sequence[str] = (),
         data: str | Path | None = None,
     ) -> Exported:
         """Write the network as a file that runs without visionattn, into a new folder.
@@ -306,8 +307,9 @@ class Run:
         Args:
             to: onnx, pt2, torchscript or safetensors (weights only).
             out: the folder; unset: `export-FORMAT` in the run directory, or beside the checkpoint.
-            size: of images, such as 224 or "224,320"; "any": of all sizes; several: a file each; unset: that of the
-                recipe.
+            size: of images, such as 224 or "224,320"; several: a file each; unset: that of the recipe.
+            precision: "fp16", "int8" (weights of matrices), or both: of ONNX a smaller file too, refused where it
+                loses more than a point of accuracy.
             data: images to check on; unset: the recipe's validation images.
 
         Raises:
@@ -318,7 +320,7 @@ class Run:
 
         base = self.path if self.path.is_dir() else self.path.parent
         out = base / f"export-{to}" if out is None else _path(out, "out")
-        return export(self.trained, to, out, size, None if data is None else _path(data, "data"))
+        return export(self.trained, to, out, size, precision, None if data is None else _path(data, "data"))
 
     def _repr_html_(self) -> str:
         metrics = (

@@ -319,12 +319,15 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         "export",
         "write a trained network as a file that runs without visionattn, checked on validation images",
         "runs/scenes-20261121-120000 --to onnx -o scenes_onnx",
-        "runs/scenes-20261121-120000 --size 224 --size 448,320",
+        "runs/scenes-20261121-120000 --size 224 --size 448,320 --precision int8",
     )
     command.add_argument("model", type=Path, metavar="RUN|CHECKPOINT")
     command.add_argument("--to", default="onnx", metavar="FORMAT", help="onnx (default), pt2, torchscript, safetensors")
     command.add_argument("-o", "--out", type=Path, metavar="DIR", help="folder to make (default: export-FORMAT in RUN)")
     command.add_argument("--size", action="append", default=[], metavar="H,W", help="of images; several: a file each")
+    command.add_argument(
+        "--precision", action="append", default=[], metavar="fp16|int8", help="of ONNX: write a smaller file too"
+    )
     command.add_argument("--data", type=Path, metavar="IMAGES", help="to check on (default: the validation images)")
     command.set_defaults(function=_export)
 
@@ -332,7 +335,8 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from visionattn.api import load
 
-    exported = load(arguments.model).export(arguments.to, arguments.out, size=arguments.size, data=arguments.data)
+    options = {name: getattr(arguments, name) for name in ("size", "precision", "data")}
+    exported = load(arguments.model).export(arguments.to, arguments.out, **options)
     for name, check in exported.checks.items():
         print(f"{exported.path / name}: {', '.join(f'{key} {value}' for key, value in check.items())}")
 

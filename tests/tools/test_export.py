@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import yaml
@@ -25,6 +26,7 @@ from visionattn.tasks.detection import export as of_detectors
 from visionattn.tasks.segmentation import deployed as segmentation
 from visionattn.tasks.segmentation import export as of_segmenters
 from visionattn.tools import export
+from visionattn.tools._precision import compared
 
 NARROW = {"depth": [1, 1, 1, 1], "embed_dim": [8, 8, 16, 16], "head_dim": 8, "n_win": 2, "topks": [1, 2, 4, -2]}
 SMALL = {"pyramid_channels": 32, "segmentation_channels": 32}
@@ -38,7 +40,8 @@ COMMON = {
 
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory) -> export.Exported:
-    return visionattn.load(run).export(out=tmp_path_factory.mktemp("exported") / "stripes")
+    folder = tmp_path_factory.mktemp("exported") / "stripes"
+    return visionattn.load(run).export(out=folder, precision=["fp16", "int8"])
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,7 @@ def predict_alone(folder: Path, images: Path, out: Path, *options: str) -> subpr
 
 def test_what_is_written(exported):
     assert sorted(path.name for path in exported.path.iterdir()) == [
-        *("check.json", "model.json", "model.onnx", "predict.py"),
+        *("check.json", "model-fp16.onnx", "model-int8.onnx", "model.json", "model.onnx", "predict.py"),
     ]
     check = json.loads((exported.path / "check.json").read_text())["model.onnx"]
     assert check == exported.checks["model.onnx"]
@@ -78,16 +81,46 @@ def test_what_is_written(exported):
 def test_the_table_alone_is_that_of_predict(exported, run, odd, tmp_path):
     (odd / "torn.png").write_bytes(b"\x89PNG")
     assert main(["predict", str(run), str(odd), "-o", str(tmp_path / "ours.csv")]) == 1
-    result = predict_alone(exported.path, odd, tmp_path / "alone.csv")
+    result = predict_alone(exported.path, odd, tmp_path / "alone.csv", "--model", exported.path / "model.onnx")
     assert (result.returncode, result.stderr.count("torn.png")) == (1, 1), result.stderr
     ours, alone = table(tmp_path / "ours.csv"), table(tmp_path / "alone.csv")
     assert len(ours) == 52
     assert [row[:2] for row in alone] == [row[:2] for row in ours]
     for one, other in zip(ours[1:], alone[1:], strict=True):
         assert one[2:] == other[2:] == ["", ""] or np.allclose(np.float64(one[2:]), np.float64(other[2:]), atol=2e-3)
-    result = predict_alone(exported.path, odd, tmp_path / "alone.csv")
+    result = predict_alone(exported.path, odd, tmp_path / "alone.csv", "--model", exported.path / "model-int8.onnx")
     assert result.returncode == 2
     assert "never overwritten" in result.stderr
+
+
+def test_smaller_files(exported, run, refused, tmp_path, monkeypatch):
+    for name in ("fp16", "int8"):
+        check = exported.checks[f"model-{name}.onnx"]
+        assert check["images"] == 24
+        assert check["agreement_with_fp32"] > 0.95
+        assert check["accuracy"] > check["accuracy_of_fp32"] - 0.01
+        assert 0 < check["largest_change_of_a_probability"] < 0.2
+        model = onnx.load(exported.path / f"model-{name}.onnx")
+        (about,) = (json.loads(entry.value) for entry in model.metadata_props if entry.key == "visionattn")
+        assert (about["precision"], about["classes"]) == (name, ["level", "upright"])
+    kinds = {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in model.graph.initializer}
+    assert {"INT8", "FLOAT"} <= kinds
+    assert "unknown; did you mean int8?" in refused("export", run, "--precision", "int4", "-o", tmp_path / "out")
+    assert "is for --to onnx" in refused("export", run, "--to", "pt2", "--precision", "int8", "-o", tmp_path / "out")
+
+
+def test_a_smaller_file_that_loses_too_much_is_refused():
+    def whole(images):
+        return [np.array([[0.4, 0.6]]), np.zeros((1, 2))]
+
+    def small(images):
+        return [np.array([[0.6, 0.4]]) if images[0, 0, 0, 0] > 0.9 else np.array([[0.4, 0.6]]), np.zeros((1, 2))]
+
+    spec = SimpleNamespace(data=SimpleNamespace(multi_label=False))
+    for labelled, what in ((True, "right"), (False, "equal")):
+        inputs = [(torch.full((1, 1, 2, 2), k / 20), {"label": torch.tensor(1)} if labelled else {}) for k in range(20)]
+        with pytest.raises(UserError, match=rf"5.0% of {what} decisions are lost on 20 images, more than 1%"):
+            compared(small, whole, inputs, ("probabilities", "logits"), of_classifiers, spec)
 
 
 def test_what_calibration_has_found_is_in_the_graph_and_in_the_table(run, pictures, tmp_path, monkeypatch):

@@ -38,7 +38,8 @@ def _cells(probabilities: np.ndarray, each: np.ndarray, about: dict[str, Any]) -
     """A row: the class or labels, probabilities (K,), what was promised of sets, what views (views, K) disagree on."""
     classes, several, trust = about["classes"], about["several_labels"], about["uncertainty"] or {}
     decided = np.flatnonzero(probabilities >= THRESHOLD) if several else [probabilities.argmax()]
-    cells = {"predicted": ";".join(classes[k] for k in decided)} | probability_cells(classes, probabilities)
+    cells: dict[str, Any] = {"predicted": ";".join(classes[k] for k in decided)}
+    cells |= probability_cells(classes, probabilities)
     if trust.get("least") is not None:
         kept = np.flatnonzero(probabilities >= trust["least"])
         kept = kept[np.argsort(-probabilities[kept], kind="stable")]

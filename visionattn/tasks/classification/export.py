@@ -53,8 +53,10 @@ def agreement(outputs: dict[str, np.ndarray], others: dict[str, np.ndarray], spe
     return float((one == other).mean())
 
 
-def right(outputs: dict[str, np.ndarray], item: dict[str, Any], spec: Recipe) -> float:
-    """Share of right decisions about one item of the evaluation set."""
+def right(outputs: dict[str, np.ndarray], item: dict[str, Any], spec: Recipe) -> float | None:
+    """Share of right decisions about one item of the evaluation set; None of one without a label."""
+    if "label" not in item:
+        return None
     decided = _decided(outputs["probabilities"], spec)[0]
     return float((decided == item["label"].numpy()).mean())
 

@@ -63,7 +63,7 @@ def right(outputs: dict[str, np.ndarray], item: dict[str, Any], spec: Recipe) ->
     None without any, and of images that are cut into tiles.
     """
     found = outputs["probabilities"].argmax(1)[0]
-    if spec.data.resize != "squash":
+    if spec.data.resize != "squash" or "mask" not in item:
         return None
     mask = F.interpolate(item["mask"][None, None].double(), found.shape, mode="nearest-exact")[0, 0].numpy()
     known = mask != IGNORE
