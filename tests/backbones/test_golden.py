@@ -21,6 +21,7 @@ from visionattn.backbones import (
     crossformer,
     layers,
     lgvit,
+    moh,
     nat,
     nat_isotropic,
     ninformer,
