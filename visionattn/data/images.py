@@ -8,6 +8,7 @@ files Pillow gives the upper 8 bits only. What Pillow does not read may be a TIF
 `visionattn.data.bands`.
 """
 
+import io
 import logging
 import os
 from collections import Counter
@@ -21,6 +22,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
+from visionattn.data import jpeg
 from visionattn.data.bands import read_bands, shape_of
 from visionattn.data.remarks import names_its_file
 from visionattn.data.sample import Sample, Window
@@ -28,6 +30,7 @@ from visionattn.errors import UserError, listed
 
 __all__ = [
     "SUFFIXES",
+    "EncodedImage",
     "Header",
     "ImageArray",
     "ImageFile",
@@ -75,6 +78,19 @@ class ImageFile(Sample):
     @property
     def files(self) -> tuple[Path, ...]:
         return (self.path,)
+
+
+class EncodedImage(Sample):
+    """An image file inside another file; a subclass says where."""
+
+    def content(self) -> bytes:
+        """The bytes of the file."""
+        raise NotImplementedError
+
+    def image(self, window: Window | None = None) -> np.ndarray:
+        pixels = array_to_image(decode(self.name, self.content()), self.name)
+        image = match_channels(pixels, self.channels, self.name)
+        return image if window is None else image[:, window[0], window[1]]
 
 
 @dataclass(frozen=True)
@@ -152,22 +168,28 @@ def header(path: Path) -> Header:
 
 
 @names_its_file
-def decode(path: Path) -> np.ndarray:
+def decode(path: Path, content: bytes | None = None) -> np.ndarray:
     """Pixels (H, W) or (H, W, C) of an image file in its own depth.
 
     Palettes and CMYK become RGB, one-bit images 0 and 255; white as zero is turned round; transparency is kept as a
     last channel. Raises UserError with the file and the reason.
+
+    Args:
+        path: of the file, or where its content was found.
+        content: of the file, where it is inside another one.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
             _refuse_pages(image, path)
+            if (pixels := jpeg.decoded(image, path, content)) is not None:
+                return pixels
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return _black_is_zero(image, np.array(_without_palette(image)))
     except UserError:
         raise
     except Image.UnidentifiedImageError:
-        if (pixels := read_bands(path)) is not None:
+        if content is None and (pixels := read_bands(path)) is not None:
             return pixels
         raise UserError(f"{path}: not an image, or of a kind that Pillow cannot read") from None
     except Image.DecompressionBombError as error:
@@ -235,9 +257,12 @@ def _without_palette(image: Image.Image) -> Image.Image:
 
 
 def array_to_image(array: np.ndarray, name: str | Path = "image") -> np.ndarray:
-    """(H, W) or (H, W, C) -> (C, H, W), uint8 or float32 in 0..1 by the module's rules; `name` is for messages."""
+    """(H, W) or (H, W, C) -> (C, H, W), uint8 or float32 in 0..1 by the module's rules; `name` is for messages.
+
+    Channels stay next to each other in memory, where images are resized fastest.
+    """
     array = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
-    return np.ascontiguousarray(_scaled(array, name))
+    return _scaled(array, name)
 
 
 def _scaled(array: np.ndarray, name: str | Path) -> np.ndarray:

@@ -11,11 +11,12 @@ Small images are enlarged. Rotation fills with black.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, float32
+from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import InterpolationMode, v2
 
@@ -40,7 +41,7 @@ class Images(TorchDataset):
     Args:
         samples: labelled or not; then there is no "label".
         transform: of (C, H, W) uint8, or float32 in 0..1.
-        seed: what is random in sample i of epoch e depends on (seed, e, i) only.
+        seed: what is random in sample i of epoch e depends on (seed, e, i) only; None where nothing is.
         weights: (N,) chances to draw each in training, or None.
     """
 
@@ -48,7 +49,7 @@ class Images(TorchDataset):
         self,
         samples: Sequence[Sample],
         transform: Callable[[Tensor], Tensor],
-        seed: int = 0,
+        seed: int | None = None,
         weights: Tensor | None = None,
     ) -> None:
         self.samples, self.transform, self.seed, self.weights = samples, transform, seed, weights
@@ -63,8 +64,8 @@ class Images(TorchDataset):
     def __getitem__(self, item: tuple[int, int] | int) -> dict[str, Any]:
         epoch, index = item if isinstance(item, tuple) else (0, item)
         sample = self.samples[index]
-        image = torch.from_numpy(np.ascontiguousarray(sample.image()))
-        with seeded(self.seed, epoch, index):
+        image = torch.from_numpy(np.require(sample.image(), requirements="W"))
+        with nullcontext() if self.seed is None else seeded(self.seed, epoch, index):
             entry = {"image": self.transform(image), "index": index}
         label = sample.target()
         return entry if label is None else entry | {"label": torch.as_tensor(label)}
@@ -118,6 +119,21 @@ def mix_transform(augment: Augment, classes: int) -> Callable[[Tensor, Tensor], 
     return v2.RandomChoice(mixes) if mixes else None
 
 
+class Normalize(v2.Transform):
+    """(C, H, W) uint8, or float32 in 0..1 -> (x - mean) / std, in one pass."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        center, spread = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
+        self.scale, self.shift = (1 / spread).float(), (-center / spread).float()
+        self.scale_of_bytes = (1 / (255 * spread)).float()
+
+    def transform(self, image: Any, params: dict[str, Any]) -> Any:
+        scale = self.scale_of_bytes if image.dtype == torch.uint8 else self.scale
+        planes = image.contiguous()  # bytes are turned into planes faster than floats, when a batch is made
+        return planes.to(torch.float32, copy=True).mul_(scale).add_(self.shift)
+
+
 class CoveringResize(v2.Transform):
     """Resize, keeping proportions, to the smallest image that covers (height, width)."""
 
@@ -144,7 +160,9 @@ def _train_geometry(data: Data) -> list[v2.Transform]:
 
 
 def _numbers(data: Data) -> list[v2.Transform]:
-    return [v2.ToDtype(float32, scale=True), v2.Normalize(data.mean, data.std)]
+    assert data.mean is not None  # of a resolved recipe
+    assert data.std is not None
+    return [Normalize(data.mean, data.std)]
 
 
 def _mode(data: Data) -> InterpolationMode:
