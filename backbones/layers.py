@@ -1,5 +1,6 @@
 """Layers and checks that several families share, and that timm.layers does not have."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, TypeGuard, TypeVar
 
 import timm.layers
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as hooks_of_all_modules
 
-from visionattn.kernels._check import known, transforms
+from visionattn.kernels._check import autocasting, known, transforms
 from visionattn.kernels._dispatch import takes_plain
+from visionattn.kernels._plain import keep
 
 __all__ = [
     "DepthwiseConv",
@@ -25,11 +27,14 @@ __all__ = [
     "is_plain",
     "linear",
     "missing",
+    "no_autocast",
     "pad_map_to_multiple",
     "pad_to_multiple",
+    "pool_to",
     "position_embedding",
     "refuse_script",
     "rotate",
+    "stretch",
 ]
 
 
@@ -162,6 +167,44 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
         return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns)).flatten(-2)
     (a, b), (cos, sin) = pairs.unbind(-1), turns.to(x.dtype).unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    return torch.autocast(x.device.type, enabled=False) if autocasting(x) else nullcontext()
+
+
+def pool_to(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, C, H, W) -> (B, C, *size), means over bins; where sizes are symbols by products, as PyTorch's form of it
+    would be compiled for each size."""
+    if known(x.shape[2] < 2**62) and known(x.shape[3] < 2**62):
+        return F.adaptive_avg_pool2d(x, size)
+    rows, columns = (_bins(length, n, x) for length, n in zip(x.shape[2:], size, strict=True))
+    return rows @ (x @ columns.mT)
+
+
+def _bins(length: int, keys: int, like: Tensor) -> Tensor:
+    """(keys, length): the share of each position in each bin."""
+    key, place = torch.arange(keys, device=like.device)[:, None], torch.arange(length, device=like.device)
+    inside = (place >= key * length // keys) & (place < ((key + 1) * length + keys - 1) // keys)
+    return (inside / inside.sum(1, keepdim=True)).to(like.dtype)
+
+
+def stretch(x: Tensor, axis: int, length: int, mode: str) -> Tensor:
+    """x with an axis of another length, between its entries by `F.interpolate`'s "bilinear" or "bicubic".
+
+    By a product, which unlike that has deterministic gradients on all devices.
+    """
+    x = x.movedim(axis, -1)
+    if not known(x.shape[-1] == length):
+        with no_autocast(x):
+            x = x @ _stretching(x, x.shape[-1], length, mode, x.dtype)
+    return x.movedim(-1, axis)
+
+
+@keep
+def _stretching(source: int, target: int, mode: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    unit = torch.eye(source, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    return F.interpolate(unit[None, :, :, None], (target, 1), mode=mode)[0, :, :, 0].to(dtype)
 
 
 @register_notrace_function

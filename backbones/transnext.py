@@ -18,7 +18,6 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, unwrap
 from visionattn.backbones.backbone import MapClassifier, create
-from visionattn.backbones.layers import channels_last, check_in_chans, linear
+from visionattn.backbones.layers import channels_last, check_in_chans, linear, no_autocast, pool_to
 from visionattn.kernels import _record, window_attention
 from visionattn.kernels._check import autocasting, known, precise
 from visionattn.kernels._dispatch import takes_plain
@@ -103,10 +102,6 @@ class CosineAttention(nn.Module):
             of_parts = [self.cpb_fc2(self.cpb_act(self.cpb_fc1(part))) for part in parts]
         bias: Tensor = of_parts[0] if len(of_parts) == 1 else torch.cat(of_parts)
         return bias.T.unflatten(1, size), rows[1], columns[1]
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager:
-    return torch.autocast(x.device.type, enabled=False) if autocasting(x) else nullcontext()
 
 
 def position_bias(bias: Tensor, rows: Tensor, columns: Tensor, keys: tuple[int, int]) -> Tensor:
@@ -196,7 +191,7 @@ class AggregatedAttention(CosineAttention):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         q = linear(self.q, x).unflatten(-1, (self.num_heads, -1)).movedim(3, 1)
         k, v = linear(self.kv, x).unflatten(-1, (2, self.num_heads, -1)).movedim(4, 1).unbind(4)
-        pooled = self.norm(_pool(self.act(self.sr(x.permute(0, 3, 1, 2))), keys).permute(0, 2, 3, 1))
+        pooled = self.norm(pool_to(self.act(self.sr(x.permute(0, 3, 1, 2))), keys).permute(0, 2, 3, 1))
         pooled_k, pooled_v = linear(self.kv, pooled).unflatten(-1, (2, self.num_heads, -1)).movedim(4, 1).unbind(4)
         bias, rows, columns = self.distances(x, keys)
         with no_autocast(x):
@@ -302,22 +297,6 @@ class AggregatedAttention(CosineAttention):
         """Where in a map with a margin each neighbour of the positions of x is."""
         shifts = itertools.product(range(self.window_size), repeat=2)
         return [(slice(i, i + x.shape[2]), slice(j, j + x.shape[3])) for i, j in shifts]
-
-
-def _pool(x: Tensor, keys: tuple[int, int]) -> Tensor:
-    """(B, C, H, W) -> (B, C, *keys), means over bins; where sizes are symbols by products, as PyTorch's form of it
-    would be compiled for each size."""
-    if known(x.shape[2] < 2**62) and known(x.shape[3] < 2**62):
-        return F.adaptive_avg_pool2d(x, keys)
-    rows, columns = (_bins(length, n, x) for length, n in zip(x.shape[2:], keys, strict=True))
-    return rows @ (x @ columns.mT)
-
-
-def _bins(length: int, keys: int, like: Tensor) -> Tensor:
-    """(keys, length): the share of each position in each bin."""
-    key, place = torch.arange(keys, device=like.device)[:, None], torch.arange(length, device=like.device)
-    inside = (place >= key * length // keys) & (place < ((key + 1) * length + keys - 1) // keys)
-    return (inside / inside.sum(1, keepdim=True)).to(like.dtype)
 
 
 def _unit(x: Tensor) -> Tensor:

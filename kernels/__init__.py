@@ -13,6 +13,7 @@ from visionattn.kernels._dispatch import bodies, describe_backends, set_backend
 from visionattn.kernels._proof import path as verdict_file
 from visionattn.kernels._proof import verdicts
 from visionattn.kernels._record import record_attention
+from visionattn.kernels.agent import agent_attention
 from visionattn.kernels.channel import channel_attention, cross_covariance_attention, linear_attention
 from visionattn.kernels.decayed import decayed_attention
 from visionattn.kernels.gated import gated_positional_attention
@@ -23,6 +24,7 @@ from visionattn.kernels.routing import routing_attention
 from visionattn.kernels.window import window_attention
 
 __all__ = [
+    "agent_attention",
     "bodies",
     "channel_attention",
     "cross_covariance_attention",

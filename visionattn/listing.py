@@ -30,6 +30,8 @@ __all__ = [
     "our_models",
 ]
 
+AGENT = "agent_transformer/models"  # a folder of the authors'
+
 # Classes of the authors' code, as tests/golden names them, that models equal: the first pattern that fits the name
 REFERENCES = {
     "biformer_stl_nchw": ["nchwBiFormerSTL"],
@@ -43,6 +45,10 @@ REFERENCES = {
     "dinat_*": ["DiNAT"],
     "nat_*": ["NAT"],
     "patchconvnet_*": ["PatchConvnet"],
+    "agent_deit_*": [f"{AGENT}/agent_deit.py VisionTransformer"],
+    "agent_pvt_*": [f"{AGENT}/agent_pvt.py PyramidVisionTransformer"],
+    "agent_swin_*": [f"{AGENT}/agent_swin.py AgentSwinTransformer"],
+    "agent_cswin_*": [f"{AGENT}/agent_cswin.py CSWinTransformer"],
     "moh_*": ["MoH-ViT/transnext.py TransNeXt"],
     "rmt_*": [
         "classfication_release/RMT.py VisRetNet",

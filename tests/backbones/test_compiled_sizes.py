@@ -15,6 +15,10 @@ import visionattn  # noqa: F401 - registers the models
 SIZES = [(64, 96), (224, 192), (256, 320)]
 FAST = {"va_davit_tiny", "patchconvnet_s60"}
 MODELS = {
+    "agent_deit_tiny": {"depth": 1},
+    "agent_pvt_tiny": {"depths": (1, 1), "embed_dims": (16, 32), "num_heads": (1, 2), "attn_type": "AA"},
+    "agent_swin_tiny": {"depths": (1, 1), "embed_dim": 24, "num_heads": (1, 2), "attn_type": "AA"},
+    "agent_cswin_tiny": {"depth": (1, 1, 1), "embed_dim": 24, "num_heads": (2, 2, 4), "attn_type": "AAB"},
     "biformer_tiny": {"depth": (1, 1, 1, 1), "embed_dim": (32, 64, 128, 256)},
     "moh_transnext_small_75": {
         "depths": (1, 1),

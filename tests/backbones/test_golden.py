@@ -17,6 +17,11 @@ from torch import Tensor, nn
 
 import visionattn  # noqa: F401 - registers the models
 from visionattn.backbones import (
+    agent,
+    agent_cswin,
+    agent_deit,
+    agent_pvt,
+    agent_swin,
     biformer,
     crossformer,
     layers,
@@ -34,6 +39,9 @@ from visionattn.kernels import record_attention, set_backend, window_attention
 
 # Whole networks that the default run affords, one a family; micro ones all run
 FULL_SIZE = ("biformer_tiny", "crossformer_tiny", "nat_mini", "ninformer_cifar10", "ninformer_mnist")
+
+
+AGENT = "agent_transformer/models/"  # the folder of its files
 
 
 def _biformer(kwargs: dict) -> tuple[str, dict]:
@@ -117,6 +125,22 @@ def _moh(kwargs: dict) -> tuple[str, dict]:
     return "moh_transnext_small_75", {ours.get(key, key): value for key, value in arguments.items()} | size
 
 
+def _agent(name: str) -> Callable[[dict], tuple[str, dict]]:
+    def ours(kwargs: dict) -> tuple[str, dict]:
+        always = () if "deit" in name else ("patch_size", "qkv_bias")
+        arguments = {key: value for key, value in kwargs.items() if key not in always}
+        for key in ("agent_num", "agent_sr_ratios"):
+            if key in arguments:
+                arguments[key] = [int(n) for n in arguments[key]]
+        if "la_split_size" in arguments:
+            arguments["la_split_size"] = [int(n) for n in arguments["la_split_size"].split("-")]
+        if "window_size" in arguments:
+            arguments |= {"agent_window": kwargs["window_size"], "window_size": max(7, kwargs["window_size"] // 8)}
+        return name, arguments
+
+    return ours
+
+
 MODELS: dict[str, Callable[[dict], tuple[str, dict]]] = {
     "BiFormer": _biformer,
     "BiFormerSTL": _biformer_stl("biformer_stl"),
@@ -138,6 +162,14 @@ MODELS: dict[str, Callable[[dict], tuple[str, dict]]] = {
     "TransNeXt": _transnext,
     "segmentation TransNeXt": _transnext_dense,
     "MoH-ViT/transnext.py TransNeXt": _moh,
+    f"{AGENT}agent_deit.py VisionTransformer": _agent("agent_deit_tiny"),
+    f"{AGENT}agent_deit.py VisionTransformer (agent_deit_tiny: patch 16, dim 192, depth 12, heads 3)": _agent(
+        "agent_deit_tiny"
+    ),
+    f"{AGENT}agent_pvt.py PyramidVisionTransformer": _agent("agent_pvt_tiny"),
+    f"{AGENT}agent_pvt.py agent_pvt_tiny": _agent("agent_pvt_tiny"),
+    f"{AGENT}agent_swin.py AgentSwinTransformer": _agent("agent_swin_tiny"),
+    f"{AGENT}agent_cswin.py CSWinTransformer": _agent("agent_cswin_tiny"),
 }
 
 
@@ -234,6 +266,52 @@ def _aggregated(kwargs: dict) -> nn.Module:
     )
 
 
+class Sized(nn.Module):
+    """A layer of tokens (B, 1 + H * W, C) of a map, and its size, for a record that has the tokens alone."""
+
+    def __init__(self, layer: nn.Module, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.layer, self.size = layer, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, *self.size)
+
+
+class Projected(nn.Module):
+    """A layer of projections (B, H, W, 3, heads, head_dim), for a record that has them as tokens (B, L, 3 C)."""
+
+    def __init__(self, layer: nn.Module, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.layer, self.size = layer, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.unflatten(-1, (3, self.layer.num_heads, -1)).unflatten(1, self.size)).flatten(1, 2)
+
+
+def _agent_deit_layer(kwargs: dict) -> nn.Module:
+    size = (kwargs["window"],) * 2
+    return Sized(agent_deit.TokenAttention(kwargs["dim"], kwargs["num_heads"], kwargs["agent_num"], size), size)
+
+
+def _agent_pvt_layer(kwargs: dict) -> nn.Module:
+    size, heads = (8, 8), kwargs["num_heads"]
+    layer = agent_pvt.ReducedAgentAttention(kwargs["dim"], heads, kwargs["agent_num"], size, kwargs["sr_ratio"])
+    return Tokens(layer, size)
+
+
+def _agent_swin_layer(kwargs: dict) -> nn.Module:
+    size = tuple(kwargs["window_size"])
+    return Tokens(agent.MapAttention(kwargs["dim"], kwargs["num_heads"], kwargs["agent_num"], size), size)
+
+
+def _agent_cswin_layer(kwargs: dict) -> nn.Module:
+    size, agents = (kwargs["resolution"],) * 2, kwargs["agent_num"]
+    level = bool(kwargs["idx"])
+    return Projected(
+        agent_cswin.AgentStripes(kwargs["dim"], kwargs["num_heads"], agents, size, kwargs["split_size"], level), size
+    )
+
+
 class RoutedAttention(nn.Module):
     """Attention whose heads a router weighs, on tokens (B, L, C) of maps of `size`; keeps the loss of balance."""
 
@@ -297,6 +375,10 @@ LAYERS: dict[str, Callable[[dict], nn.Module]] = {
         transnext.GlobalAttention(kwargs["dim"], kwargs["num_heads"], 7), tuple(kwargs["input_resolution"])
     ),
     "MoH-ViT/attention_native.py AggregatedAttention": _moh_layer,
+    f"{AGENT}agent_deit.py AgentAttention": _agent_deit_layer,
+    f"{AGENT}agent_pvt.py AgentAttention": _agent_pvt_layer,
+    f"{AGENT}agent_swin.py AgentAttention": _agent_swin_layer,
+    f"{AGENT}agent_cswin.py AgentAttention": _agent_cswin_layer,
     "MoH-ViT/attention.py Attention": _moh_layer,
     "ConvolutionalGLU": lambda kwargs: Tokens(
         transnext.ConvGLU(kwargs["in_features"], kwargs["hidden_features"]), (9, 6)
@@ -319,6 +401,10 @@ LAYERS: dict[str, Callable[[dict], nn.Module]] = {
 }
 RENAMED: dict[str, Callable[[dict, nn.Module], dict]] = {  # how others than BiFormer's layers get our key names
     ninformer.__name__: ninformer.checkpoint_filter_fn,
+    agent.__name__: lambda state_dict, layer: state_dict,
+    agent_deit.__name__: lambda state_dict, layer: state_dict,
+    agent_pvt.__name__: lambda state_dict, layer: state_dict,
+    agent_cswin.__name__: lambda state_dict, layer: {agent_cswin.our_name(key): x for key, x in state_dict.items()},
     __name__: lambda state_dict, layer: _moh_names(state_dict),
     patchconvnet.__name__: lambda state_dict, layer: patchconvnet.in_our_names(state_dict),
     lgvit.__name__: lambda state_dict, layer: lgvit.in_our_names(state_dict),
@@ -336,7 +422,7 @@ ELSEWHERE = {  # records of other tests
 
 def make_layer(record: dict) -> nn.Module:
     layer = LAYERS[record["reference"]["class"]](record["reference"]["kwargs"]).eval()
-    inner = layer.layer if isinstance(layer, ChannelsLast | Tokens | ClassToken | Turned) else layer
+    inner = layer.layer if isinstance(layer, ChannelsLast | Tokens | ClassToken | Turned | Sized | Projected) else layer
     rename = RENAMED.get(type(inner).__module__, biformer.checkpoint_filter_fn)
     inner.load_state_dict(rename(filled_state_dict(record), inner))
     return layer
@@ -385,7 +471,8 @@ def test_network(name, tmp_path):
     model_name, kwargs = MODELS[reference_class(name)](record["reference"]["kwargs"])
     overlay = {"file": str(tmp_path / "reference.pth"), "num_classes": kwargs.get("num_classes", 1000)}
     model = timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
-    assert sum(p.numel() for p in model.parameters()) == record["num_params"]
+    if "kwargs_source" not in record:  # else the checkpoint is of a network for another size
+        assert sum(p.numel() for p in model.parameters()) == record["num_params"]
     for case in record["cases"]:
         outputs = network_outputs(model, case_input(case))
         for key, expected in case["outputs"].items():
@@ -417,6 +504,8 @@ def network_outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
         outputs = {key: x.permute(0, 2, 3, 1) if key.startswith("feat") else x for key, x in outputs.items()}
         outputs["norm"] = model.projection.norm(model.projection.fc(stages[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         outputs["logits"] = model(image)
+    elif type(model).__module__.startswith(agent.__name__):
+        outputs |= agent_outputs(model, image)
     elif isinstance(model, patchconvnet.PatchConvNet):
         outputs |= patchconvnet_outputs(model, image)
     return outputs
@@ -430,6 +519,24 @@ def moh_losses(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
     _, loss = model.train()(image, auxiliary=True)
     model.eval()
     return {"aux_losses": torch.stack(losses), "moh_loss": 0.01 * loss[None]}
+
+
+def agent_outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """Tokens or maps after blocks, and tables of a checkpoint of another size, by the authors' names."""
+    outputs = {f"resized:{key}": table for key, table in model.state_dict().items()}
+    for i in range(4):
+        for ours, theirs in ((f"stages.{i}.blocks", f"block{i + 1}"), (f"stages.{i}.pos_embed", f"pos_embed{i + 1}")):
+            outputs |= {key.replace(ours, theirs): table for key, table in outputs.items() if f":{ours}" in key}
+    if isinstance(model, agent_deit.AgentDeiT):
+        blocks = {f"block{i}": block for i, block in enumerate(model.blocks)}
+    elif isinstance(model, agent_swin.AgentSwin) and len(model.layers) == 2:
+        blocks = {"feat0": model.layers[0].blocks[0], "feat0b": model.layers[0].blocks[1]}
+    else:
+        return outputs
+    for key, block in blocks.items():
+        block.register_forward_hook(lambda _, __, output, key=key: outputs.update({key: output}))
+    model(image)
+    return {key: x.permute(0, 3, 1, 2) if key.startswith("feat") else x for key, x in outputs.items()}
 
 
 def patchconvnet_outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
@@ -467,7 +574,7 @@ def test_layer_with_gradients(name, backend):
     """Gradients of sum(out * w) for the record's w, with every backend that runs on a CPU."""
     record = load_record(name)
     layer = make_layer(record)
-    inner = layer.layer if isinstance(layer, ChannelsLast | Tokens | Turned) else layer
+    inner = layer.layer if isinstance(layer, ChannelsLast | Tokens | Turned | Sized | Projected) else layer
     for case in record["cases"]:
         layer.zero_grad()
         x = case_input(case).requires_grad_()

@@ -22,6 +22,10 @@ TWINS = {
     "halonet26t": {},
 }
 BLOCKS = {
+    "agent_deit_tiny": 12,
+    "agent_pvt_tiny": 8,
+    "agent_swin_tiny": 12,
+    "agent_cswin_tiny": 25,
     "biformer_tiny": 14,
     "crossformer_tiny": 16,
     "nat_mini": 18,
@@ -35,6 +39,8 @@ BLOCKS = {
 SHORT = {"depths": (1, 1, 2, 1)}
 CUT = {**TWINS, "patchconvnet_s60": {"depth": 6}, "moh_transnext_small_75": SHORT, "transnext_small": SHORT}
 MORE = {  # times these launches
+    "agent_deit_tiny": 1.12,  # two attentions, agents and two biases
+    "agent_pvt_tiny": 1.08,
     "lgvit_192": 1.3,  # two gates, a convolution of values and the rotation of q and k, on few channels
     "rmt_tiny": 1.2,  # three convolutions and the rotation of q and k, attention to rows, then to columns
     "transnext_micro": 1.9,  # two projections, a pooled map and an MLP

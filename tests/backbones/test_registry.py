@@ -41,6 +41,10 @@ SHORTER = {  # arguments by family: fewer blocks test as much, in less time
     "rmt": {"depths": (1, 1, 2, 1)},
     "transnext": {"depths": (1, 1, 2, 1)},
     "moh": {"depths": (1, 1, 2, 1)},
+    "agent_deit": {"depth": 4},
+    "agent_pvt": {"depths": (1, 1, 2, 1)},
+    "agent_swin": {"depths": (1, 1, 2, 2)},
+    "agent_cswin": {"depth": (1, 1, 2, 1)},
 }
 NARROWER = {  # the same for widths, of the models that are tested by default
     "biformer": {"embed_dim": (32, 64, 128, 256)},
@@ -59,6 +63,10 @@ NARROWER = {  # the same for widths, of the models that are tested by default
         "shared_heads": (2, 4, 1, 2),
         "active_heads": (0, 0, 2, 4),
     },
+    "agent_deit": {"embed_dim": 96},
+    "agent_pvt": {"embed_dims": (32, 64, 80, 128)},
+    "agent_swin": {"embed_dim": 48},
+    "agent_cswin": {"embed_dim": 32},
 }
 STRIDES = {  # by family or model, of the maps that `features_only` gives; all others are pyramids
     "volo": [8, 16, 16, 16],
@@ -66,12 +74,19 @@ STRIDES = {  # by family or model, of the maps that `features_only` gives; all o
     "nat_isotropic": [16, 16, 16],
     "convit": [16, 16, 16],
     "patchconvnet": [16, 16, 16],
+    "agent_deit": [16, 16, 16],
     "xcit": [16, 16, 16],
     **{name: [8, 8, 8] for name in timm.list_models("va_xcit_*_p8_*")},
     "ninformer_tiny_patch4_32": [4, 4, 4],
     "ninformer_small_patch16_224": [16, 16, 16],
 }
-TOKENS = {"volo", "xcit", "convit", "patchconvnet"}  # families of tokens (B, 1 + H * W, C), a class token first
+TOKENS = {
+    "volo",
+    "xcit",
+    "convit",
+    "patchconvnet",
+    "agent_deit",
+}  # families of tokens (B, 1 + H * W, C), a class token first
 TOKEN_PER_CLASS = {"patchconvnet_s60_multi"}  # models that have one for each class, and their logits from these
 NORM_IN_HEAD = {"davit"}  # families whose head normalises what it pooled, and maps that are not to be pooled
 SMALL = 64  # pixels

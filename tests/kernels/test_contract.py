@@ -54,6 +54,19 @@ def packed(dtype, batch, size, heads, dim) -> dict[str, Any]:
     return dict(zip("qkv", qkv.unbind(-3), strict=True))
 
 
+def agent(dtype, batch=2, size=(7, 9), heads=2, dim=16, agents=3, keys=None, biased=True) -> dict[str, Any]:
+    """keys: tokens of the map of keys, if it has another size than that of queries."""
+    arguments = packed(dtype, batch, size, heads, dim)
+    if keys is not None:
+        other = packed(dtype, batch, keys, heads, dim)
+        arguments |= {"k": other["k"], "v": other["v"]}
+    arguments["agents"] = draw(batch, agents, heads, dim, dtype=dtype)
+    if biased:
+        arguments["agent_bias"] = draw(heads, agents, math.prod(keys or size), dtype=dtype)
+        arguments["query_bias"] = draw(heads, math.prod(size), agents, dtype=dtype)
+    return arguments
+
+
 def channel(dtype, batch=2, size=(7, 9), heads=2, dim=16) -> dict[str, Any]:
     return {**packed(dtype, batch, size, heads, dim), "groups": heads}
 
@@ -223,6 +236,16 @@ CHANNELS = {
 }
 
 PATTERNS = {
+    "agent": Pattern(
+        kernels.agent_attention,
+        agent,
+        any=sizes(ANY_TOKENS[7], agents=st.integers(1, 9), keys=st.none() | tuples(2, 5), biased=st.booleans()),
+        forms=[{}],
+        more=[{"size": (19,)}, {"keys": (4, 5)}, {"agents": 17, "biased": False}],  # of fewer keys see gated
+        stages=[{"size": (28, 28), "agents": 16, "dim": 32}, {"size": (7, 7), "agents": 49, "dim": 32}],
+        budgets={},
+        tolerance=2e-5,
+    ),
     "channel": Pattern(kernels.channel_attention, channel, **CHANNELS),
     "cross_covariance": Pattern(kernels.cross_covariance_attention, cross_covariance, **CHANNELS),
     "decayed": Pattern(
@@ -366,6 +389,7 @@ BATCHED = (
     "q",
     "k",
     "v",
+    "agents",
     "logits",
     "mask",
     "routes",
@@ -459,7 +483,7 @@ def test_chunks_of_any_size_give_the_same(pattern, sizes, share, monkeypatch):
     agree(pattern, sizes, torch.float64)
 
 
-@each("forms", "more", without=("channel", "cross_covariance", "decayed", "gated", "linear", "outlook"))
+@each("forms", "more", without=("agent", "channel", "cross_covariance", "decayed", "gated", "linear", "outlook"))
 def test_more_windows_than_a_launch_can_have_are_done_in_parts(pattern, sizes, form, monkeypatch):
     monkeypatch.setattr("visionattn.kernels._plain.HEADS", 3)
     agree(pattern, sizes, torch.float64)
@@ -647,7 +671,7 @@ def some_place(name: str, x: Tensor) -> tuple[int, ...]:
     """Of the first image and head, where a tensor has them."""
     if name == "logits":
         return 0, 1, 1, 0
-    if name in ("q", "k", "v"):
+    if name in ("q", "k", "v", "agents"):
         return 0, *[1] * (x.ndim - 3), 0
     if name in ("query_weights", "key_weights"):
         return 0, *[1] * (x.ndim - 2), 0

@@ -13,6 +13,7 @@ from visionattn import kernels
 
 HEADS, DIM, SIDE = 2, 16, 6
 CALLS = {
+    "agent": lambda q, k, v: kernels.agent_attention(q, k, v, q[:, ::3, ::3].flatten(1, 2)),
     "channel": lambda q, k, v: kernels.channel_attention(q, k, v, HEADS),
     "cross_covariance": lambda q, k, v: kernels.cross_covariance_attention(q, k, v, torch.ones(HEADS, 1, 1)),
     "gated": lambda q, k, v: kernels.gated_positional_attention(
