@@ -133,12 +133,14 @@ def test_the_commands_on_boxes_work(tmp_path, monkeypatch):
 
 def test_the_commands_after_the_training_work(tmp_path, monkeypatch, pictures, run):
     monkeypatch.chdir(tmp_path)
-    export, predict = blocks("bash")[6].strip().splitlines()
+    export, predict, publish = blocks("bash")[6].strip().splitlines()
     shutil.copytree(run, re.search(r"runs/\S+", export)[0])
     shutil.copytree(pictures / "test", "new_scenes")
     assert visionattn(export) == 0
     assert subprocess.run([sys.executable, *shlex.split(predict)[1:]]).returncode == 0
     assert len(Path("answers.csv").read_text().splitlines()) == 1 + 24
+    assert visionattn(publish) == 0
+    assert timm.create_model("local-dir:scenes_hub", pretrained=True).num_classes == 2
 
 
 def test_the_recipes_in_the_readme_are_valid():

@@ -31,7 +31,7 @@ from visionattn.tools._exporters import EXPORTERS, Exporter, Ran, run_onnx, stam
 from visionattn.tools._precision import PRECISIONS, compared
 from visionattn.tools._script import script_of
 
-__all__ = ["LARGEST_ERROR", "Exported", "export"]
+__all__ = ["LARGEST_ERROR", "Exported", "export", "part_of_task"]
 
 LARGEST_ERROR = 1e-3  # relative, of any output
 BATCHES = (1, 3)
@@ -74,7 +74,7 @@ def export(
         raise UserError(f"--to {to}: unknown format{nearest(to, EXPORTERS)}; there are {', '.join(EXPORTERS)}")
     smaller = [precision] if isinstance(precision, str) else list(precision)
     _refuse_precision(smaller, to)
-    spec, part = trained.recipe, _part(trained.recipe)
+    spec, part = trained.recipe, part_of_task(trained.recipe)
     sizes = sizes_of(size) or [part.size_of(spec)]
     graph, about = graph_of(trained), known_of(trained)
     samples = checked_on(trained, data)
@@ -132,7 +132,7 @@ def _refuse_precision(names: Sequence[str], to: str) -> None:
             raise UserError(f"--precision {name} is for --to onnx, but this is --to {to}")
 
 
-def _part(spec: Recipe) -> ModuleType:
+def part_of_task(spec: Recipe) -> ModuleType:
     """The task's file of what its networks are exported as."""
     try:
         return part_of(spec.task, "export")
@@ -147,7 +147,7 @@ def graph_of(trained: Trained) -> Graph:
     spec, fitted = trained.recipe, _fitted(trained)
     if isinstance(trained.task.network, Ensemble):
         raise UserError("several runs are averaged, but a file holds one network: export each of them")
-    return _part(spec).graph(trained.task.float().cpu(), spec, fitted.temperature if fitted else 1.0).eval()
+    return part_of_task(spec).graph(trained.task.float().cpu(), spec, fitted.temperature if fitted else 1.0).eval()
 
 
 def _fitted(trained: Trained) -> Any:

@@ -46,14 +46,20 @@ class _RegisterAfterTimm(importlib.abc.MetaPathFinder):
 
         def load_and_register(module: ModuleType) -> None:
             load(module)
-            importlib.import_module("visionattn.backbones")
+            _register()
 
         spec.loader.exec_module = load_and_register  # type: ignore[method-assign]  # of this loader only
         return spec
 
 
-if "timm" in sys.modules:
+def _register() -> None:
+    """The backbones, and the names that published segmenters and detectors have."""
     importlib.import_module("visionattn.backbones")
+    importlib.import_module("visionattn.models.published")
+
+
+if "timm" in sys.modules:
+    _register()
 else:
     sys.meta_path.insert(0, _RegisterAfterTimm())
 

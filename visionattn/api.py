@@ -322,6 +322,24 @@ class Run:
         out = base / f"export-{to}" if out is None else _path(out, "out")
         return export(self.trained, to, out, size, precision, None if data is None else _path(data, "data"))
 
+    def publish(self, out: str | Path, *, licence: str | None = None, data_licence: str | None = None) -> Path:
+        """Write a folder for the Hugging Face hub: weights, configuration, recipe, metrics and a card; nothing is sent.
+
+        `timm.create_model("local-dir:FOLDER", pretrained=True)` makes the very network from it.
+
+        Args:
+            out: the folder to make.
+            licence: of the weights, such as "apache-2.0"; unset: the strictest of code, weights that training started
+                from, and data.
+            data_licence: of the training data.
+
+        Raises:
+            UserError: no run directory; no licence that others may freely use follows, and none is given.
+        """
+        from visionattn.tools.publish import publish
+
+        return publish(self.path, _path(out, "out"), licence, data_licence)
+
     def _repr_html_(self) -> str:
         metrics = (
             Table({"split": name, **values} for name, values in self.metrics.items()) if self.path.is_dir() else Table()

@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
             _add_doctor,
             _add_benchmark,
         ),
-        *(_add_export, _add_completion),
+        *(_add_export, _add_publish, _add_completion),
     ):
         add(commands)
     return parser
@@ -339,6 +339,29 @@ def _export(arguments: argparse.Namespace) -> None:
     exported = load(arguments.model).export(arguments.to, arguments.out, **options)
     for name, check in exported.checks.items():
         print(f"{exported.path / name}: {', '.join(f'{key} {value}' for key, value in check.items())}")
+
+
+def _add_publish(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        "publish",
+        "write a run as a folder for the Hugging Face hub, from which timm makes the network; nothing is sent",
+        "runs/scenes-20261121-120000 -o scenes_hub --data-licence cc-by-4.0",
+    )
+    command.add_argument("run", type=Path, metavar="RUN")
+    command.add_argument("-o", "--out", type=Path, metavar="FOLDER", required=True, help="folder to make")
+    command.add_argument(
+        "--licence", metavar="ID", help="of the weights (default: the strictest of code, start weights and data)"
+    )
+    command.add_argument("--data-licence", metavar="ID", help="of the training data")
+    command.set_defaults(function=_publish)
+
+
+def _publish(arguments: argparse.Namespace) -> None:
+    from visionattn.tools.publish import publish
+
+    out = publish(arguments.run, arguments.out, arguments.licence, arguments.data_licence)
+    print(f"look through {out / 'README.md'}, then: hf upload USER/{out.name} {out}")
 
 
 def _add_check(commands: argparse._SubParsersAction) -> None:

@@ -236,7 +236,7 @@ def our_models() -> list[str]:
 
     import visionattn.backbones  # noqa: F401  registers the models
 
-    return [n for n in timm.list_models() if timm.model_entrypoint(n).__module__.startswith("visionattn.")]
+    return [n for n in timm.list_models() if timm.model_entrypoint(n).__module__.startswith("visionattn.backbones.")]
 
 
 def gmacs(model: "nn.Module", input_size: tuple[int, int, int]) -> float:

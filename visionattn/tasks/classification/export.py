@@ -6,11 +6,14 @@ import numpy as np
 from torch import Tensor
 
 from visionattn.inference.views import views
+from visionattn.models.networks import arguments_of
 from visionattn.tasks.classification.recipe import Recipe
 from visionattn.tasks.classification.task import Classifier
 from visionattn.tasks.graph import Graph
 
-__all__ = ["agreement", "contract", "graph", "right", "size_of"]
+__all__ = ["HUB_TASK", "agreement", "contract", "graph", "made_by", "right", "size_of"]
+
+HUB_TASK = "image-classification"  # what Hugging Face calls it
 
 
 class _Graph(Graph):
@@ -26,6 +29,12 @@ class _Graph(Graph):
 def graph(task: Classifier, spec: Recipe, temperature: float) -> Graph:
     """Images -> probabilities (B, K) and logits (B, K)."""
     return _Graph(task, spec, temperature)
+
+
+def made_by(spec: Recipe) -> tuple[str, dict[str, Any]]:
+    """Name and arguments by which timm makes the network."""
+    arguments = arguments_of(spec.model, spec.data.side)
+    return spec.model.name, arguments | {"num_classes": len(spec.data.classes), "in_chans": spec.data.channels}
 
 
 def size_of(spec: Recipe) -> tuple[int, int]:

@@ -9,11 +9,14 @@ from torch import Tensor
 from visionattn.errors import UserError, listed
 from visionattn.models.dense_heads import CANDIDATES, FLOOR, DenseHead
 from visionattn.models.detectors import DETECTORS
+from visionattn.models.networks import arguments_of
 from visionattn.tasks.detection.recipe import Recipe
-from visionattn.tasks.detection.task import DetectorTask
+from visionattn.tasks.detection.task import DetectorTask, detector_args
 from visionattn.tasks.graph import Graph
 
-__all__ = ["agreement", "contract", "graph", "right", "size_of"]
+__all__ = ["HUB_TASK", "agreement", "contract", "graph", "made_by", "right", "size_of"]
+
+HUB_TASK = "object-detection"  # what Hugging Face calls it
 
 
 class _Graph(Graph):
@@ -46,6 +49,19 @@ def graph(task: DetectorTask, spec: Recipe, temperature: float) -> Graph:
             "without them"
         )
     return _Graph(network, spec.data.mean, spec.data.std)
+
+
+def made_by(spec: Recipe) -> tuple[str, dict[str, Any]]:
+    """Name and arguments by which timm makes the network."""
+    assert isinstance(spec.evaluate.max_objects, int)  # once the recipe is resolved
+    return "va_detector", {
+        "name": spec.model.name,
+        "detector": spec.model.detector,
+        "classes": len(spec.data.classes),
+        "channels": len(spec.data.mean),
+        "args": arguments_of(spec.model, spec.data.side),
+        "detector_args": detector_args(spec, spec.evaluate.max_objects),
+    }
 
 
 def size_of(spec: Recipe) -> tuple[int, int]:

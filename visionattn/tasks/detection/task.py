@@ -48,6 +48,7 @@ __all__ = [
     "DetectorTask",
     "class_names",
     "collate",
+    "detector_args",
     "evaluation_set",
     "make",
     "open_writer",
@@ -429,14 +430,18 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> DetectorTask:
 
 
 def _network(spec: Recipe, limit: int) -> Detector:
-    model, data = spec.model, spec.data
-    detector_args = model.detector_args.model_dump() | {"gamma": spec.loss.gamma, "limit": limit}
-    detector_args["overlap"] = detector_args.pop("nms")
+    model, data, args = spec.model, spec.data, detector_args(spec, limit)
     arguments = arguments_of(model, data.side)
     network = make_detector(
-        model.name, model.detector, len(data.classes), len(data.mean), model.pretrained, arguments, detector_args
+        model.name, model.detector, len(data.classes), len(data.mean), model.pretrained, arguments, args
     )
     return started(network, model, arguments)
+
+
+def detector_args(spec: Recipe, limit: int) -> dict[str, Any]:
+    """What a resolved recipe says of the detector, as `make_detector` takes it."""
+    args = spec.model.detector_args.model_dump() | {"gamma": spec.loss.gamma, "limit": limit}
+    return args | {"overlap": args.pop("nms")}
 
 
 def _prove(network: Detector, spec: Recipe, dataset: Dataset) -> None:

@@ -10,11 +10,14 @@ from visionattn.data.colors import UNLABELLED, class_colors
 from visionattn.data.labels import MaskCode
 from visionattn.data.sample import IGNORE
 from visionattn.inference.views import views
+from visionattn.models.networks import arguments_of
 from visionattn.tasks.graph import Graph
 from visionattn.tasks.segmentation.recipe import Recipe
 from visionattn.tasks.segmentation.task import Segmenter, counted
 
-__all__ = ["agreement", "contract", "graph", "right", "size_of"]
+__all__ = ["HUB_TASK", "agreement", "contract", "graph", "made_by", "right", "size_of"]
+
+HUB_TASK = "image-segmentation"  # what Hugging Face calls it
 
 
 class _Graph(Graph):
@@ -26,6 +29,19 @@ class _Graph(Graph):
 def graph(task: Segmenter, spec: Recipe, temperature: float) -> Graph:
     """Images or tiles -> probabilities (B, K, H, W) and logits of the same shape."""
     return _Graph(task.network, spec.data.mean, spec.data.std, temperature)
+
+
+def made_by(spec: Recipe) -> tuple[str, dict[str, Any]]:
+    """Name and arguments by which timm makes the network."""
+    model = spec.model
+    return "va_segmenter", {
+        "encoder_name": model.name,
+        "decoder_name": model.decoder,
+        "num_classes": len(spec.data.class_names),
+        "in_chans": len(spec.data.mean),
+        "encoder_args": arguments_of(model, spec.data.side),
+        "decoder_args": model.decoder_args,
+    }
 
 
 def size_of(spec: Recipe) -> tuple[int, int]:
