@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
             _add_doctor,
             _add_benchmark,
         ),
-        *(_add_export, _add_publish, _add_completion),
+        *(_add_export, _add_publish, _add_convert, _add_completion),
     ):
         add(commands)
     return parser
@@ -362,6 +362,29 @@ def _publish(arguments: argparse.Namespace) -> None:
 
     out = publish(arguments.run, arguments.out, arguments.licence, arguments.data_licence)
     print(f"look through {out / 'README.md'}, then: hf upload USER/{out.name} {out}")
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        "convert",
+        "write weights under other key names: ours, the authors' or timm's",
+        "biformer_tiny_best.pth ours.safetensors --model biformer_tiny --to ours",
+        "runs/scenes-20261121-120000 theirs.pth --model biformer_tiny --to authors --like biformer_tiny_best.pth",
+    )
+    command.add_argument("source", type=Path, metavar="IN", help="a checkpoint, or a run of a classifier")
+    command.add_argument("out", type=Path, metavar="OUT", help="file to write, .safetensors or .pth")
+    command.add_argument("--model", required=True, metavar="NAME", help="our name of the network")
+    command.add_argument("--to", required=True, metavar="NAMES", help="ours, authors or timm")
+    command.add_argument("--like", type=Path, metavar="FILE", help="for authors: a checkpoint that has their names")
+    command.set_defaults(function=_convert)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from visionattn.tools.convert import convert
+
+    names = convert(arguments.source, arguments.out, arguments.model, arguments.to, arguments.like)
+    print(f"{len(names)} entries: {arguments.out}")
 
 
 def _add_check(commands: argparse._SubParsersAction) -> None:
