@@ -14,7 +14,7 @@ ROOMS = ["backbones", "kernels", "recipes", "tools"]
 # Of the rooms inside visionattn/, from the bottom; a room imports from those above it in this list, and from itself.
 LEVELS = [
     ("errors",),
-    ("files", "progress"),
+    ("files", "progress", "versions"),
     ("recipe",),
     ("data",),
     ("models", "inference", "writers"),
@@ -25,7 +25,7 @@ LEVELS = [
     ("api",),
     ("cli",),
 ]
-TORCH_FREE = ["errors.py", "files.py", "progress.py", "recipe", "cli.py", "__init__.py", "__main__.py"]
+TORCH_FREE = ["errors.py", "files.py", "progress.py", "versions.py", "recipe", "cli.py", "__init__.py", "__main__.py"]
 MAY_IMPORT = {
     "kernels": {"visionattn.kernels"},
     "backbones": {"visionattn.backbones", "visionattn.kernels"},

@@ -463,10 +463,17 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="try the GPU kernels: right and faster here? compiled models read the answer",
     )
+    about = "a run directory or an exported folder: the versions that it was made with, beside those here"
+    command.add_argument("run", type=Path, nargs="?", metavar="RUN", help=about)
     command.set_defaults(function=_doctor)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
+    if arguments.run is not None:
+        from visionattn.versions import format_versions
+
+        print(format_versions(arguments.run))
+        return
     from visionattn.environment import doctor, doctor_of_kernels
 
     print(doctor_of_kernels() if arguments.kernels else doctor())
