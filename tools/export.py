@@ -74,27 +74,14 @@ def export(
         raise UserError(f"--to {to}: unknown format{nearest(to, EXPORTERS)}; there are {', '.join(EXPORTERS)}")
     smaller = [precision] if isinstance(precision, str) else list(precision)
     _refuse_precision(smaller, to)
-    spec, part = trained.recipe, part_of_task(trained.recipe)
-    sizes = sizes_of(size) or [part.size_of(spec)]
-    graph, about = graph_of(trained), known_of(trained)
+    spec, graph, about = trained.recipe, graph_of(trained), known_of(trained)
+    sizes = sizes_of(size) or [part_of_task(spec).size_of(spec)]
     samples = checked_on(trained, data)
     checks: dict[str, dict[str, Any]] = {}
     with new_folder(out) as folder:
-        for size in sizes:
-            stem = "model" if len(sizes) == 1 else f"model-{size[0]}x{size[1]}"
-            path = folder / f"{stem}{EXPORTERS[to].suffix}"
-            known = about | part.contract(spec, size) | {"size": list(size), "trained_at": list(spec.data.side)}
-            images = inputs(evaluated(samples[: max(BATCHES)], spec, size), spec, size)
-            checks[path.name] = _written(EXPORTERS[to], graph, images, path, known)
-            _write_json(path.with_suffix(".json"), known)
-            for name in smaller:
-                small = folder / f"{stem}-{name}.onnx"
-                PRECISIONS[name](path, small)
-                stamp(small, known | {"precision": name})
-                some = samples[:: max(1, len(samples) // COMPARED)][:COMPARED]
-                items = (evaluated([sample], spec, size)[0] for sample in some)
-                pairs = [(inputs([item], spec, size), item) for item in items]
-                checks[small.name] = compared(run_onnx(small), run_onnx(path), pairs, graph.OUTPUTS, part, spec)
+        for one in sizes:
+            stem = "model" if len(sizes) == 1 else "model-{}x{}".format(*one) if one else "model-any"
+            checks |= _files_of(graph, one, spec, about, samples, to, smaller, folder / stem)
         if to == "onnx":
             text = script_of(f"visionattn.tasks.{spec.task}.deployed", PREDICT)
             (folder / "predict.py").write_text(text, encoding="utf-8")
@@ -102,22 +89,54 @@ def export(
     return Exported(out, checks)
 
 
+def _files_of(
+    graph: Graph,
+    size: Size | None,
+    spec: Recipe,
+    about: dict[str, Any],
+    samples: Sequence[Sample],
+    to: str,
+    smaller: Sequence[str],
+    stem: Path,
+) -> dict[str, dict[str, Any]]:
+    """Write the files of one size, None for all, and what is known of them; returns what was measured of each."""
+    part, exporter = part_of_task(spec), EXPORTERS[to]
+    path, side = stem.with_name(f"{stem.name}{exporter.suffix}"), size or part.size_of(spec)
+    known = about | part.contract(spec, side) | {"size": size and list(size), "trained_at": list(spec.data.side)}
+    few = samples[: max(BATCHES)]
+    images = [inputs(evaluated(few, spec, one), spec, one) for one in ([size] if size else _three_sizes(side))]
+    checks = {path.name: _written(exporter, graph, images, path, known)}
+    _write_json(stem.with_name(f"{stem.name}.json"), known)
+    some = samples[:: max(1, len(samples) // COMPARED)][:COMPARED]
+    for name in smaller:
+        small = stem.with_name(f"{stem.name}-{name}.onnx")
+        PRECISIONS[name](path, small)
+        stamp(small, known | {"precision": name})
+        items = (evaluated([sample], spec, side)[0] for sample in some)
+        pairs = [(inputs([item], spec, side), item) for item in items]
+        checks[small.name] = compared(run_onnx(small), run_onnx(path), pairs, graph.OUTPUTS, part, spec)
+    return checks
+
+
 PREDICT = """What the model beside this file says of images, as `visionattn predict` does: python predict.py --help
 
 It needs numpy, onnxruntime and Pillow. Written by visionattn from its own functions; Apache-2.0."""
 
 
-def sizes_of(given: int | str | Sequence[int | str]) -> list[Size]:
-    """Heights and widths from 224, "224", "224,320", or several of these.
+def sizes_of(given: int | str | Sequence[int | str]) -> list[Size | None]:
+    """Heights and widths from 224, "224", "224,320", or several of these; None for "any".
 
     Raises:
         UserError: anything else.
     """
-    sizes = []
+    sizes: list[Size | None] = []
     for one in [given] if isinstance(given, int | str) else given:
+        if one == "any":
+            sizes.append(None)
+            continue
         sides = [int(side) for side in str(one).split(",") if side.strip().isdecimal()]
         if len(sides) not in (1, 2) or len(sides) != str(one).count(",") + 1 or min(sides) < LEAST:
-            raise UserError(f"--size {one}: expected height,width of at least {LEAST} pixels, such as 224 or 224,320")
+            raise UserError(f"--size {one}: expected any, or height,width of at least {LEAST} pixels, such as 224,320")
         sizes.append((sides[0], sides[-1]))
     return sizes
 
@@ -218,26 +237,44 @@ def known_of(trained: Trained) -> dict[str, Any]:
     }
 
 
+def _three_sizes(size: Size) -> list[Size]:
+    """By which a file for all sizes is tried: the first one odd and of no round number of tokens."""
+    height, width = size
+    return [(5 * height // 4 | 1, 3 * width // 2 | 1), size, (2 * height, max(LEAST, 3 * width // 4))]
+
+
 def _written(
-    exporter: Exporter, graph: Graph, images: Tensor, path: Path, about: dict[str, Any], free: bool = False
+    exporter: Exporter, graph: Graph, images: Sequence[Tensor], path: Path, about: dict[str, Any]
 ) -> dict[str, Any]:
     """Write a file, run it at several batch sizes, and say what was found.
+
+    Args:
+        images: (N, C, H, W) of each size that the file is for.
 
     Raises:
         UserError: its results are not the network's.
     """
+    free = len(images) > 1
     try:
-        exporter.write(graph, images[:1].repeat(2, 1, 1, 1), path, about, free)
+        exporter.write(graph, images[0][:1].repeat(2, 1, 1, 1), path, about, free)
     except UserError:
         raise
     except Exception as error:  # exporters raise nearly anything
-        raise UserError(f"the network cannot be exported so: {_reason(error)}; nothing was kept") from error
+        raise UserError(
+            f"the network cannot be exported so: {_reason(error)}; nothing was kept{_else(free)}"
+        ) from error
     if exporter.load is None:
         return {"images": 0}
     run, worst = exporter.load(path), 0.0
-    for batch in BATCHES:
-        worst = max(worst, error_of(run, graph, images[torch.arange(batch) % len(images)]))
-    return {"largest_relative_error": worst, "batches": list(BATCHES), "images": len(images)}
+    for of_size in images:
+        for batch in BATCHES:
+            worst = max(worst, error_of(run, graph, of_size[torch.arange(batch) % len(of_size)], _else(free)))
+    sizes = [list(of_size.shape[2:]) for of_size in images]
+    return {"largest_relative_error": worst, "batches": list(BATCHES), "sizes": sizes, "images": len(images[0])}
+
+
+def _else(free: bool) -> str:
+    return "; give the sizes that you need, such as --size 224 --size 448" if free else ""
 
 
 def _reason(error: BaseException) -> str:
@@ -249,25 +286,29 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {(telling or lines or ['no reason given'])[0]}"[:300]
 
 
-def error_of(run: Ran, graph: Graph, images: Tensor) -> float:
+def error_of(run: Ran, graph: Graph, images: Tensor, instead: str = "") -> float:
     """The largest error of any output, relative to the largest value of that output.
 
     Raises:
-        UserError: it is above `LARGEST_ERROR`.
+        UserError: it is above `LARGEST_ERROR`, or the file does not run; `instead` says what to do.
     """
+    batch, _, height, width = images.shape
+    at = f"at {height} x {width} pixels, batch {batch}"
     with torch.no_grad():
         expected = [output.numpy() for output in graph(images)]
-    found = run(images)
-    errors = {
-        n: float(np.abs(a - b).max() / np.abs(b).max()) for n, a, b in zip(graph.OUTPUTS, found, expected, strict=True)
-    }
-    name, worst = max(errors.items(), key=lambda one: one[1] if one[1] == one[1] else np.inf)
-    if not worst <= LARGEST_ERROR:
-        batch, _, height, width = images.shape
-        raise UserError(
-            f"the exported file is wrong: at {height} x {width} pixels, batch {batch}, {name} differ from the "
-            f"network's by {worst:.2g} of their largest value, more than {LARGEST_ERROR:g}; nothing was kept"
-        )
+    try:
+        found = run(images)
+    except Exception as error:  # each runtime raises its own
+        raise UserError(f"the exported file does not run {at}: {_reason(error)}; nothing was kept{instead}") from None
+    worst = 0.0
+    for name, one, other in zip(graph.OUTPUTS, found, expected, strict=True):
+        error = float(np.abs(one - other).max() / np.abs(other).max()) if one.shape == other.shape else np.inf
+        if not error <= LARGEST_ERROR:
+            raise UserError(
+                f"the exported file is wrong {at}: {name} differ from the network's by {error:.2g} of their largest "
+                f"value, more than {LARGEST_ERROR:g}; nothing was kept{instead}"
+            )
+        worst = max(worst, error)
     return worst
 
 

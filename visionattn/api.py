@@ -307,7 +307,8 @@ class Run:
         Args:
             to: onnx, pt2, torchscript or safetensors (weights only).
             out: the folder; unset: `export-FORMAT` in the run directory, or beside the checkpoint.
-            size: of images, such as 224 or "224,320"; several: a file each; unset: that of the recipe.
+            size: of images, such as 224 or "224,320"; "any": of all sizes, refused where the network's graph
+                depends on them; several: a file each; unset: that of the recipe.
             precision: "fp16", "int8" (weights of matrices), or both: of ONNX a smaller file too, refused where it
                 loses more than a point of accuracy.
             data: images to check on; unset: the recipe's validation images.

@@ -324,7 +324,9 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     command.add_argument("model", type=Path, metavar="RUN|CHECKPOINT")
     command.add_argument("--to", default="onnx", metavar="FORMAT", help="onnx (default), pt2, torchscript, safetensors")
     command.add_argument("-o", "--out", type=Path, metavar="DIR", help="folder to make (default: export-FORMAT in RUN)")
-    command.add_argument("--size", action="append", default=[], metavar="H,W", help="of images; several: a file each")
+    command.add_argument(
+        "--size", action="append", default=[], metavar="H,W|any", help="of images; several: a file each"
+    )
     command.add_argument(
         "--precision", action="append", default=[], metavar="fp16|int8", help="of ONNX: write a smaller file too"
     )

@@ -24,6 +24,7 @@ from visionattn.tasks.classification import deployed as classification
 from visionattn.tasks.classification import export as of_classifiers
 from visionattn.tasks.detection import deployed as detection
 from visionattn.tasks.detection import export as of_detectors
+from visionattn.tasks.graph import Graph
 from visionattn.tasks.segmentation import deployed as segmentation
 from visionattn.tasks.segmentation import export as of_segmenters
 from visionattn.tools import export
@@ -189,10 +190,10 @@ def test_what_is_refused_leaves_nothing(exported, run, refused, tmp_path, monkey
     out = tmp_path / "out"
     assert "unknown format; did you mean onnx?" in refused("export", run, "--to", "onx", "-o", out)
     assert "never overwritten" in refused("export", run, "-o", exported.path)
-    assert "--size 20: expected height,width of at least 32" in refused("export", run, "--size", "20", "-o", out)
+    assert "--size 20: expected any, or height,width of" in refused("export", run, "--size", "20", "-o", out)
     monkeypatch.setattr(export, "LARGEST_ERROR", 0.0)
     message = refused("export", run, "--to", "torchscript", "--size", "32,40", "-o", out)
-    assert "the exported file is wrong: at 32 x 40 pixels, batch" in message
+    assert "the exported file is wrong at 32 x 40 pixels, batch" in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -200,6 +201,25 @@ def test_several_sizes_are_a_file_each(run, tmp_path):
     folder = visionattn.load(run).export("torchscript", tmp_path / "sizes", size=[32, "48,40"])
     assert list(folder.checks) == ["model-32x32.pt", "model-48x40.pt"]
     assert json.loads((folder.path / "model-48x40.json").read_text())["size"] == [48, 40]
+
+
+def test_a_file_for_all_sizes_is_right_at_all_or_refused(run, refused, tmp_path):
+    message = refused("export", run, "--to", "torchscript", "--size", "any", "-o", tmp_path / "out")
+    assert "--size any: a trace is right at the size that it was made for only" in message
+    assert not (tmp_path / "out").exists()
+    assert export.sizes_of(["any", 64]) == [None, (64, 64)]
+    images = torch.rand(1, 1, 40, 48)
+
+    class Half(Graph):
+        def forward(self, images):
+            return images / 2, images
+
+    graph = Half(torch.nn.Identity(), [0.0], [1.0])
+    assert export.error_of(lambda x: [(x / 2).numpy(), x.numpy()], graph, images) == 0
+    with pytest.raises(UserError, match=r"at 40 x 48 pixels, batch 1: logits differ .* by 0.5 .*; give"):
+        export.error_of(lambda x: [(x / 2).numpy(), x.numpy() / 2], graph, images, "; give the sizes")
+    with pytest.raises(UserError, match="does not run at 40 x 48 pixels, batch 1: ZeroDivisionError"):
+        export.error_of(lambda x: 1 // 0, graph, images)
 
 
 def test_images_to_check_on_have_to_be_there(run, pictures, tmp_path):

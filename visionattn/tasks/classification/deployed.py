@@ -58,7 +58,7 @@ def _entropy(probabilities: np.ndarray, several: bool) -> np.ndarray:
 
 def seen(image: np.ndarray, about: dict[str, Any]) -> np.ndarray:
     """An image (C, H, W) as it is stored -> the model's input (C, height, width) float32."""
-    size = about["size"]
+    size = about["size"] or about["trained_at"]
     if about["resize"] == "squash":
         image = resized(image, size, about["interpolation"])
     elif about["resize"] == "crop":
