@@ -1,0 +1,206 @@
+"""`format: shards`: tar files of images with their labels, as webdataset has them.
+
+A sample is the files of one name up to its first dot, such as `0042.jpg` and `0042.cls`. The tar files are looked
+through once for where each image lies; then images are read in any order, shuffled and shared out as single files are.
+"""
+
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from re import split as words_of
+from typing import Any, Literal, NamedTuple
+from unicodedata import normalize
+
+from pydantic import Field
+
+from visionattn.data.formats import Found, Kind
+from visionattn.data.images import SUFFIXES, EncodedImage, files_below, image_samples
+from visionattn.data.labels import ClassSection, class_order
+from visionattn.data.sample import Sample
+from visionattn.data.splits import split_named
+from visionattn.errors import UserError, listed
+from visionattn.recipe.sections import FilePath
+
+KIND = Kind("class", endings=("", ".tar"))
+LONGEST_LABEL = 2**20  # bytes
+
+
+class Section(ClassSection):
+    """Tar files, or a folder of them; their names say the split, such as train-000.tar, val/000.tar, x-train-0.tar."""
+
+    format: Literal["shards"]
+    root: FilePath = Field(description="a .tar file, or the folder that .tar files lie in")
+    image: str | None = Field(None, description="ending of the image's file where there are several, such as rgb.png")
+    label: str = Field("cls", description="ending of the file that holds the label: a class number, a name, or JSON")
+    label_key: str | None = Field(None, description="where the label is in JSON, such as label or annotation.class")
+    group_key: str | None = Field(None, description="where a group (patient, scene) is in JSON, never split apart")
+
+
+@dataclass(frozen=True)
+class InTar(EncodedImage):
+    """An image file at `place` in a tar file, of `length` bytes."""
+
+    path: Path = Path()
+    place: int = 0
+    length: int = 0
+
+    def content(self) -> bytes:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.place)
+                return file.read(self.length)
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}") from None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,)
+
+
+class _Entry(NamedTuple):
+    """What a tar file has of one sample."""
+
+    key: str
+    images: list[tuple[str, int, int]]  # ending, place, length
+    label: bytes | None
+    extra: bytes | None
+
+
+def find(section: Section) -> Found:
+    """The images in the order of the tar files and of what is in them; no image is opened."""
+    root = section.root
+    if not root.exists():
+        raise UserError(f"data.root: {root}: no such file or folder")
+    shards = [root] if root.is_file() else list(files_below(root, {".tar"}))
+    if not shards:
+        raise UserError(f"data.root: {root}: no .tar files in this folder")
+    wanted = {section.label, "json"} if section.group_key or section.label_key else {section.label}
+    with ThreadPoolExecutor(8) as pool:
+        content = dict(zip(shards, pool.map(lambda path: _entries(path, wanted, section.label), shards), strict=True))
+    problems: list[str] = []
+    labelled = []
+    for shard, entry, title in _titled(content, root):
+        try:
+            facts = _image(entry, section, title), _label(entry, section, title), _group(entry, section, title)
+            labelled.append((shard, title, *facts))
+        except UserError as error:
+            problems.append(str(error))
+    classes, numbers = _classes([label for *_, label, _ in labelled], section)
+    samples: list[Sample] = []
+    for shard, title, (place, length), label, group in labelled:
+        split = split_named(words_of(r"[^A-Za-z]+", shard.relative_to(root.parent).as_posix()))
+        where: dict[str, Any] = {"path": shard, "place": place, "length": length}
+        samples.append(InTar(title, title, group, section.channels, split=split, label=numbers[label], **where))
+    return Found(samples, classes, problems)
+
+
+def _entries(path: Path, wanted: set[str], label: str) -> list[_Entry]:
+    """The samples of a tar file in its order. Raises UserError where it cannot be read, or not at any place."""
+    found: dict[str, dict[str, Any]] = {}  # of each key
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if not member.isfile() or Path(member.name).name.startswith((".", "__")):
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, _, ending = name.partition(".")
+                entry = found.setdefault(f"{folder}/{stem}" if folder else stem, {"images": []})
+                ending = ending.lower()
+                if f".{ending.rpartition('.')[2]}" in SUFFIXES:
+                    entry["images"].append((ending, member.offset_data, member.size))
+                elif ending in wanted and member.size <= LONGEST_LABEL:
+                    stream = archive.extractfile(member)
+                    assert stream is not None  # of a file
+                    entry[ending] = stream.read()
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UserError(f"{path}: no tar file that can be read, or a compressed one: unpack it ({error})") from None
+    return [
+        _Entry(key, entry["images"], entry.get(label), entry.get("json"))
+        for key, entry in found.items()
+        if entry["images"] or len(entry) > 1
+    ]
+
+
+def _titled(content: dict[Path, list[_Entry]], root: Path) -> Iterator[tuple[Path, _Entry, str]]:
+    """Each sample with what it is called: tar file and key."""
+    base = root.parent if root.is_file() else root
+    for shard, entries in content.items():
+        for entry in entries:
+            yield shard, entry, f"{shard.relative_to(base).as_posix()}/{entry.key}"
+
+
+def _image(entry: _Entry, section: Section, title: str) -> tuple[int, int]:
+    """Place and length of a sample's image. Raises UserError where there is not one."""
+    chosen = [image for image in entry.images if section.image in (None, image[0])]
+    if len(chosen) != 1:
+        there = listed([f".{ending}" for ending, *_ in entry.images]) or "no image"
+        what = "one image" if section.image is None else f"one .{section.image}"
+        raise UserError(f"{title}: {there}, expected {what} (data.image chooses among several)")
+    return chosen[0][1:]
+
+
+def _label(entry: _Entry, section: Section, title: str) -> str:
+    """The text of a sample's label."""
+    if section.label_key is not None:
+        return normalize("NFC", str(_in_json(entry, section.label_key, "label_key", title)))
+    if entry.label is None:
+        raise UserError(f"{title}: no .{section.label} beside the image (data.label)")
+    try:
+        text = normalize("NFC", entry.label.decode("utf-8").strip())
+    except UnicodeDecodeError:
+        raise UserError(f"{title}: its .{section.label} is no text; expected a class number or name") from None
+    if not text or "\n" in text or text[0] in "{[":
+        raise UserError(
+            f"{title}: its .{section.label} is {text[:40]!r}, expected a class number or name; "
+            "of JSON, data.label_key says where the label is"
+        )
+    return text
+
+
+def _group(entry: _Entry, section: Section, title: str) -> str:
+    return title if section.group_key is None else str(_in_json(entry, section.group_key, "group_key", title))
+
+
+def _in_json(entry: _Entry, key: str, option: str, title: str) -> Any:
+    """What a sample's JSON has under a key, whose parts are separated by dots."""
+    if entry.extra is None:
+        raise UserError(f"{title}: no .json beside the image (data.{option})")
+    try:
+        value = json.loads(entry.extra)
+        for part in key.split("."):
+            value = value[part]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{title}: its .json has no {key} (data.{option})") from None
+    if isinstance(value, dict | list) or value is None:
+        raise UserError(f"{title}: {key} in its .json is {json.dumps(value)[:40]}, expected a number or a name")
+    return value
+
+
+def _classes(labels: Sequence[str], section: Section) -> tuple[list[str], dict[str, int]]:
+    """The names of the classes, and which number each label stands for; labels may be numbers of `data.classes`."""
+    found = set(labels)
+    if section.classes and found - set(section.classes) and all(label.isdecimal() for label in found):
+        beyond = [label for label in found if int(label) >= len(section.classes)]
+        if beyond:
+            raise UserError(
+                f"data.classes has {len(section.classes)} names, but there are labels {listed(sorted(beyond, key=int))}"
+            )
+        return section.classes, {label: int(label) for label in found}
+    classes = class_order(found, section.classes)
+    return classes, {name: k for k, name in enumerate(classes)}
+
+
+def unlabelled(paths: Sequence[Path], section: Section, channels: int) -> tuple[list[Sample], list[str]]:
+    """Image files, and the images inside tar files."""
+    shards = [path for path in paths if path.suffix.lower() == ".tar" and path.is_file()]
+    others = [path for path in paths if path not in shards]
+    samples, problems = image_samples(others, channels) if others else ([], [])
+    for shard in shards:
+        for entry in _entries(shard, set(), ""):
+            name = f"{shard}/{entry.key}"
+            place, length = _image(entry, section, name)
+            samples.append(InTar(name, name, name, channels, path=shard, place=place, length=length))
+    return samples, problems
