@@ -116,7 +116,7 @@ def find(section: Section) -> Found:
             title = f"{name}[{row}]"
             target = np.array([c in label for c in classes], np.float32) if several else place[label]
             group, split = str(groups[row]) if groups else title, split_named([name])
-            where = {"root": root, "part": name, "column": section.image_column, "row": row}
+            where: dict[str, Any] = {"root": root, "part": name, "column": section.image_column, "row": row}
             samples.append(Row(title, title, group, section.channels, split=split, label=target, **where))
     return Found(samples, classes, [])
 
