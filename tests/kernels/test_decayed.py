@@ -67,13 +67,14 @@ def test_what_is_recorded_says_where_the_keys_are(along):
     layer.forward = lambda x: decayed_attention(q, k, x, DECAY, along)
     with record_attention(layer) as record:
         layer(v)
-    ((weights, indices),) = record[""]
+    (attention,) = record[""]
     keys = [
         [4 * (n // 4) + x for x in range(4)] if along == "rows" else [n % 4 + 4 * y for y in range(3)]
         for n in range(12)
     ]
-    assert indices.tolist() == [keys, keys]
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 12).double())
+    assert attention.indices.tolist() == [keys, keys]
+    assert (attention.queries, attention.keys) == ((3, 4), (3, 4))
+    torch.testing.assert_close(attention.weights.sum(-1), torch.ones(2, 2, 12).double())
 
 
 @pytest.mark.parametrize(
