@@ -109,9 +109,9 @@ class LinearAttention(nn.Module):
         qk = (F.elu(linear(self.qk, x)) + 1).unflatten(-1, (2, -1))
         v = linear(self.down_proj, F.silu(linear(self.up_proj, x)))
         products = qk[:, :, :, 0] * qk[:, :, :, 1].mean((1, 2), keepdim=True)
-        sums = products.unflatten(-1, (self.num_heads, -1)).sum(-1) + 1e-6
+        sums = products.unflatten(-1, (self.num_heads, -1)).sum(-1, keepdim=True) + 1e-6
         q, k = rotate(qk, turns[:, :, None]).unflatten(-1, (self.num_heads, -1)).unbind(3)
-        output = linear_attention(q, k, v.unflatten(-1, (self.num_heads, -1)), 1 / sums)
+        output = linear_attention(q / sums.to(q.dtype), k, v.unflatten(-1, (self.num_heads, -1)))
         return output.flatten(3) + self.lepe(v)
 
 

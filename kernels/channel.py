@@ -59,31 +59,21 @@ def _cross_plain(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor
     return _mix_groups((q.mT @ k) * temperature, v)
 
 
-def _linear_reference(
-    q: Tensor, k: Tensor, v: Tensor, query_weights: Tensor | None, key_weights: Tensor | None
-) -> tuple[Tensor, Tensor | None, None]:
-    if query_weights is not None:
-        q = q * query_weights[..., None]
-    if key_weights is not None:
-        k = k * key_weights[..., None]
+def _linear_reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None, None]:
     if not _record.active():  # what runs under torch.func and TorchScript too: linear in tokens
         return torch.einsum("bqnd,bnde->bqne", q, torch.einsum("bknd,bkne->bnde", k, v) / k.shape[1]), None, None
     weights = torch.einsum("bqnd,bknd->bnqk", q, k) / k.shape[1]
     return torch.einsum("bnqk,bknd->bqnd", weights, v), weights, None
 
 
-def _linear_on_cpu(q: Tensor, k: Tensor, v: Tensor, query_weights: Tensor | None, key_weights: Tensor | None) -> Tensor:
-    v = v if key_weights is None else v * key_weights[..., None]
-    output = _mix(_products(v, k) / k.shape[1], q)
-    return output if query_weights is None else output * query_weights[..., None]
+def _linear_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _mix(_products(v, k) / k.shape[1], q)
 
 
-def _linear_plain(q: Tensor, k: Tensor, v: Tensor, query_weights: Tensor | None, key_weights: Tensor | None) -> Tensor:
-    v = v if key_weights is None else v * key_weights[..., None]
+def _linear_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = together(_groups, q, k, v)
     products = _GroupProducts.apply(k.flatten(0, 1), v.flatten(0, 1)).view(*k.shape[:2], k.shape[3], v.shape[3])
-    output = (q @ (products / k.shape[2]).to(q.dtype)).transpose(1, 2)
-    return output if query_weights is None else output * query_weights[..., None]
+    return (q @ (products / k.shape[2]).to(q.dtype)).transpose(1, 2)
 
 
 def _groups(x: Tensor) -> Tensor:
@@ -287,32 +277,17 @@ def cross_covariance_attention(
     return output.reshape(q.shape)
 
 
-def linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_weights: Tensor | None = None,
-    key_weights: Tensor | None = None,
-    *,
-    backend: str = "auto",
-) -> Tensor:
-    """query_weights * q (mean over keys of k^T (key_weights * v)): attention without a softmax, linear in the tokens.
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tensor:
+    """q (mean over tokens of k^T v): attention whose weights are products of queries and keys, linear in the tokens.
 
     q, k, v: maps (B, H, W, heads, head_dim) or sequences (B, L, heads, head_dim), any strides, of one shape. What makes
-        q and k positive, and what rows are divided by, is the caller's: papers differ in it.
-    query_weights, key_weights: maps (B, H, W, heads) or sequences (B, L, heads); have gradients.
+        q and k positive, and what they are divided by so that rows sum to 1, is the caller's: papers differ in it.
     backend: "auto", "reference", "torch" or "triton".
 
-    Returns q's shape. Recorded weights are (B, heads, N, N), all factors and 1 / N included; rows need not sum to 1.
+    Returns q's shape. Recorded weights are q k^T / N, (B, heads, N, N).
     Raises ValueError for shapes, dtypes or devices that do not fit.
     Source: Katharopoulos et al., Transformers are RNNs, https://arxiv.org/abs/2006.16236, equations 4 and 5.
     """
     check_alike(q, k, v, axes=(2, 1))
-    weights: list[Tensor | None] = []
-    for name, x in (("query_weights", query_weights), ("key_weights", key_weights)):
-        if x is not None:
-            check_tensor(name, x, q.shape[:-1], q)
-        weights.append(None if x is None else x.flatten(1, -2))
     maps = (x.flatten(1, -3) for x in (q, k, v))
-    forms = Forms(_linear_reference, _linear_on_cpu, _linear_plain)
-    return dispatch("linear", backend, forms, *maps, *weights).reshape(q.shape)
+    return dispatch("linear", backend, Forms(_linear_reference, _linear_on_cpu, _linear_plain), *maps).reshape(q.shape)

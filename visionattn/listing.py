@@ -38,6 +38,7 @@ REFERENCES = {
     "biformer_stl": ["BiFormerSTL"],
     "biformer_*": ["BiFormer", "BiFormer_mm"],
     "crossformer*": ["CrossFormer", "models.crossformer_backbone_seg.CrossFormer"],
+    "flowformer": ["Flowformer_CV/flowformer.py Flowformer"],
     "lgvit_*": ["SAM/LGViT.py LGViT"],
     "*nat_isotropic_*": ["NATIsotropic"],
     "vitrpb_*": ["NATIsotropic"],

@@ -33,6 +33,7 @@ MODELS = {
     "dinat_mini": {"depths": (2, 1), "embed_dim": 32, "num_heads": (1, 2), "dilations": (4, 1)},
     "ninformer_tiny_patch4_32": {},
     "patchconvnet_s60": {"depth": 1, "embed_dim": 96},
+    "flowformer": {"depths": (1, 1), "embed_dims": (12, 24), "mlp_ratios": (4, 4), "num_heads": 2},
     "lgvit_96": {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16},
     "rmt_tiny": {
         "depths": (1, 1),

@@ -24,6 +24,7 @@ from visionattn.backbones import (
     agent_swin,
     biformer,
     crossformer,
+    flowformer,
     layers,
     lgvit,
     moh,
@@ -66,6 +67,11 @@ def _crossformer(kwargs: dict) -> tuple[str, dict]:
 
 def _crossformer_dense(kwargs: dict) -> tuple[str, dict]:
     return "crossformer_tiny", {**_crossformer(kwargs)[1], "features_only": True}
+
+
+def _flowformer(kwargs: dict) -> tuple[str, dict]:
+    ours = {"embed_dim": "embed_dims", "depth": "depths", "mlp_ratio": "mlp_ratios", "init_values": "layer_scale"}
+    return "flowformer", {ours.get(key, key): kwargs[key] for key in kwargs if key != "patch_size"}
 
 
 def _lgvit(kwargs: dict) -> tuple[str, dict]:
@@ -148,6 +154,7 @@ MODELS: dict[str, Callable[[dict], tuple[str, dict]]] = {
     "BiFormer_mm": _biformer_dense,
     "CrossFormer": _crossformer,
     "models.crossformer_backbone_seg.CrossFormer": _crossformer_dense,
+    "Flowformer_CV/flowformer.py Flowformer": _flowformer,
     "SAM/LGViT.py LGViT": _lgvit,
     "NAT": _nat("nat_mini"),
     "DiNAT": _nat("dinat_mini"),
@@ -390,6 +397,9 @@ LAYERS: dict[str, Callable[[dict], nn.Module]] = {
         kwargs["embed_dim"], kwargs["ffn_dim"]
     ),
     "classfication_release/RMT.py DWConv2d": lambda kwargs: DepthwiseConv(kwargs["dim"], kwargs["kernel_size"]),
+    "Flowformer_CV/flowformer.py Flow_Attention": lambda kwargs: Tokens(
+        flowformer.FlowAttention(kwargs["dim"], kwargs["num_heads"]), (5, 10)
+    ),
     "SAM/LGViT.py LinearAttention": lambda kwargs: Turned(
         lgvit.LinearAttention(kwargs["dim"], kwargs["num_heads"]), lgvit.turns_of_places
     ),
@@ -407,6 +417,7 @@ RENAMED: dict[str, Callable[[dict, nn.Module], dict]] = {  # how others than BiF
     agent_cswin.__name__: lambda state_dict, layer: {agent_cswin.our_name(key): x for key, x in state_dict.items()},
     __name__: lambda state_dict, layer: _moh_names(state_dict),
     patchconvnet.__name__: lambda state_dict, layer: patchconvnet.in_our_names(state_dict),
+    flowformer.__name__: lambda state_dict, layer: state_dict,
     lgvit.__name__: lambda state_dict, layer: lgvit.in_our_names(state_dict),
     rmt.__name__: lambda state_dict, layer: rmt.in_our_names(state_dict),
     layers.__name__: lambda state_dict, layer: rmt.in_our_names(state_dict),

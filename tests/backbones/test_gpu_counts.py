@@ -30,6 +30,7 @@ BLOCKS = {
     "crossformer_tiny": 16,
     "nat_mini": 18,
     "dinat_mini": 18,
+    "flowformer": 19,
     "lgvit_192": 12,
     "ninformer_small_patch16_224": 8,
     "patchconvnet_s60": 6,
@@ -41,10 +42,12 @@ CUT = {**TWINS, "patchconvnet_s60": {"depth": 6}, "moh_transnext_small_75": SHOR
 MORE = {  # times these launches
     "agent_deit_tiny": 1.12,  # two attentions, agents and two biases
     "agent_pvt_tiny": 1.08,
+    "flowformer": 1.6,  # means and products, twice, that flows are conserved by
     "lgvit_192": 1.3,  # two gates, a convolution of values and the rotation of q and k, on few channels
     "rmt_tiny": 1.2,  # three convolutions and the rotation of q and k, attention to rows, then to columns
     "transnext_micro": 1.9,  # two projections, a pooled map and an MLP
 }
+MORE_BYTES = {"flowformer": 1.15}  # in training, where the gradients of all these are added
 CALLS = [
     (False, None),
     (True, torch.bfloat16),
@@ -84,7 +87,7 @@ def test_costs_no_more_than_the_twin(name, training, dtype):
 def test_a_block_costs_no_more_than_one_of_swin(name, training, dtype):
     ours, swin = counted(name, training, dtype), counted(SWIN, training, dtype)
     assert ours.launches / BLOCKS[name] <= MORE.get(name, 1) * LAUNCHES * swin.launches / SWIN_BLOCKS
-    assert ours.bytes / BLOCKS[name] <= BYTES * swin.bytes / SWIN_BLOCKS
+    assert ours.bytes / BLOCKS[name] <= MORE_BYTES.get(name, 1) * BYTES * swin.bytes / SWIN_BLOCKS
     check_dtype(ours, dtype)
 
 

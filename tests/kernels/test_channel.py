@@ -52,14 +52,13 @@ def test_cross_covariance_attention_follows_the_definition(size, backend):
 @pytest.mark.parametrize("size", [(7,), (1,), (3, 5)])
 def test_linear_attention_follows_the_definition(size, backend):
     q, k, v, _ = make_inputs(2, size, 2, 4)
-    of_queries, of_keys = torch.rand(2, 2, *size, 2, dtype=torch.float64)
-    output = linear_attention(q, k, v, of_queries, of_keys, backend=backend)
-    q, k, v, of_queries, of_keys = (x.flatten(1, len(size)) for x in (q, k, v, of_queries, of_keys))
+    output = linear_attention(q, k, v, backend=backend)
+    q, k, v = (x.flatten(1, -3) for x in (q, k, v))
     expected = torch.zeros_like(v)
     for image, query, head in itertools.product(*map(range, q.shape[:3])):
         for key in range(k.shape[1]):
-            weight = of_queries[image, query, head] * (q[image, query, head] @ k[image, key, head])
-            expected[image, query, head] += weight * of_keys[image, key, head] * v[image, key, head] / k.shape[1]
+            weight = q[image, query, head] @ k[image, key, head] / k.shape[1]
+            expected[image, query, head] += weight * v[image, key, head]
     torch.testing.assert_close(output, expected.view(output.shape), rtol=1e-12, atol=1e-12)
 
 
@@ -118,9 +117,3 @@ def test_a_temperature_of_another_shape_is_refused():
     q, k, v, _ = make_inputs(2, (6, 6), 2, 8, torch.float32)
     with pytest.raises(ValueError, match=r"temperature is .*\(2,\): expected the shape \(2, 1, 1\)"):
         cross_covariance_attention(q, k, v, torch.ones(2))
-
-
-def test_weights_of_another_shape_are_refused():
-    q, k, v, _ = make_inputs(2, (6, 6), 2, 8, torch.float32)
-    with pytest.raises(ValueError, match=r"key_weights is .*\(2, 6, 6\): expected the shape \(2, 6, 6, 2\)"):
-        linear_attention(q, k, v, key_weights=torch.ones(2, 6, 6))

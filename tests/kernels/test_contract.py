@@ -46,7 +46,7 @@ def draw(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 
 
-def packed(dtype, batch, size, heads, dim) -> dict[str, Any]:
+def packed(dtype, batch=2, size=(7, 9), heads=2, dim=16) -> dict[str, Any]:
     """q, k and v as a model makes them: slices of one projection. None is near 0, the norm of which is rounding."""
     torch.manual_seed(sum(size) * 10 + heads)
     qkv = draw(batch, *size, 3 * heads * dim, dtype=dtype)
@@ -94,13 +94,6 @@ def halo(dtype, batch=2, size=(7, 9), heads=2, dim=16, block=4, halo=1, step=1, 
     if tables:
         shape = 2 * (block + 2 * halo) - 1, dim
         arguments |= {name: draw(*shape, dtype=dtype) * dim**-0.5 for name in ("rel_height", "rel_width")}
-    return arguments
-
-
-def linear(dtype, batch=2, size=(7, 9), heads=2, dim=16, weighted=False) -> dict[str, Any]:
-    arguments = packed(dtype, batch, size, heads, dim)
-    if weighted:
-        arguments |= {name: draw(batch, *size, heads, dtype=dtype) for name in ("query_weights", "key_weights")}
     return arguments
 
 
@@ -283,17 +276,7 @@ PATTERNS = {
         budgets={"CHUNK": 2**18, "SAVED": 2**18},
         tolerance=2e-4,
     ),
-    "linear": Pattern(
-        kernels.linear_attention,
-        linear,
-        **CHANNELS
-        | {
-            "any": sizes(ANY_TOKENS[13], weighted=st.booleans()),
-            "forms": [{"weighted": True}],
-            "more": [{}, {"size": (5,)}],
-            "mixed": by_tokens,
-        },
-    ),
+    "linear": Pattern(kernels.linear_attention, packed, **CHANNELS | {"mixed": by_tokens}),
     "neighborhood": Pattern(
         kernels.neighborhood_attention,
         neighborhood,
@@ -385,18 +368,7 @@ def each(*lists: str, without: tuple[str, ...] = ()) -> Any:
     return pytest.mark.parametrize(("pattern", "sizes"), calls)
 
 
-BATCHED = (
-    "q",
-    "k",
-    "v",
-    "agents",
-    "logits",
-    "mask",
-    "routes",
-    "route_weights",
-    "query_weights",
-    "key_weights",
-)  # tensors with an axis of images
+BATCHED = ("q", "k", "v", "agents", "logits", "mask", "routes", "route_weights")  # tensors with an axis of images
 
 each_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 each_half = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)])
@@ -673,8 +645,6 @@ def some_place(name: str, x: Tensor) -> tuple[int, ...]:
         return 0, 1, 1, 0
     if name in ("q", "k", "v", "agents"):
         return 0, *[1] * (x.ndim - 3), 0
-    if name in ("query_weights", "key_weights"):
-        return 0, *[1] * (x.ndim - 2), 0
     middle = tuple(n // 2 for n in x.shape)
     return middle if name in ("rel_height", "rel_width") else (0, *middle[1:])
 

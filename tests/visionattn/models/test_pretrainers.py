@@ -16,6 +16,7 @@ FAMILIES = {  # the narrowest that each allows
     "crossformer_tiny": {**FOUR, "embed_dim": 16},
     "nat_mini": {**FOUR, "embed_dim": 16},
     "dinat_isotropic_small": {"depth": 2, "embed_dim": 32, "num_heads": 2},
+    "flowformer": {"depths": [1] * 4, "embed_dims": [12, 12, 24, 24], "num_heads": 2},
     "lgvit_96": {"depths": [1, 1], "num_heads": [1, 2], "embed_dim": 16},
     "rmt_tiny": {**FOUR, "embed_dims": [16, 16, 32, 32], "projection": 16},
     "transnext_micro": {**FOUR, "embed_dims": [24, 24, 48, 48]},
