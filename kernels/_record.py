@@ -15,10 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-__all__ = ["Attention", "active", "keep", "place", "record_attention", "record_means", "recorded", "repeatable"]
+__all__ = [
+    "Attention",
+    "active",
+    "attention_in_backward",
+    "keep",
+    "place",
+    "record_attention",
+    "recorded",
+    "repeatable",
+]
 
 STRIDES = (16, 8, 32, 14, 4, 2, 64, 28, 7, 1)  # pixels of a token, by which sequences of tokens are laid out
 PREFIX = 9  # class tokens and registers, less than
+CHUNK = 2**22  # weights at a time
+LARGE = 2**14  # places of a map from which heads are computed one by one where memory is short
 Size = tuple[int, ...]
 
 
@@ -70,16 +81,29 @@ class _Call:
 
     weights: Tensor
     indices: Tensor | None
+    heads = 1  # of the layer, where a call is of one of them
+    left: list[int]  # how many calls of the same layer backward has still to come to
 
     def __init__(self, name: str, geometry: Attention, layout: Tensor | None) -> None:
         self.name, self.geometry, self.layout = name, geometry, layout
 
-    def attention(self, values: Tensor) -> Attention:
-        """Of weights, or of what there is of each, (B, any, N, K), as the kernel has them: placed on the map."""
-        known, indices = self.geometry, self.indices
-        rows = known.places
-        if self.layout is not None:
-            values, indices, rows = _on_map(values, indices, self.layout)
+    def row_slices(self) -> Iterator[slice]:
+        """Of rows as the kernel has them, as many as are cheap at a time; all where they cannot be taken apart."""
+        rows, keys = self.weights.shape[2:]
+        step = max(1, CHUNK // max(1, keys))
+        if self.geometry.places is not None or (self.layout is not None and len(self.layout) > 1):
+            step = rows
+        return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+    def attention(self, values: Tensor, part: slice = slice(None)) -> Attention:
+        """Of weights, or of what there is of each, (B, any, n, K), for some rows of the kernel: placed on the map."""
+        known, rows, layout = self.geometry, self.geometry.places, self.layout
+        indices = None if self.indices is None else self.indices[:, part]
+        if layout is not None:
+            values, found, rows = _on_map(values, indices, layout, part)
+            indices = found if known.keys == known.queries else indices
+        elif values.shape[2] < self.weights.shape[2]:
+            rows = torch.arange(part.start, part.stop, device=values.device)
         if rows is None:
             return known._replace(weights=values, indices=indices)
         order = rows.argsort(stable=True)[int((rows < 0).sum()) :]
@@ -89,24 +113,27 @@ class _Call:
         return known._replace(weights=values[:, :, order], indices=indices, places=None if whole else rows)
 
 
-def _on_map(values: Tensor, indices: Tensor | None, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of an image's regions, (B * regions, any, N, K): rows (B, any, regions * N, K), their keys, and their places."""
-    regions, positions = places.shape
+def _on_map(values: Tensor, indices: Tensor | None, places: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Of an image's regions, (B * regions, any, n, K): rows (B, any, regions * n, K), their keys, and their places."""
+    regions, rows = len(places), values.shape[2]
     values = values.unflatten(0, (-1, regions)).transpose(1, 2).flatten(2, 3)
     if indices is None:
-        found = places[:, None].expand(-1, positions, -1)[None].expand(len(values), -1, -1, -1)
+        found = places[:, None].expand(-1, rows, -1)[None].expand(len(values), -1, -1, -1)
     else:
         found = indices.unflatten(0, (-1, regions))
         region = torch.arange(regions, device=places.device)[:, None, None]
         found = torch.where(found < 0, -1, places[region, found.clamp(min=0)])
-    return values, found.flatten(1, 2), places.flatten()
+    return values, found.flatten(1, 2), places[:, part].flatten()
 
 
 class _Recorder:
-    def __init__(self, take: Callable[[_Call, Tensor | None], None], lean: bool) -> None:
+    """take: what is done with each call; lean: in backward, with the gradient of its weights."""
+
+    def __init__(self, take: Callable[..., None], lean: bool) -> None:
         self.take, self.lean = take, lean
         self.running: list[tuple[str, nn.Module, tuple]] = []  # modules being called and what with, outermost first
         self.layout: tuple[Size, Tensor | None] | None = None  # what `place` said of the next call of a kernel
+        self.share: tuple[int, list[int]] | None = None  # heads of a layer, and how many are left, where one is running
         self.calls: list[_Call] = []  # of the checkpointed function that is running
         self.repeated: Iterator[_Call] = iter(())  # while backward runs it again
 
@@ -130,7 +157,7 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[Attention]]]:
     """
     record: dict[str, list[Attention]] = {}
 
-    def take(call: _Call, _: Tensor | None) -> None:
+    def take(call: _Call) -> None:
         attention, weights = call.attention(call.weights), call.weights
         if attention.weights is weights:
             if weights.requires_grad:
@@ -151,28 +178,29 @@ def _add_gradient(call: _Call, weights: Tensor, gradient: Tensor) -> None:
 
 
 @contextmanager
-def record_means(model: nn.Module, relevant: bool = False) -> Iterator[list[tuple[str, Attention]]]:
-    """As `record_attention`, in less memory: names of layers with the means over their heads, (B, 1, N, K), in order.
+def attention_in_backward(
+    model: nn.Module, of: Callable[[Tensor, Tensor], Tensor], take: Callable[[str, Attention, bool], None]
+) -> Iterator[None]:
+    """While active, what backward computes of attention is handed out, the last call first, in little memory.
 
-    relevant: of the positive parts of weights times their gradients. Then the list fills in backward, the last call
-        first: forward keeps no weights, and backward computes those of one call at a time.
+    Forward keeps no weights; backward computes those of one call at a time again, of large maps head by head.
+
+    Args:
+        of: weights and their gradient (B, heads, n, K) -> what is wanted of each.
+        take: is called with the name of the layer, some rows of a call with `weights` (B, 1, n, K), which add up to the
+            mean over the heads, their `places`, if not all, and whether they are the last ones of the call.
     """
-    means: list[tuple[str, Attention]] = []
 
-    def take(call: _Call, gradient: Tensor | None) -> None:
-        weights = call.weights.detach()
-        if gradient is None:
-            mean = weights.mean(1, keepdim=True)
-        else:
-            mean = torch.zeros_like(weights[:, :1])
-            for ours, change in zip(weights.unbind(1), gradient.unbind(1), strict=True):
-                mean[:, 0] += (ours * change).clamp_(min=0)
-            mean /= weights.shape[1]
-        means.append((call.name, call.attention(mean)))
+    def share(call: _Call, gradient: Tensor) -> None:
+        call.left[0] -= 1
+        parts = list(call.row_slices())
+        for part in parts:
+            values = of(call.weights[:, :, part], gradient[:, :, part]).sum(1, keepdim=True) / call.heads
+            take(call.name, call.attention(values, part), call.left[0] == 0 and part is parts[-1])
         del call.weights, call.indices
 
-    with _recording(model, _Recorder(take, lean=relevant)):
-        yield means
+    with _recording(model, _Recorder(share, lean=True)):
+        yield
 
 
 @contextmanager
@@ -202,7 +230,12 @@ def _recording(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
 def active() -> bool:
     """Whether a kernel called now has its weights recorded."""
-    return _recorder is not None and bool(_recorder.running)
+    return _recorder is not None and (bool(_recorder.running) or _repeats())
+
+
+def _repeats() -> bool:
+    """Whether this is backward, which runs a checkpoint again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def place(places: Tensor | None = None) -> None:
@@ -234,7 +267,7 @@ def keep(
     recorder = _recorder
     if recorder is None:
         return
-    if torch._C._current_graph_task_id() != -1:
+    if _repeats():
         for call in itertools.islice(recorder.repeated, 1):
             call.weights, call.indices = weights.detach(), indices
         return
@@ -250,8 +283,9 @@ def keep(
     call = _Call(recorder.running[-1][0], geometry, layout)
     if not recorder.lean:
         call.weights, call.indices = weights, indices
-        recorder.take(call, None)
+        recorder.take(call)
     elif weights.requires_grad:
+        call.heads, call.left = recorder.share or (weights.shape[1], [1])
         recorder.calls.append(call)
         weights.register_hook(partial(recorder.take, call))
 
@@ -268,7 +302,25 @@ def recorded(reference: Callable[..., tuple], pattern: str, kind: str, *argument
             keep(weights, indices, pattern, kind, queries, keys)
         return output
 
-    return repeatable(run, *arguments)
+    recorder, heads = _recorder, arguments[1].shape[-2]
+    if recorder is None or not recorder.lean or heads == 1 or math.prod(queries) < LARGE:
+        return repeatable(run, *arguments)
+    outputs, layout, recorder.share = [], recorder.layout, (heads, [heads])
+    for head in range(heads):
+        recorder.layout = layout
+        outputs.append(repeatable(run, *(_of_head(x, head, heads) for x in arguments)))
+    recorder.share = None
+    return torch.cat(outputs, -2)
+
+
+def _of_head(x: Any, head: int, heads: int) -> Any:
+    """What one head takes of an argument: of maps (..., heads, dim) and logits (..., heads, K, K), and of what has the
+    heads first, biases, temperatures and gates."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    if x.ndim >= 4:
+        return x.narrow(-3 if x.ndim == 6 else -2, head, 1)
+    return x[head : head + 1] if x.ndim != 2 and len(x) == heads else x
 
 
 def repeatable(run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -69,7 +69,7 @@ def test_the_commands_on_your_own_images_work(tmp_path, monkeypatch, pictures):
     shutil.copytree(pictures / "test" / "upright", "more")
     text = blocks("yaml")[0]
     Path("scenes.yaml").write_text(text)
-    check, dry_run, fit, resume, evaluate, predict, calibrate = blocks("bash")[2].strip().splitlines()
+    check, dry_run, fit, resume, evaluate, predict, calibrate, explain = blocks("bash")[2].strip().splitlines()
     run = re.search(r"runs/\S+", resume)[0]
     assert visionattn(check) == 0
     assert visionattn(dry_run, *SHORT, *SMALL, "data.image_size=32") == 0
@@ -80,6 +80,8 @@ def test_the_commands_on_your_own_images_work(tmp_path, monkeypatch, pictures):
     assert visionattn(predict.replace("more/*.png", " ".join(map(str, Path("more").glob("*.png"))))) == 0
     assert len(Path("predictions.csv").read_text().splitlines()) == 1 + 24
     assert visionattn(calibrate) == 0
+    assert visionattn(explain, "--method", "layercam") == 0
+    assert Path("explained/index.html").is_file()
 
 
 def test_the_commands_on_masks_work(tmp_path, monkeypatch):

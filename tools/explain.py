@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from visionattn.kernels._record import Attention
 
-__all__ = ["Traced", "attention_flow", "relevance", "rollout", "trace"]
+__all__ = ["Row", "Traced", "attention_flow", "relevance", "rollout", "spread", "trace"]
 
 CHUNK = 2**22  # weights at a time
 
@@ -87,12 +88,12 @@ def attention_flow(maps: ArrayLike) -> np.ndarray:
 
 def _square(maps: ArrayLike) -> np.ndarray:
     """(layers, N, N), averaged over heads."""
-    maps = np.asarray(maps)
-    if maps.ndim == 4:
-        maps = maps.mean(1)
-    if maps.ndim != 3 or maps.shape[1] != maps.shape[2] or not maps.size:
-        raise ValueError(f"maps of {maps.shape}: expected (layers, N, N) or (layers, heads, N, N)")
-    return maps
+    means = np.asarray(maps)
+    if means.ndim == 4:
+        means = means.mean(1)
+    if means.ndim != 3 or means.shape[1] != means.shape[2] or not means.size:
+        raise ValueError(f"maps of {means.shape}: expected (layers, N, N) or (layers, heads, N, N)")
+    return means
 
 
 def _with_residual(weights: np.ndarray) -> np.ndarray:
@@ -149,62 +150,92 @@ def trace(start: Tensor, tokens: Tensor, calls: Iterable[Attention], relevant: b
     Raises:
         ValueError: attention whose places are not known.
     """
-    outside = tokens.new_zeros(len(tokens))
+    row = Row(start, tokens, relevant)
     for call in calls:
+        row.pass_on(call)
+        row.leave()
+    return row.traced
+
+
+class Row:
+    """What `trace` pushes, layer by layer, where a layer's attention comes in parts that are added up.
+
+    Arguments as of `trace`.
+    """
+
+    def __init__(self, start: Tensor, tokens: Tensor, relevant: bool) -> None:
+        self.places, self.tokens, self.relevant = start, tokens, relevant
+        self.outside = tokens.new_zeros(len(tokens))
+        self.layer: _Layer | None = None
+
+    def pass_on(self, call: Attention) -> None:
+        """Move what lies at the queries of a layer, or of a part of it: some rows, some heads."""
         if call.kind == "channel":
-            continue
+            return
         if not call.keys:
             raise ValueError(f"attention ({call.pattern}) whose places in the image are not known")
-        start, tokens, lost = _through(start, tokens, call, relevant)
-        outside = outside + lost
-    total = outside + start.sum((1, 2)) + tokens.sum(1)
-    return Traced(start, tokens, outside / total.clamp(min=torch.finfo(total.dtype).tiny))
+        if self.layer is None:
+            self.layer = self._enter(call)
+        layer, weights, rows = self.layer, call.weights[:, 0], self.layer.rows
+        if call.places is not None:
+            if not self.relevant:  # the mean of the rows of a place, where it has several
+                rows = rows / torch.bincount(call.places, minlength=rows.shape[1]).clamp(min=1)
+            rows = rows[:, call.places]
+        layer.covered[slice(None) if call.places is None else call.places] = True
+        if call.indices is None:
+            layer.passed[:, 1:] += (rows[:, None] @ weights)[:, 0]
+            return
+        step = max(1, CHUNK // max(1, weights.shape[2]))
+        for first in range(0, weights.shape[1], step):
+            part = slice(first, first + step)
+            moved = (rows[:, part, None] * weights[:, part]).flatten(1)
+            layer.passed.scatter_add_(1, call.indices[:, part].flatten(1) + 1, moved)
+
+    def _enter(self, call: Attention) -> "_Layer":
+        space = call.kind == "space"
+        self.places = spread(self.places, call.queries if space else call.keys)
+        self.tokens = F.pad(self.tokens, (0, max(0, call.prefix - self.tokens.shape[1])))
+        asking = call.prefix if space else call.weights.shape[2]
+        rows = torch.cat([self.tokens[:, :asking], self.places.flatten(1)], 1) if space else self.tokens[:, :asking]
+        keys = call.prefix + math.prod(call.keys) + (math.prod(call.pooled) if call.pooled else 0)
+        covered = torch.zeros(rows.shape[1], dtype=torch.bool, device=rows.device)
+        return _Layer(call, rows, covered, rows.new_zeros(len(rows), 1 + keys))
+
+    def leave(self) -> None:
+        """Go on to the layer before."""
+        if self.layer is None:
+            return
+        (call, rows, covered, passed), self.layer = self.layer, None
+        if not self.relevant:
+            rows, passed = rows * (1 - 0.5 * covered.to(rows.dtype)), passed / 2
+        lost, to_tokens, passed = passed.split([1, call.prefix, passed.shape[1] - 1 - call.prefix], 1)
+        space = call.kind == "space"
+        asking = call.prefix if space else rows.shape[1]
+        if space:
+            self.places = rows[:, asking:].unflatten(1, call.queries)
+        self.tokens = torch.cat([rows[:, :asking], self.tokens[:, asking:]], 1)
+        self.tokens = self.tokens + F.pad(to_tokens, (0, self.tokens.shape[1] - call.prefix))
+        finest = max(call.queries if space else call.keys, call.keys, key=math.prod)
+        self.places = spread(self.places, finest)
+        for keys in (call.keys, call.pooled) if call.pooled else (call.keys,):
+            to_keys, passed = passed[:, : math.prod(keys)], passed[:, math.prod(keys) :]
+            self.places = self.places + spread(to_keys.unflatten(1, keys), finest)
+        self.outside = self.outside + lost[:, 0]
+
+    @property
+    def traced(self) -> Traced:
+        total = self.outside + self.places.sum((1, 2)) + self.tokens.sum(1)
+        share = self.outside / total.clamp(min=torch.finfo(total.dtype).tiny)
+        return Traced(self.places, self.tokens, share)
 
 
-def _through(places: Tensor, tokens: Tensor, call: Attention, relevant: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer: what lies at places and tokens before it, and (B,) what is passed outside of the picture."""
-    space = call.kind == "space"
-    size = call.queries if space else call.keys
-    finest = max(size, call.keys, key=math.prod)
-    places = spread(places, size)
-    tokens = torch.nn.functional.pad(tokens, (0, max(0, call.prefix - tokens.shape[1])))
-    asking = call.prefix if space else call.weights.shape[2]  # tokens
-    rows = torch.cat([tokens[:, :asking], places.flatten(1)], 1) if space else tokens[:, :asking]
-    passed, lost = _pass_on(rows, call, relevant)
-    if not relevant:
-        passed, lost = passed / 2, lost / 2
-        half = torch.ones_like(rows[0])
-        half[slice(None) if call.places is None else call.places] = 0.5
-        rows = rows * half
-    if space:
-        places = rows[:, asking:].unflatten(1, size)
-    tokens = torch.cat([rows[:, :asking], tokens[:, asking:]], 1)
-    to_tokens, passed = passed[:, : call.prefix], passed[:, call.prefix :]
-    tokens = torch.cat([tokens[:, : call.prefix] + to_tokens, tokens[:, call.prefix :]], 1)
-    places = spread(places, finest)
-    for keys in (call.keys, call.pooled) if call.pooled else (call.keys,):
-        to_keys, passed = passed[:, : math.prod(keys)], passed[:, math.prod(keys) :]
-        places = places + spread(to_keys.unflatten(1, keys), finest)
-    return places, tokens, lost
+class _Layer(NamedTuple):
+    """The layer that a `Row` is in."""
 
-
-def _pass_on(rows: Tensor, call: Attention, relevant: bool) -> tuple[Tensor, Tensor]:
-    """rows (B, tokens and places) times the attention: (B, keys), and (B,) what goes outside of the picture."""
-    weights, places = call.weights[:, 0], call.places
-    if places is not None:
-        if not relevant:  # the mean of the rows of a place, where it has several
-            rows = rows / torch.bincount(places, minlength=rows.shape[1]).clamp(min=1)
-        rows = rows[:, places]
-    keys = call.prefix + math.prod(call.keys) + (math.prod(call.pooled) if call.pooled else 0)
-    if call.indices is None:
-        return (rows[:, None] @ weights)[:, 0], rows.new_zeros(len(rows))
-    passed = rows.new_zeros(len(rows), keys + 1)
-    step = max(1, CHUNK // max(1, weights.shape[2]))
-    for first in range(0, weights.shape[1], step):
-        part = slice(first, first + step)
-        index = call.indices[:, part] + 1  # 0 is outside
-        passed.scatter_add_(1, index.flatten(1), (rows[:, part, None] * weights[:, part]).flatten(1))
-    return passed[:, 1:], passed[:, 0]
+    call: Attention
+    rows: Tensor  # (B, queries), before it
+    covered: Tensor  # (queries,), which of them it moves
+    passed: Tensor  # (B, 1 + keys), to places outside of the picture, and to its keys
 
 
 def spread(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from visionattn.api import Run, check, fit, load
     from visionattn.kernels import record_attention
     from visionattn.listing import list_models
+    from visionattn.tools.explanations import explain
 
 __version__ = "0.2.0.dev0"
-__all__ = ["Run", "UserError", "accelerate", "check", "fit", "list_models", "load", "record_attention"]
+__all__ = ["Run", "UserError", "accelerate", "check", "explain", "fit", "list_models", "load", "record_attention"]
 
 HOMES = {
     **dict.fromkeys(("Run", "check", "fit", "load"), "visionattn.api"),
     "accelerate": "visionattn.acceleration",
+    "explain": "visionattn.tools.explanations",
     "list_models": "visionattn.listing",
     "record_attention": "visionattn.kernels",
 }

@@ -35,6 +35,7 @@ from visionattn.runs.directory import RunDirectory
 if TYPE_CHECKING:
     import pandas
 
+    from visionattn.tools.explanations import Explanation
     from visionattn.tools.export import Exported
 
 __all__ = ["Predicted", "PredictedTable", "Run", "Table", "check", "fit", "load"]
@@ -275,7 +276,7 @@ class Run:
         Raises:
             UserError: a path is missing or not of the model's format, an array that is no image.
         """
-        by_case, problems = _samples(images, self.recipe)
+        by_case, problems = samples_of(images, self.recipe)
         samples = [sample for case in by_case for sample in case]
         owner = [number for number, case in enumerate(by_case) for _ in case]
         spec, kind = self.recipe, part_of(self.recipe.task, "task")
@@ -341,6 +342,12 @@ class Run:
 
         return publish(self.path, _path(out, "out"), licence, data_licence)
 
+    def explain(self, images: ImageLike | Sequence[ImageLike], **options: Any) -> list[Explanation]:
+        """What predictions depend on, see `visionattn.explain`."""
+        from visionattn.tools.explanations import explain
+
+        return explain(self, images, **options)
+
     def _repr_html_(self) -> str:
         metrics = (
             Table({"split": name, **values} for name, values in self.metrics.items()) if self.path.is_dir() else Table()
@@ -355,7 +362,7 @@ def _described(case: list[Sample], parts: list[Prediction], spec: Recipe, kind: 
     return Predicted(name=case[0].case, classes=kind.class_names(spec), **values)
 
 
-def _samples(images: ImageLike | Sequence[ImageLike], spec: Recipe) -> tuple[list[list[Sample]], list[str]]:
+def samples_of(images: ImageLike | Sequence[ImageLike], spec: Recipe) -> tuple[list[list[Sample]], list[str]]:
     """Case by case the samples of what is given, in its order, and a line for each thing that cannot be read."""
     given = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
     channels = len(spec.data.mean or ())

@@ -1,4 +1,4 @@
-"""The command line: `visionattn fit | evaluate | calibrate | predict | check | new | list | doctor | ...`.
+"""The command line: `visionattn fit | evaluate | calibrate | predict | explain | check | new | list | doctor | ...`.
 
 A recipe is read and validated before torch is imported, so mistakes are answered at once. Exit status: 0 done, 1 the
 answer is no (`check` found problems, `predict` met unreadable images), 2 the request was wrong, with a message why, 130
@@ -132,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
             _add_evaluate,
             _add_calibrate,
             _add_predict,
+            _add_explain,
             _add_check,
             _add_new,
             _add_list,
@@ -387,6 +388,48 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     names = convert(arguments.source, arguments.out, arguments.model, arguments.to, arguments.like)
     print(f"{len(names)} entries: {arguments.out}")
+
+
+def _add_explain(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        "explain",
+        "show what predictions depend on, and whether that is to be trusted",
+        "runs/scenes-20261121-120000 new_scenes -o explained --check",
+        "runs/landcover-20261121-120000 scene.tif -o explained --target water --region 100,80,160,120 --method ig",
+    )
+    command.add_argument("model", type=Path, metavar="RUN|CHECKPOINT")
+    command.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER")
+    command.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    command.add_argument(
+        "--method",
+        default="layercam,ig",
+        help="layercam, ig, gradcam, gradient, occlusion, rollout, relevance, attention, class-attention, or several",
+    )
+    command.add_argument("--target", default="predicted", help="predicted, label, or the name or number of a class")
+    command.add_argument(
+        "--region", help="of masks and objects: X,Y or X,Y,X2,Y2 in pixels; of masks predicted, or the file of a mask"
+    )
+    command.add_argument("--layer", help="of layercam, gradcam and attention (default: chosen by the method)")
+    command.add_argument("--query", metavar="X,Y", help="of attention: the pixel whose weights are shown")
+    command.add_argument("--head", default="mean", help="of attention: mean, or the number of a head")
+    command.add_argument("--heads", action="store_true", help="write how much each head counts instead")
+    command.add_argument(
+        "--check", action="store_true", help="measure maps against edges, chance and a network with shuffled weights"
+    )
+    command.add_argument("--format", help="png, html, npy, geotiff, nifti, or several (default: as the data want it)")
+    command.set_defaults(function=_explain)
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    from visionattn.tools.explain_command import explain_files, wanted_of
+
+    asked = ("method", "target", "region", "layer", "query", "head")
+    wanted = wanted_of(**{name: getattr(arguments, name) for name in asked})
+    formats = arguments.format.split(",") if arguments.format else []
+    options = {"check": arguments.check, "heads": arguments.heads, "formats": formats}
+    print("\n".join([*explain_files(arguments.model, arguments.images, arguments.out, wanted, **options)]))
+    print(f"explained: {arguments.out}")
 
 
 def _add_check(commands: argparse._SubParsersAction) -> None:

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from visionattn.backbones import biformer, crossformer, davit, halonet, nat, volo
 from visionattn.kernels import record_attention, routing_attention
-from visionattn.kernels._record import record_means
+from visionattn.kernels._record import Attention, attention_in_backward
 
 
 class Layer(nn.Module):
@@ -263,25 +263,36 @@ def fused(name: str, options: dict) -> list:
     return [getattr(m, "fused_attn", None) for m in timm.create_model(name, num_classes=3, **options).modules()]
 
 
-@pytest.mark.parametrize("name", ["biformer_tiny", "deit_tiny_patch16_224"])
-def test_means_in_little_memory_are_those_of_the_record(name):
-    """Backward computes the weights again, the last layer first."""
+@pytest.mark.parametrize("name", ["biformer_tiny", "deit_tiny_patch16_224", "va_volo_d1_224", "transnext_micro"])
+def test_what_backward_hands_out_is_what_is_recorded(name, monkeypatch):
+    """Backward computes the weights again, the last layer first, and hands them out in parts."""
+    monkeypatch.setattr("visionattn.kernels._record.CHUNK", 1000)
+    monkeypatch.setattr("visionattn.kernels._record.LARGE", 10)
     torch.manual_seed(0)
-    options = {"img_size": (48, 64)} if "deit" in name else {"depth": (1, 1, 1, 1)}
+    depth = {"depths": (1, 1, 1, 1)} if "transnext" in name else {"depth": (1, 1, 1, 1)} if "biformer" in name else {}
+    options = {"img_size": (48, 64)} if "deit" in name else depth
     model = timm.create_model(name, num_classes=3, **options).double().eval()
     images = torch.randn(2, 3, 48, 64, dtype=torch.float64, requires_grad=True)
     with record_attention(model) as record:
         model(images)[:, 0].sum().backward()
-    with record_means(model) as means, torch.no_grad():
-        model(images)
-    with record_means(model, relevant=True) as relevant:
+    found: list[tuple[str, torch.Tensor]] = []
+    ended = True
+
+    def take(name: str, part: Attention, last: bool) -> None:
+        nonlocal ended
+        if ended:
+            (call,) = record[name]
+            found.append((name, torch.zeros_like(call.weights[:, :1])))
+        rows = slice(None) if part.places is None or record[name][0].places is not None else part.places
+        found[-1][1][:, :, rows] += part.weights
+        ended = last
+
+    with attention_in_backward(model, lambda weights, gradient: (weights * gradient).clamp(min=0), take):
         output = model(images)
-        assert not relevant
+        assert not found
         output[:, 0].sum().backward()
-    calls = [(name, call) for name, calls in record.items() for call in calls]
-    assert [name for name, _ in means] == [name for name, _ in relevant][::-1] == [name for name, _ in calls]
-    for (_, call), (_, mean), (_, relevance) in zip(calls, means, relevant[::-1], strict=True):
-        torch.testing.assert_close(mean.weights, call.weights.mean(1, keepdim=True))
+    assert [name for name, _ in found][::-1] == list(record)
+    for name, relevance in found:
+        (call,) = record[name]
         expected = (call.weights * call.weights.grad).clamp(min=0).mean(1, keepdim=True)
-        torch.testing.assert_close(relevance.weights, expected)
-        assert mean[2:-2] == relevance[2:-2] == call[2:-2]
+        torch.testing.assert_close(relevance, expected)

@@ -8,8 +8,8 @@ from golden_records import assert_same, case_input, filled_state_dict, load_reco
 from test_registry import FAST, create
 
 from visionattn.kernels import record_attention
-from visionattn.kernels._record import Attention, record_means
-from visionattn.tools.explain import attention_flow, relevance, rollout, trace
+from visionattn.kernels._record import Attention, attention_in_backward
+from visionattn.tools.explain import Row, Traced, attention_flow, relevance, rollout, trace
 
 VITS = {"explain_vit_micro": "vit_tiny_patch16_224", "explain_deit_tiny_64": "deit_tiny_patch16_224"}
 CLASS_ATTENTION = {"explain_cait_micro": "cait_xxs24_224", "explain_xcit_micro": "xcit_nano_12_p16_224"}
@@ -51,9 +51,7 @@ def test_vision_transformers_equal_the_records(name):
             assert_same(torch.tensor(rollout(maps)[0]), outputs["rollout_row"], "rollout_row")
             plain = torch.tensor(rollout(maps, residual=False)[0])
             assert_same(plain, outputs["rollout_no_residual_row"], "rollout_no_residual_row")
-            with record_means(network) as means, torch.no_grad():
-                network(case_input(case))
-            row = trace(torch.zeros(1, 1, 1), torch.ones(1, 1), [call for _, call in means[::-1]])
+            row = class_row(network, case_input(case), 0, relevant=False)
             whole = torch.cat([row.tokens[0], row.map.flatten()])
             assert_same(whole, outputs["rollout_row"], "row of rollout")
         if "relevance" in outputs:
@@ -61,15 +59,26 @@ def test_vision_transformers_equal_the_records(name):
             total = torch.tensor(relevance(maps, gradients))
             assert_same(total, outputs["R"], "R")
             assert_same(total[0, 1:], outputs["relevance"], "relevance")
-            row = relevance_row(network, case_input(case), case["class_index"])
+            row = class_row(network, case_input(case), case["class_index"], relevant=True)
             assert_same(row.map.flatten(), outputs["relevance"], "row of relevance")
 
 
-def relevance_row(network: torch.nn.Module, images: torch.Tensor, target: int):
-    with record_means(network, relevant=True) as means:
+def class_row(network: torch.nn.Module, images: torch.Tensor, target: int, relevant: bool) -> Traced:
+    """From the class token, in little memory; of networks with class attention through that alone."""
+    row = Row(torch.zeros(1, 1, 1), torch.ones(1, 1), relevant)
+    kinds = set()
+
+    def take(name: str, part: Attention, last: bool) -> None:
+        kinds.add(part.kind)
+        if part.kind == "class" or "class" not in kinds:
+            row.pass_on(part)
+            if last:
+                row.leave()
+
+    of = (lambda weights, change: (weights * change).clamp(min=0)) if relevant else (lambda weights, change: weights)
+    with attention_in_backward(network, of, take):
         network(images.requires_grad_())[0, target].backward()
-    calls = [call for _, call in means if call.kind == "class"] or [call for _, call in means]
-    return trace(torch.zeros(1, 1, 1), torch.ones(1, 1), calls, relevant=True)
+    return row.traced
 
 
 @pytest.mark.parametrize("name", CLASS_ATTENTION)
@@ -84,7 +93,7 @@ def test_class_attention_equals_the_records(name):
             if f"cls_attn{i}" in case["outputs"]:
                 assert_same(call.weights[0, :, 0], case["outputs"][f"cls_attn{i}"], "class attention", tolerance)
         if "relevance" in case["outputs"]:
-            row = relevance_row(network, case_input(case), case["class_index"])
+            row = class_row(network, case_input(case), case["class_index"], relevant=True)
             assert_same(row.map.flatten(), case["outputs"]["relevance"], "relevance", tolerance)
 
 

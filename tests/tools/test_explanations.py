@@ -1,0 +1,246 @@
+"""`visionattn explain`: maps of what predictions depend on, where they are right, files, and what is refused."""
+
+import csv
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+import visionattn
+from visionattn.cli import main
+from visionattn.errors import UserError
+from visionattn.tools.attribution import METHODS, Question, head_importance, layers_of
+
+
+class Linear(nn.Module):
+    """Logits that are weighed sums of the pixels."""
+
+    def __init__(self, size: tuple[int, int]):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 1, *size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x[:, None] * self.weight).sum((2, 3, 4))
+
+    def get_classifier(self) -> nn.Module:
+        return self
+
+
+def test_gradients_of_a_linear_network_are_its_terms():
+    """Gradient times image, and integrated gradients, whose first steps are then complete."""
+    torch.manual_seed(0)
+    network, image = Linear((6, 8)).eval(), torch.randn(1, 6, 8)
+    for method in ("gradient", "ig"):
+        (found,) = visionattn.explain(network, image, method=method, target=2)
+        np.testing.assert_allclose(found.map, (image * network.weight[2])[0].detach(), rtol=1e-5, atol=1e-6)
+        assert found.map.sum() == pytest.approx(network(image[None])[0, 2].item(), rel=1e-4)
+    assert found.note.startswith("16 steps, 0.0%")
+    assert found.score == pytest.approx(network(image[None]).softmax(1)[0, 2].item())
+
+
+def test_occlusion_is_what_the_output_loses():
+    """Of a linear network: the mean over the squares of a pixel of the sum of the terms inside."""
+    torch.manual_seed(0)
+    network, image = Linear((12, 12)).eval(), torch.randn(1, 12, 12)
+    (found,) = visionattn.explain(network, image, method="occlusion", target=0)
+    terms = (image * network.weight[0])[0].detach().numpy()
+    total, count = np.zeros((12, 12)), np.zeros((12, 12))
+    for top in range(11):  # squares of 2 pixels, one apart
+        for left in range(11):
+            total[top : top + 2, left : left + 2] += terms[top : top + 2, left : left + 2].sum()
+            count[top : top + 2, left : left + 2] += 1
+    np.testing.assert_allclose(found.map, total / count, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def biformer() -> nn.Module:
+    torch.manual_seed(0)
+    options = {"depth": (1, 1, 1, 1), "embed_dim": (16, 16, 32, 32), "head_dim": 16, "n_win": 2, "topks": (1, 2, 4, -2)}
+    return timm.create_model("biformer_tiny", num_classes=3, **options).eval()
+
+
+def test_cam_is_its_definition(biformer):
+    """By the map and its gradient, taken by hand."""
+    image = torch.randn(3, 64, 96)
+    for method, number in (("gradcam", 3), ("layercam", 0)):
+        (found,) = visionattn.explain(biformer, image, method=method, target=1)
+        x = image[None]
+        maps = []
+        with torch.enable_grad():
+            outputs = biformer.forward_stages(x)
+            for _ in range(4):
+                maps.append(next(outputs))
+                maps[-1].retain_grad()
+            biformer.forward_head(next(outputs))[0, 1].backward()
+        slope = maps[number].grad if method == "layercam" else maps[number].grad.mean((2, 3), keepdim=True)
+        expected = (maps[number] * (slope.clamp(min=0) if method == "layercam" else slope)).sum(1).clamp(min=0)
+        assert found.layer == f"stages.{number}"
+        enlarged = torch.nn.functional.interpolate(expected[None], (64, 96), mode="bilinear")[0, 0]
+        np.testing.assert_allclose(found.map, enlarged.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["va_xcit_nano_12_p16_224", "va_convit_tiny", "deit_tiny_patch16_224", "resnet18"])
+def test_every_method_has_a_map_or_says_why_not(name):
+    depth = {} if "resnet" in name else {"depth": 2} | ({"local_up_to_layer": 1} if "convit" in name else {})
+    size = {"img_size": (48, 64)} if "deit" in name else {}
+    network = timm.create_model(name, num_classes=3, **depth, **size).eval()
+    refused = {}
+    for method in METHODS:
+        try:
+            (found,) = visionattn.explain(network, torch.randn(3, 48, 64), method=method)
+        except UserError as error:
+            refused[method] = str(error)
+            continue
+        assert found.map.shape == (48, 64)
+        assert np.isfinite(found.map).all()
+        assert found.map.any() or method in ("layercam", "gradcam"), method  # of a network that has learned nothing
+    channels = {"attention": "the network's attention is over channels, or of places that are not known"}
+    nothing = dict.fromkeys(("rollout", "relevance", "attention", "class-attention"), "no attention was recorded")
+    expected = {"resnet18": nothing, "va_xcit_nano_12_p16_224": channels}.get(name, {})
+    assert refused.keys() == expected.keys()
+    assert all(refused[method].startswith(text) for method, text in expected.items())
+    assert all(text.endswith("take layercam, gradcam, ig or occlusion") for text in refused.values())
+
+
+def test_attention_of_a_query_is_its_true_row(biformer):
+    image = torch.randn(3, 64, 64)
+    (found,) = visionattn.explain(biformer, image, method="attention", query=(40, 8), layer="stages.0.0.attn", head=0)
+    with visionattn.record_attention(biformer) as record, torch.no_grad():
+        biformer(image[None])
+    (call,) = record["stages.0.0.attn"]
+    place = 2 * 16 + 10  # of 16 x 16 places of 4 pixels
+    row = np.zeros(256)
+    np.add.at(row, call.indices[0, place], call.weights[0, 0, place])
+    cells = found.map.reshape(16, 4, 16, 4).mean((1, 3))
+    assert np.corrcoef(cells.ravel(), row)[0, 1] > 0.9  # enlarged between the centres of places
+    assert found.outside == 0
+
+
+def test_head_importance_ranks_as_heads_that_are_cut_off():
+    """Heads with the largest and the smallest importance, cut off one at a time."""
+    torch.manual_seed(0)
+    network = timm.create_model("deit_tiny_patch16_224", num_classes=3, depth=3, img_size=48).eval()
+    images = torch.randn(8, 3, 48, 48)
+    total: dict = {}
+    for image in images:
+        for layer, head, importance in head_importance(Question(network, image, lambda x: network(x)[:, 0])):
+            total[layer, head] = total.get((layer, head), 0) + importance
+    order = sorted(total, key=total.get)
+
+    @torch.no_grad()
+    def loss(layer: str, head: int) -> float:
+        weight = network.get_submodule(layer).proj.weight
+        kept, dim = weight.clone(), weight.shape[1] // 3
+        before = network(images)[:, 0]
+        weight[:, head * dim : (head + 1) * dim] = 0
+        change = (network(images)[:, 0] - before).abs().mean().item()
+        weight.copy_(kept)
+        return change
+
+    assert np.mean([loss(*head) for head in order[-3:]]) > np.mean([loss(*head) for head in order[:3]])
+
+
+def test_of_a_run_from_the_command_line(run, pictures, tmp_path, capsys):
+    out = tmp_path / "explained"
+    images = [pictures / "test" / "level" / f"{i:02d}.png" for i in range(2)]
+    words = ["explain", str(run), *map(str, images), "-o", str(out), "--check", "--method", "layercam,gradient"]
+    assert main(words) == 0
+    assert re.search(r"^gradient: .*\(\d\)", capsys.readouterr().out, re.M)
+    assert {f.name for f in out.iterdir()} == {
+        *("index.html", "explanations.csv"),
+        *(f"{i:02d}-{method}.png" for i in range(2) for method in ("layercam", "gradient")),
+    }
+    page = (out / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert "http" not in page
+    with (out / "explanations.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["image"], row["method"]) for row in rows] == [
+        (f"{i:02d}", method) for i in range(2) for method in ("layercam", "gradient")
+    ]
+    assert all(0 <= float(row["score"]) <= 1 and row["target"] in ("level", "upright") for row in rows)
+    verdicts = {"passes", "no better than edges", "no better than chance", "does not depend on the class"}
+    assert {row["verdict"] for row in rows} <= verdicts | {"does not depend on what was learned"}
+    assert all(-1 <= float(row[name]) <= 1 for row in rows for name in ("stability", "shuffled_head", "deletion"))
+
+
+def test_from_python_in_pixels_of_the_file(run, pictures):
+    """What a crop leaves out of the image is 0 in the map; signed maps have both colours."""
+    loaded = visionattn.load(run)
+    image = Image.open(pictures / "test" / "upright" / "00.png").resize((60, 40))
+    found = loaded.explain(image, method=["ig", "rollout"], target="upright")
+    assert [one.method for one in found] == ["ig", "rollout"]
+    assert found[0].map.shape == (40, 60)
+    assert found[0].map.min() < 0 < found[0].map.max()
+    assert found[1].outside is not None
+    assert found[0].overlay().size == (60, 40)
+    assert "blind to the class" in found[1].note
+    probability = loaded.predict(image)[0].probabilities["upright"]
+    assert found[0].score == pytest.approx(probability, abs=1e-3)
+
+
+def test_label_is_that_of_the_recipes_data(run, pictures, tmp_path, refused):
+    images = pictures / "test" / "level"
+    words = [run, images / "00.png", "--target", "label", "--method", "gradient"]
+    assert main(["explain", *map(str, words), "-o", str(tmp_path / "a")]) == 0
+    assert "level" in (tmp_path / "a" / "explanations.csv").read_text().splitlines()[1]
+    Image.open(images / "00.png").save(tmp_path / "other.png")
+    words[1] = tmp_path / "other.png"
+    assert "other.png: name a class" in refused("explain", *words, "-o", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    assert {f.name for f in images.iterdir()} == {f"{i:02d}.png" for i in range(12)}
+
+
+def test_heads_of_a_run(run, pictures, tmp_path):
+    words = ["explain", str(run), str(pictures / "test" / "level"), "-o", str(tmp_path / "out"), "--heads"]
+    assert main(words) == 0
+    with (tmp_path / "out" / "heads.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["layer"] for row in rows} == {f"stages.{i}.0.attn" for i in range(4)}
+    assert all(float(row["importance"]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "layrcam"], "method layrcam: expected .*did you mean layercam"),
+        (["--target", "uprigt"], "target is uprigt, expected .*did you mean upright"),
+        (["--target", "7"], "target is 7, expected a class name, its number 0 to 1"),
+        (["--layer", "stages.9"], r"layer stages.9 has no map, expected one of stages.0, .*did you mean stages"),
+        (["--region", "1,2,3,4"], "region is for masks and objects"),
+        (["--query", "3"], "--query is 3: expected X,Y"),
+        (["--query", "900,3", "--method", "attention"], r"query \(900.0, 3.0\) is in no part of the image"),
+        (["--head", "last"], "--head is last: expected mean or a number"),
+        (["--head", "9", "--method", "attention"], r"head 9: layer stages.3.0.attn has heads 0 to"),
+        (["--format", "jpg"], "format jpg: expected png"),
+        (["--format", "geotiff"], "the image is no scene"),
+    ],
+)
+def test_what_cannot_be_explained_is_said_and_nothing_is_left(run, pictures, tmp_path, refused, words, message):
+    image = pictures / "test" / "level" / "00.png"
+    assert re.search(message, refused("explain", run, image, "-o", tmp_path / "out", *words))
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(run, pictures, tmp_path, refused):
+    (tmp_path / "out").mkdir()
+    answer = refused("explain", run, pictures / "test" / "level" / "00.png", "-o", tmp_path / "out")
+    assert "results are never overwritten" in answer
+    assert not list((tmp_path / "out").iterdir())
+    (found,) = visionattn.explain(Linear((6, 6)).eval(), torch.randn(1, 6, 6), method="gradient")
+    found.save(tmp_path / "map.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "map.npy"), found.map)
+    with pytest.raises(UserError, match="never overwritten"):
+        found.save(tmp_path / "map.npy")
+    with pytest.raises(UserError, match="expected a name that ends with"):
+        found.save(tmp_path / "map.gif")
+
+
+def test_layers_with_maps():
+    network = timm.create_model("va_xcit_nano_12_p16_224", depth=2)
+    assert list(layers_of(network)) == ["blocks.0", "blocks.1"]
+    assert layers_of(nn.Linear(2, 2)) == {}

@@ -1,0 +1,103 @@
+"""What of a segmenter's output is explained: the logits of a class over a region, window by window of the image."""
+
+import itertools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visionattn.data.sample import Sample, Window
+from visionattn.errors import UserError
+from visionattn.tasks.segmentation.recipe import Recipe
+from visionattn.tasks.segmentation.task import Segmenter, counted
+from visionattn.tasks.segmentation.transforms import factors, network_input
+from visionattn.tasks.targets import Asked, Seen, box_of, class_of, mask_of
+
+__all__ = ["seen"]
+
+WINDOWS = 64  # at most
+
+
+def seen(task: Segmenter, sample: Sample, spec: Recipe, asked: Asked) -> list[Seen]:
+    """Each window of the image that has something of the region, and the class asked for.
+
+    Without a region it is where the class is predicted, or of what is predicted nowhere the whole image.
+    """
+    scaled = factors(sample.size, spec.data)
+    windows = _windows(sample, spec, scaled, asked)
+    pixels = None if sample.windowed else sample.image()
+    images = [network_input(_part(sample, pixels, window), spec.data, scaled) for window in windows]
+    with torch.no_grad():
+        logits = [task(image[None].to(task.device))[0].float().cpu() for image in images]
+    regions: list[Tensor | None] = [None] * len(images)
+    if (mask := mask_of(asked.region, sample.size)) is not None:
+        regions = [_resized(mask[window], image.shape[1:]) for window, image in zip(windows, images, strict=True)]
+    predicted = _predicted(logits, regions, counted(spec))
+    k = class_of(asked, spec.data.class_names, predicted, None)
+    if mask is None:
+        regions = [part.argmax(0) == k for part in logits]
+        if not any(region.any() for region in regions if region is not None):
+            regions = [torch.ones_like(part[0], dtype=torch.bool) for part in logits]
+    return [
+        _seen(task, image, window, region, k, spec.data.class_names[k])
+        for image, window, region in zip(images, windows, regions, strict=True)
+        if region is not None and region.any()
+    ]
+
+
+def _seen(task: Segmenter, image: Tensor, window: Window, region: Tensor, k: int, name: str) -> Seen:
+    def logit(images: Tensor) -> Tensor:
+        return (task(images)[:, k] * region.to(images)).sum((1, 2))
+
+    def score(images: Tensor) -> Tensor:
+        return (task(images).float().softmax(1)[:, k] * region.to(images)).sum((1, 2)) / region.sum()
+
+    rows, columns = window
+    place = float(rows.start), float(columns.start), float(rows.stop), float(columns.stop)
+    return Seen(image, place, logit, score, name, region)
+
+
+def _windows(sample: Sample, spec: Recipe, scaled: tuple[float, float], asked: Asked) -> list[Window]:
+    """Side by side, as large as the network is shown, those that touch the box of the region."""
+    sides = [max(1, round(side / factor)) for side, factor in zip(spec.data.side, scaled, strict=True)]
+    box = box_of(asked.region)
+    top, left, bottom, right = box if box is not None else (0, 0, *sample.size)
+    rows, columns = (
+        [
+            slice(max(0, min(start, length - side)), min(start + side, length))
+            for start in range(0, length, side)
+            if start < last and min(start + side, length) > first
+        ]
+        for length, side, first, last in zip(sample.size, sides, (top, left), (bottom, right), strict=True)
+    )
+    windows = list(itertools.product(rows, columns))
+    if not windows:
+        size = f"{sample.size[0]} rows and {sample.size[1]} columns"
+        raise UserError(f"region {asked.region} is outside of {sample.name}, which has {size}")
+    if len(windows) > WINDOWS:
+        raise UserError(
+            f"{sample.name}: {len(windows)} windows of {sides[0]} x {sides[1]} pixels, at most {WINDOWS} are explained "
+            "at once: give a smaller region, X,Y,X2,Y2"
+        )
+    return windows
+
+
+def _part(sample: Sample, pixels: np.ndarray | None, window: Window) -> np.ndarray:
+    return sample.image(window) if pixels is None else pixels[:, window[0], window[1]]
+
+
+def _resized(mask: np.ndarray, size: torch.Size) -> Tensor:
+    """A region as the network sees it; what is smaller than a pixel there is one."""
+    return F.adaptive_max_pool2d(torch.from_numpy(mask)[None].float(), tuple(size))[0] > 0
+
+
+def _predicted(logits: list[Tensor], regions: list[Tensor | None], kept: list[int]) -> int:
+    """The class that is predicted most often in the region, or of the kept ones in the image."""
+    counts, likely = torch.zeros(len(logits[0])), torch.zeros(len(logits[0]))
+    for part, region in zip(logits, regions, strict=True):
+        inside = torch.ones_like(part[0], dtype=torch.bool) if region is None else region
+        counts += torch.bincount(part.argmax(0)[inside], minlength=len(part))
+        likely += part.softmax(0)[:, inside].sum(1)
+    allowed = kept if regions[0] is None else list(range(len(counts)))
+    return max(allowed, key=lambda k: (counts[k].item(), likely[k].item()))
