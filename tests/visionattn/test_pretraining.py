@@ -82,6 +82,19 @@ def test_a_run_without_labels_starts_a_classifier(unlabelled, recipe_file, tmp_p
     assert all(torch.equal(given[key], taken[key]) for key in given)
 
 
+def test_probed_images_that_are_trained_on_are_told(unlabelled, pictures, tmp_path, capsys):
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for name, part in (("train", "val"), ("val", "test")):
+        files = sorted((pictures / part).rglob("*.png"))
+        (lists / f"{name}.txt").write_text("\n".join(str(f.relative_to(pictures)) for f in files))
+    assert main(["check", str(unlabelled)]) == 0
+    assert "of the images that the probe tells" not in capsys.readouterr().out
+    told = f"data.lists={{train: {lists / 'train.txt'}, val: {lists / 'val.txt'}}}"
+    assert main(["check", str(unlabelled), told]) == 0
+    assert "24 of the images that the probe tells are trained on without labels" in capsys.readouterr().out
+
+
 def test_features_are_predicted(unlabelled, pictures, tmp_path):
     run = fit(unlabelled, tmp_path / "run", "train.epochs=1", "probe=null")
     assert metrics(run)["headline"] == "ratio"

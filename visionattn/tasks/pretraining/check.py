@@ -2,6 +2,7 @@
 
 from visionattn.data.sample import Dataset, cases
 from visionattn.errors import listed
+from visionattn.tasks.pretraining.probe import trained_on
 from visionattn.tasks.pretraining.recipe import Recipe
 
 __all__ = ["findings"]
@@ -24,4 +25,4 @@ def findings(dataset: Dataset, spec: Recipe) -> tuple[list[list[str]], list[str]
             f"{name} images have values in less than half of their pixels": missing,
         }
         notes += [f"{len(names)} {text}: {listed(names, most=8)}" for text, names in texts.items() if names]
-    return rows, [], notes
+    return rows, [], notes + trained_on(spec, dataset)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from visionattn.data import formats
 from visionattn.data.loaders import make_loader
-from visionattn.data.sample import Sample
+from visionattn.data.sample import Dataset, Sample
 from visionattn.data.splits import split
 from visionattn.data.survey import mean_std, read_through, usable
 from visionattn.errors import UserError, listed
@@ -18,9 +18,22 @@ from visionattn.tasks.pretraining import metrics
 from visionattn.tasks.pretraining.recipe import Recipe
 from visionattn.tasks.pretraining.transforms import Whole
 
-__all__ = ["Probe"]
+__all__ = ["Probe", "trained_on"]
 
 MOST = 10_000  # images of the bank
+
+
+def trained_on(spec: Recipe, dataset: Dataset) -> list[str]:
+    """A line where the probe tells images that the network learns from, without their labels."""
+    if (section := spec.probe) is None or not dataset.readings:
+        return []
+    samples, classes, _ = formats.find(section)
+    told = split(samples, classes, section)[0].splits["val"]
+    read = read_through(Dataset(classes, {"val": told}), section.survey, section.split_seed).readings["val"]
+    seen = {reading.image for reading in dataset.readings["train"] if reading.sound}
+    count = len({reading.image for reading in read if reading.sound} & seen)
+    text = "of the images that the probe tells are trained on without labels: it says too much of others"
+    return [f"{count} {text}"] if count else []
 
 
 class Probe:

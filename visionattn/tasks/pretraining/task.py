@@ -5,6 +5,7 @@ What is random in a step (which cells are hidden) depends on the seed, the epoch
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from visionattn.tasks import base
 from visionattn.tasks.base import Task, predict_in_batches, refuse_names
 from visionattn.tasks.pretraining.losses import VICReg, masked_error, of_cells
 from visionattn.tasks.pretraining.metrics import collapsed, signs
-from visionattn.tasks.pretraining.probe import Probe
+from visionattn.tasks.pretraining.probe import Probe, trained_on
 from visionattn.tasks.pretraining.recipe import Data, Recipe
 from visionattn.tasks.pretraining.transforms import Crops, Views, Windows, hidden_cells
 from visionattn.writers import Writer, table
@@ -264,9 +265,10 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
         raise UserError(
             f"objective.mask_size is {size}, but images have {min(data.side)} pixels: nothing would be seen"
         )
-    return spec.model_copy(
+    spec = spec.model_copy(
         update={"data": data, "objective": objective.model_copy(update={"mask_size": size, "width": width})}
-    ), dataset
+    )
+    return spec, replace(dataset, warnings=[*dataset.warnings, *trained_on(spec, dataset)])
 
 
 def _cell(side: int) -> int:
