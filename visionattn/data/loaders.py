@@ -8,6 +8,7 @@ n-th sample of the same order; Lightning leaves a `DistributedSampler` as it is 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
@@ -40,20 +41,26 @@ def seeded(*numbers: int) -> Iterator[None]:
 
 
 class EpochSampler(DistributedSampler):
-    """(epoch, index) pairs: all samples in order, shuffled each epoch, or drawn by weight with replacement.
+    """(draw, index) pairs: all samples in order, shuffled each epoch, or drawn by weight with replacement.
+
+    What is random about a sample depends on its draw, which is the epoch, or counts on where samples are repeated.
 
     Args:
         count: number of samples.
         shuffle: a new order each epoch, of equal length in every process (the last ones of the order are left out
             where the processes do not divide it); else the samples in order, none left out and none twice.
         weights: (count,) chances to draw, for shuffle.
+        repeats: times that each sample of the order stands there, of which an epoch then has the fewer (Hoffer et al.,
+            Augment your batch, CVPR 2020); one after the other, so that each process has another one.
     """
 
-    def __init__(self, count: int, seed: int = 0, shuffle: bool = False, weights: Tensor | None = None) -> None:
+    def __init__(
+        self, count: int, seed: int = 0, shuffle: bool = False, weights: Tensor | None = None, repeats: int = 1
+    ) -> None:
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         dataset: Any = range(count)  # of which only the length is looked at
         super().__init__(dataset, num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)
-        self.count, self.weights = count, weights
+        self.count, self.weights, self.repeats = count, weights, repeats
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         count = self.count
@@ -65,8 +72,9 @@ class EpochSampler(DistributedSampler):
                 order = torch.randperm(count, generator=generator)
             else:
                 order = torch.multinomial(self.weights, count, replacement=True, generator=generator)
-            order = order[: count - count % self.num_replicas]
-        return iter([(self.epoch, i) for i in order[self.rank :: self.num_replicas].tolist()])
+            order = order.repeat_interleave(self.repeats)[: count - count % self.num_replicas]
+        draws = [self.epoch * self.repeats + k % self.repeats for k in range(len(order))]
+        return islice(zip(draws, order.tolist(), strict=True), self.rank, None, self.num_replicas)
 
     def __len__(self) -> int:
         count = self.count
@@ -132,7 +140,8 @@ class SplitDataModule(pl.LightningDataModule):
         return default_workers(self.dataset.splits[split]) if self.data.workers is None else self.data.workers
 
     def train_dataloader(self) -> DataLoader:
-        sampler = EpochSampler(len(self.training_set), self.seed, shuffle=True, weights=self.training_set.weights)
+        whole, repeats = self.training_set, getattr(self.training_set, "repeats", 1)
+        sampler = EpochSampler(len(whole), self.seed, shuffle=True, weights=whole.weights, repeats=repeats)
         collate = getattr(self.training_set, "collate", None)
         loader = make_loader(self.training_set, self.data.batch_size, self._workers("train"), sampler, collate)
         if len(loader) == 0:

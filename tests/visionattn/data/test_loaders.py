@@ -197,3 +197,19 @@ def test_processes_share_an_epoch(monkeypatch, shuffle):
     assert len(set(together)) == len(together) == (18 if shuffle else 20)
     if shuffle:
         assert {len(part) for part in parts} == {6}
+
+
+def test_repeated_samples_share_an_epoch_with_fewer_others_and_are_drawn_anew():
+    sampler = EpochSampler(20, seed=1, shuffle=True, repeats=3)
+    epochs = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        pairs = list(sampler)
+        epochs.append(pairs)
+        assert len(pairs) == len(set(pairs)) == len(sampler) == 20
+        assert len({index for _, index in pairs}) == 7
+        assert {draw for draw, _ in pairs} == {3 * epoch, 3 * epoch + 1, 3 * epoch + 2}
+    assert not {draw for draw, _ in epochs[0]} & {draw for draw, _ in epochs[1]}
+    plain = EpochSampler(20, seed=1, shuffle=True)
+    plain.set_epoch(2)
+    assert sorted(plain) == [(2, i) for i in range(20)]

@@ -1,15 +1,26 @@
 """What a classification recipe says."""
 
+import re
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from visionattn.data import formats
 from visionattn.data.labels import ClassSection
+from visionattn.errors import nearest
 from visionattn.recipe import sections
-from visionattn.recipe.sections import AbovePositive, NotNegative, Probability, Rate, Ratio, Section, Share
+from visionattn.recipe.sections import AbovePositive, NotNegative, Positive, Probability, Rate, Ratio, Section, Share
 
 __all__ = ["DATA", "EXAMPLE", "AnyData", "Augment", "Data", "Evaluate", "Loss", "Model", "Recipe", "Teacher"]
+
+
+POLICIES = ("randaugment", "autoaugment", "trivialaugment", "augmix")  # of torchvision
+SPREAD = r"mstd(?:\d+(?:\.\d+)?|inf)"
+OF_TIMM = (  # parts that timm does not know it would pass over in silence
+    rf"rand(?:-(?:m\d+(?:\.\d+)?|n\d+|p\d?\.\d+|{SPREAD}|mmax\d+|inc[01]|w\d|t|3a))+"
+    rf"|augmix(?:-(?:m\d+|w\d+|d-?\d+|a\d+(?:\.\d+)?|b[01]|{SPREAD}))+"
+    rf"|(?:original|originalr|v0|v0r|3a)(?:-{SPREAD})?"
+)
 
 
 class Teacher(sections.Teacher):
@@ -36,10 +47,27 @@ class Augment(Section):
     vflip: Probability = 0.0
     rotate: Annotated[float, Field(ge=0, le=180)] = Field(0.0, description="largest rotation either way, in degrees")
     jitter: Probability = Field(0.0, description="strength of brightness, contrast and saturation changes")
-    policy: Literal["randaugment", "autoaugment", "trivialaugment", "augmix"] | None = None
+    policy: str | None = Field(
+        None,
+        description="randaugment, autoaugment, trivialaugment or augmix of torchvision; or timm's by its string, such "
+        "as rand-m9-mstd0.5-inc1",
+    )
+    repeats: Positive = Field(
+        1, description="times that an image that is drawn is in an epoch, changed anew; an epoch keeps its length"
+    )
     erasing: Probability = 0.0
     mixup: NotNegative = Field(0.0, description="alpha of the Beta distribution; 0 is off")
     cutmix: NotNegative = Field(0.0, description="alpha of the Beta distribution; 0 is off")
+
+    @field_validator("policy")
+    @classmethod
+    def _policy_is_known(cls, policy: str | None) -> str | None:
+        if policy is None or policy in POLICIES or re.fullmatch(OF_TIMM, policy):
+            return policy
+        raise ValueError(
+            f"policy is {policy!r}{nearest(policy, POLICIES)}; expected {', '.join(POLICIES)}, or timm's string, such "
+            "as rand-m9-mstd0.5-inc1, augmix-m3-w3 or original-mstd0.5"
+        )
 
 
 class Data(sections.Data):

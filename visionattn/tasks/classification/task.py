@@ -301,7 +301,7 @@ def training_set(dataset: Dataset, spec: Recipe) -> Images:
     if spec.data.balanced_sampling:
         labels = np.array([sample.label for sample in train])
         weights = torch.from_numpy(1 / np.bincount(labels)[labels])
-    return Images(train, train_transform(spec.data), spec.train.seed, weights)
+    return Images(train, train_transform(spec.data), spec.train.seed, weights, spec.data.augment.repeats)
 
 
 def evaluation_set(samples: Sequence[Sample], data: Data) -> Images:

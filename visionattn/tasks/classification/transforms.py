@@ -23,16 +23,10 @@ from torchvision.transforms import InterpolationMode, v2
 from visionattn.data.loaders import seeded
 from visionattn.data.sample import Sample
 from visionattn.errors import UserError
+from visionattn.tasks.classification.policies import policy_of, refuse_policy
 from visionattn.tasks.classification.recipe import AnyData, Augment, Data
 
 __all__ = ["Images", "eval_transform", "mix_transform", "train_transform"]
-
-POLICIES = {
-    "randaugment": v2.RandAugment,
-    "autoaugment": v2.AutoAugment,
-    "trivialaugment": v2.TrivialAugmentWide,
-    "augmix": v2.AugMix,
-}
 
 
 class Images(TorchDataset):
@@ -43,6 +37,7 @@ class Images(TorchDataset):
         transform: of (C, H, W) uint8, or float32 in 0..1.
         seed: what is random in sample i of epoch e depends on (seed, e, i) only; None where nothing is.
         weights: (N,) chances to draw each in training, or None.
+        repeats: times that each is drawn in an epoch of training.
     """
 
     def __init__(
@@ -51,8 +46,10 @@ class Images(TorchDataset):
         transform: Callable[[Tensor], Tensor],
         seed: int | None = None,
         weights: Tensor | None = None,
+        repeats: int = 1,
     ) -> None:
-        self.samples, self.transform, self.seed, self.weights = samples, transform, seed, weights
+        self.samples, self.transform, self.seed = samples, transform, seed
+        self.weights, self.repeats = weights, repeats
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -87,7 +84,7 @@ def train_transform(data: AnyData) -> v2.Compose:
         v2.RandomVerticalFlip(augment.vflip) if augment.vflip else None,
         v2.RandomRotation(augment.rotate, InterpolationMode.BILINEAR) if augment.rotate else None,
         v2.ColorJitter(augment.jitter, augment.jitter, augment.jitter) if augment.jitter else None,
-        POLICIES[augment.policy]() if augment.policy else None,
+        policy_of(augment.policy, min(data.side), data.mean) if augment.policy else None,
         *_numbers(data),
         v2.RandomErasing(augment.erasing) if augment.erasing else None,
     ]
@@ -173,10 +170,10 @@ def _refuse(augment: Augment, channels: int) -> None:
     for key, value, top in (("crop_scale", augment.crop_scale, 1), ("crop_ratio", augment.crop_ratio, math.inf)):
         if not 0 < value[0] <= value[1] <= top:
             raise UserError(f"data.augment.{key} is {value}, expected [smallest, largest] within 0 to {top}")
-    if channels not in (1, 3):
-        for key, asked in (("policy", augment.policy), ("jitter", augment.jitter)):
-            if asked:
-                raise UserError(
-                    f"data.augment.{key} is {asked}, but changes of colour are defined for 1 or 3 channels; "
-                    f"the images have {channels}"
-                )
+    if augment.policy:
+        refuse_policy(augment.policy, channels)
+    if channels not in (1, 3) and augment.jitter:
+        raise UserError(
+            f"data.augment.jitter is {augment.jitter}, but changes of colour are defined for 1 or 3 channels; the "
+            f"images have {channels}"
+        )

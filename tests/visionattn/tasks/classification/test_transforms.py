@@ -1,10 +1,15 @@
 """What happens to an image between the file and the network: sizes, geometry, policies, mixing, refusals."""
 
+import random
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
+from visionattn.data.loaders import seeded
 from visionattn.errors import UserError
 from visionattn.tasks.classification.recipe import DATA, Augment, Data
 from visionattn.tasks.classification.transforms import eval_transform, mix_transform, train_transform
@@ -56,6 +61,42 @@ def test_evaluation_geometry():
     covered = eval_transform(settings(crop_pct=0.8, interpolation="nearest"))(half)  # 40 x 80, its centre
     assert torch.equal(covered, half[:, 4:36, 24:56] * 2 - 1)
     assert eval_transform(settings())(torch.zeros(3, 5, 3)).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original-mstd0.5", "3a"])
+def test_timms_policies_change_images_by_the_seed_alone(policy):
+    statistics = {"channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
+    transform = train_transform(settings(augment=Augment(policy=policy), **statistics))
+    images = [torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 40, 50), dtype=np.uint8))] * 8
+
+    def seen(seed: int) -> list[torch.Tensor]:
+        made = []
+        for i, image in enumerate(images):
+            random.seed(time.time_ns())
+            np.random.seed(None)
+            with seeded(seed, i):
+                made.append(transform(image))
+        return made
+
+    first, again, other = seen(0), seen(0), seen(1)
+    assert all(map(torch.equal, first, again))
+    assert not all(map(torch.equal, first, other))
+    random.seed(5)
+    with seeded(0):
+        transform(images[0])
+    drawn = random.random()
+    random.seed(5)
+    assert random.random() == drawn  # what others draw is left alone
+
+
+def test_timms_policies_say_what_they_cannot_take():
+    with pytest.raises(ValidationError, match="policy is 'rand-m9-foo3'"):
+        Augment(policy="rand-m9-foo3")
+    with pytest.raises(ValidationError, match="randaugment"):
+        Augment(policy="randaugmnt")
+    statistics = {"channels": 1, "mean": [0.5], "std": [0.25]}
+    with pytest.raises(UserError, match="for 3 channels; the images have 1"):
+        train_transform(settings(augment=Augment(policy="rand-m9"), **statistics))
 
 
 @pytest.mark.parametrize("policy", ["randaugment", "autoaugment", "trivialaugment", "augmix"])
