@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.layers import calculate_drop_path_rates, create_classifier, register_notrace_module
+from timm.layers import calculate_drop_path_rates, register_notrace_module
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -30,7 +30,7 @@ from visionattn.backbones.agent import (
     join,
     map_size,
 )
-from visionattn.backbones.backbone import MapClassifier, create
+from visionattn.backbones.backbone import MapClassifier, create, make_classifier
 from visionattn.backbones.layers import (
     channels_last,
     check_in_chans,
@@ -199,7 +199,7 @@ class AgentCSwin(MapClassifier):
             embed = ConvEmbed(dims[i - 1], dim, 3, 2, 1) if i else ConvEmbed(in_chans, dim, 7, 4, 2)
             self.stages.append(Stage(embed, blocks))
         self.norm = nn.LayerNorm(self.num_features)
-        self.global_pool, self.head_drop, self.head = create_classifier(
+        self.global_pool, self.head_drop, self.head = make_classifier(
             self.num_features, num_classes, global_pool, drop_rate=drop_rate
         )
         self.apply(init_linear)

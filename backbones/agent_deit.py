@@ -28,7 +28,7 @@ from visionattn.backbones.agent import (
     positions,
 )
 from visionattn.backbones.backbone import TokenClassifier, create
-from visionattn.backbones.layers import check_in_chans, check_pool, init_linear, linear
+from visionattn.backbones.layers import check_in_chans, init_linear, linear
 from visionattn.kernels import agent_attention, routing_attention
 from visionattn.kernels._packed import unpack
 
@@ -117,8 +117,8 @@ class AgentDeiT(TokenClassifier):
         if len(agent_num) != 4:
             raise ValueError(f"agent_num={agent_num}: expected 4 numbers")
         self.num_classes, self.in_chans, self.patch_size = num_classes, in_chans, patch_size
-        self.global_pool = check_pool(global_pool)
         self.num_features = self.head_hidden_size = embed_dim
+        self.set_pool(global_pool)
         self.feature_info = [
             {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(depth)
         ]

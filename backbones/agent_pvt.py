@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.layers import calculate_drop_path_rates, create_classifier, register_notrace_module, trunc_normal_
+from timm.layers import calculate_drop_path_rates, register_notrace_module, trunc_normal_
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ from visionattn.backbones.agent import (
     map_size,
     positions,
 )
-from visionattn.backbones.backbone import MapClassifier, create
+from visionattn.backbones.backbone import MapClassifier, create, make_classifier
 from visionattn.backbones.layers import check_in_chans, init_linear, linear, pad_map_to_multiple
 from visionattn.kernels import routing_attention
 
@@ -151,7 +151,7 @@ class AgentPVT(MapClassifier):
                 blocks.append(Block(dim, attn, mlp_ratios[i], next(drop_paths)))
             self.stages.append(Stage(PatchEmbed(source, dim, 2 if i else 4), dim, grid, blocks))
             source = dim
-        self.global_pool, self.head_drop, self.head = create_classifier(
+        self.global_pool, self.head_drop, self.head = make_classifier(
             self.num_features, num_classes, global_pool, drop_rate=drop_rate
         )
         self.apply(init_linear)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.layers import calculate_drop_path_rates, create_classifier, register_notrace_module, trunc_normal_
+from timm.layers import calculate_drop_path_rates, register_notrace_module, trunc_normal_
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging, get_relative_position_index
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from visionattn.backbones.agent import (
     imagenet_cfg,
     map_size,
 )
-from visionattn.backbones.backbone import MapClassifier, create
+from visionattn.backbones.backbone import MapClassifier, create, make_classifier
 from visionattn.backbones.layers import check_in_chans, init_linear, linear
 from visionattn.kernels import window_attention
 from visionattn.kernels._packed import unpack
@@ -129,7 +129,7 @@ class AgentSwin(MapClassifier):
             last = i == len(depths) - 1
             self.layers.append(Stage(blocks, None if last else PatchMerging(dim)))
         self.norm = nn.LayerNorm(self.num_features)
-        self.global_pool, self.head_drop, self.head = create_classifier(
+        self.global_pool, self.head_drop, self.head = make_classifier(
             self.num_features, num_classes, global_pool, drop_rate=drop_rate
         )
         self.apply(init_linear)

@@ -4,6 +4,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any, get_args
 
@@ -19,9 +20,9 @@ from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from visionattn.backbones.layers import check_image_size, check_pool, refuse_script
+from visionattn.backbones.layers import GGeM, check_image_size, check_pool, refuse_script
 
-__all__ = ["HeadClassifier", "MapClassifier", "TokenClassifier", "create", "factory"]
+__all__ = ["HeadClassifier", "MapClassifier", "TokenClassifier", "create", "factory", "make_classifier"]
 
 torch.fx.wrap("check_image_size")
 
@@ -143,9 +144,9 @@ class Backbone(nn.Module):
 
 
 class MapClassifier(Backbone):
-    """Features are a map (B, C, H, W). Set global_pool, head_drop and head, from timm's `create_classifier`."""
+    """Features are a map (B, C, H, W). Set global_pool, head_drop and head, by `make_classifier`."""
 
-    global_pool: SelectAdaptivePool2d
+    global_pool: SelectAdaptivePool2d | GGeM
     head_drop: nn.Module
     head: nn.Module
 
@@ -156,7 +157,7 @@ class MapClassifier(Backbone):
         """Replace the classifier by a new one for num_classes, or by nothing for 0; global_pool "" leaves maps."""
         self.num_classes = num_classes
         pool = self.global_pool.pool_type if global_pool is None else global_pool
-        self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool, **get_device_dtype(self))
+        self.global_pool, _, self.head = make_classifier(self.num_features, num_classes, pool, **get_device_dtype(self))
         self.global_pool.train(self.training)
         self.head.train(self.training)
 
@@ -166,7 +167,7 @@ class MapClassifier(Backbone):
 
 
 class HeadClassifier(Backbone):
-    """Features are a map (B, C, H, W). Set head, one of timm's modules `ClassifierHead`, `NormMlpClassifierHead`."""
+    """Features are a map (B, C, H, W). Set head by `set_head`."""
 
     head: ClassifierHead | NormMlpClassifierHead
 
@@ -178,9 +179,22 @@ class HeadClassifier(Backbone):
 
         A norm after pooling stays, as in timm.
         """
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+        self.num_classes, options = num_classes, get_device_dtype(self)
+        self.head.reset(num_classes, "avg" if global_pool == "ggem" else global_pool, **options)
+        if global_pool == "ggem":
+            self._pool_by_ggem()
+            self.head.global_pool.to(**options)
         self.head.train(self.training)
+
+    def set_head(self, make: Callable[..., ClassifierHead | NormMlpClassifierHead], global_pool: str) -> None:
+        """The head is one of timm's modules, made with this pool_type, or with GGeM in place of it."""
+        self.head = make(pool_type="avg" if global_pool == "ggem" else global_pool)
+        if global_pool == "ggem":
+            self._pool_by_ggem()
+
+    def _pool_by_ggem(self) -> None:
+        flatten = isinstance(self.head, ClassifierHead)  # the other one has a norm after it
+        self.head.global_pool = GGeM(self.num_features, flatten=flatten)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x, pre_logits=pre_logits)
@@ -189,11 +203,12 @@ class HeadClassifier(Backbone):
 class TokenClassifier(Backbone):
     """Features are tokens (B, 1 + H * W, C), the class token first.
 
-    Set cls_token (None once pruned), global_pool (see `check_pool`), head_drop and head.
+    Set cls_token (None once pruned), head_drop and head; call `set_pool`.
     """
 
     cls_token: nn.Parameter | None
     global_pool: str
+    ggem: GGeM | None
     head_drop: nn.Module
     head: nn.Module
 
@@ -203,19 +218,37 @@ class TokenClassifier(Backbone):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one for num_classes, or by nothing for 0; global_pool "" leaves tokens."""
         self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = check_pool(global_pool, self.cls_token is not None)
         options = get_device_dtype(self)
+        if global_pool is not None:
+            self.set_pool(global_pool, self.cls_token is not None)
+            self.ggem = self.ggem and self.ggem.to(**options)
         self.head = nn.Linear(self.num_features, num_classes, **options) if num_classes else nn.Identity()
         self.head.train(self.training)
 
+    def set_pool(self, global_pool: str, class_token: bool = True) -> None:
+        """Pool tokens like that (see `check_pool`); of a network that has its num_features."""
+        self.global_pool = check_pool(global_pool, class_token)
+        self.ggem = GGeM(self.num_features) if global_pool == "ggem" else None
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        first = 0 if self.cls_token is None else 1
         if self.global_pool == "token":
             x = x[:, 0]
+        elif self.ggem is not None:
+            x = self.ggem(x[:, first:])
         elif self.global_pool == "avg":
-            x = x[:, 0 if self.cls_token is None else 1 :].mean(1)
+            x = x[:, first:].mean(1)
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
+
+
+def make_classifier(
+    num_features: int, num_classes: int, pool_type: str = "avg", drop_rate: float = 0.0, **options: Any
+) -> tuple[Any, nn.Module, nn.Module]:
+    """Pooling, dropout and classifier of maps, of timm's `create_classifier`, whose pool_type may also be "ggem"."""
+    timms = "avg" if pool_type == "ggem" else pool_type
+    pool, dropout, head = create_classifier(num_features, num_classes, timms, drop_rate=drop_rate, **options)
+    return GGeM(num_features).to(**options) if pool_type == "ggem" else pool, dropout, head
 
 
 def create(
@@ -249,10 +282,18 @@ def create(
         factory(network, variant),
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=partial(_with_pooling, checkpoint_filter_fn),
         feature_cfg={"out_indices": kwargs.pop("out_indices", default_indices), "feature_cls": "getter"},
         **kwargs,
     )
+
+
+def _with_pooling(
+    checkpoint_filter_fn: Callable[..., dict[str, Tensor]], state_dict: dict[str, Any], model: nn.Module
+) -> dict[str, Tensor]:
+    """Filtered weights, with the powers of a pooling that they do not have as the model has them."""
+    powers = {f"{name}.p": module.p.detach() for name, module in model.named_modules() if isinstance(module, GGeM)}
+    return powers | checkpoint_filter_fn(state_dict, model)
 
 
 def factory(network: Callable[..., nn.Module], variant: str) -> Callable[..., nn.Module]:

@@ -23,7 +23,6 @@ from timm.layers import (
     LayerNorm2d,
     LayerScale,
     calculate_drop_path_rates,
-    create_classifier,
     register_notrace_module,
     to_ntuple,
 )
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from torchvision.ops import Permute
 
 from visionattn.backbones._twins import unwrap
-from visionattn.backbones.backbone import MapClassifier, create
+from visionattn.backbones.backbone import MapClassifier, create, make_classifier
 from visionattn.backbones.layers import DepthwiseConv, check_in_chans, init_linear, linear, missing, pad_map_to_multiple
 from visionattn.kernels import _record, routing_attention
 from visionattn.kernels._packed import unpack
@@ -448,7 +447,7 @@ class BiFormer(MapClassifier):
             self.stages.append(stage)
         self.extra_norms = nn.ModuleList(map(LayerNorm2d, embed_dim)) if extra_norms else None
         self.norm = nn.BatchNorm2d(self.num_features)
-        self.global_pool, self.head_drop, self.head = create_classifier(
+        self.global_pool, self.head_drop, self.head = make_classifier(
             self.num_features, num_classes, global_pool, drop_rate=drop_rate
         )
         self.apply(init_linear)

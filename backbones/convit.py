@@ -35,7 +35,6 @@ from visionattn.backbones.backbone import TokenClassifier, create
 from visionattn.backbones.layers import (
     Mlp,
     check_in_chans,
-    check_pool,
     init_linear,
     is_plain,
     linear,
@@ -191,8 +190,8 @@ class ConViT(TokenClassifier):
             )
         dim = embed_dim * num_heads
         self.num_classes, self.in_chans = num_classes, in_chans
-        self.global_pool = check_pool(global_pool)
         self.num_features = self.head_hidden_size = dim
+        self.set_pool(global_pool)
         self.local_up_to_layer = local_up_to_layer
         self.feature_info = [{"num_chs": dim, "reduction": PATCH, "module": f"blocks.{i}"} for i in range(depth)]
         self.grid = _grid(img_size)

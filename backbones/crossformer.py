@@ -26,7 +26,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
     calculate_drop_path_rates,
-    create_classifier,
     register_notrace_module,
     resample_abs_pos_embed,
     to_2tuple,
@@ -37,7 +36,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import unwrap
-from visionattn.backbones.backbone import MapClassifier, create
+from visionattn.backbones.backbone import MapClassifier, create, make_classifier
 from visionattn.backbones.layers import DepthwiseConv, Mlp, check_in_chans, init_linear, linear, pad_to_multiple
 from visionattn.kernels import _record, window_attention
 from visionattn.kernels._check import autocasting
@@ -445,7 +444,7 @@ class CrossFormer(MapClassifier):
                 blocks.append(Block(dim, attn, mlp_ratios[i], cooled, rows if use_cpe else 0, next(drop_paths)))
             self.layers.append(Stage(blocks, PatchMerging(dim, merge_size[i]) if i < stages - 1 else None))
         self.norm = nn.LayerNorm(self.num_features)
-        self.global_pool, self.head_drop, self.head = create_classifier(
+        self.global_pool, self.head_drop, self.head = make_classifier(
             self.num_features, num_classes, global_pool, drop_rate=drop_rate
         )
         self.apply(init_linear)

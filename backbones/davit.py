@@ -210,9 +210,8 @@ class DaViT(HeadClassifier):
             downsample = Downsample(embed_dims[i - 1], dim) if i else nn.Identity()
             self.stages.append(Stage(downsample, dim, heads, window_size, mlp_ratio, rates))
         norm = partial(LayerNorm2d, eps=1e-5)
-        self.head = NormMlpClassifierHead(
-            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=norm
-        )
+        head = partial(NormMlpClassifierHead, self.num_features, num_classes, drop_rate=drop_rate, norm_layer=norm)
+        self.set_head(head, global_pool)
         self.apply(init_linear)
 
     def no_weight_decay(self) -> set[str]:

@@ -23,7 +23,6 @@ from timm.layers import (
     DropPath,
     PatchEmbed,
     calculate_drop_path_rates,
-    create_classifier,
     register_notrace_module,
     resample_abs_pos_embed_nhwc,
     to_2tuple,
@@ -33,7 +32,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, unwrap
-from visionattn.backbones.backbone import MapClassifier, create
+from visionattn.backbones.backbone import MapClassifier, create, make_classifier
 from visionattn.backbones.layers import Mlp, check_in_chans, init_linear, linear, position_embedding
 from visionattn.kernels import linear_attention
 from visionattn.kernels._check import precise
@@ -161,7 +160,7 @@ class Flowformer(MapClassifier):
             self.blocks.append(nn.Sequential(*blocks))
             source = dim
         self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
-        self.global_pool, self.head_drop, self.head = create_classifier(
+        self.global_pool, self.head_drop, self.head = make_classifier(
             self.num_features, num_classes, global_pool, drop_rate=drop_rate
         )
         self.apply(init_linear)

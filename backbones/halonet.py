@@ -19,6 +19,7 @@ Maps are (B, C, H, W), in channels-last memory.
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -228,7 +229,7 @@ class HaloNet(HeadClassifier):
             {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(channels)
         ]
         self.feature_info[-1] = {"num_chs": self.num_features, "reduction": 32, "module": "final_conv"}
-        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
+        self.set_head(partial(ClassifierHead, self.num_features, num_classes, drop_rate=drop_rate), global_pool)
         self.apply(_init_weights)
 
     def no_weight_decay(self) -> set[str]:

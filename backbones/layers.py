@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as hooks_of_all_modules
 
-from visionattn.kernels._check import autocasting, known, transforms
+from visionattn.kernels._check import autocasting, known, precise, transforms
 from visionattn.kernels._dispatch import takes_plain
 from visionattn.kernels._plain import keep
 
 __all__ = [
     "DepthwiseConv",
+    "GGeM",
     "Mlp",
     "channels_last",
     "check_image_size",
@@ -55,11 +56,40 @@ def check_in_chans(in_chans: int) -> None:
 
 def check_pool(global_pool: str, class_token: bool = True) -> str:
     """`global_pool`, if tokens can be pooled like that; else raises ValueError."""
-    allowed = ["", "avg", "token"] if class_token else ["", "avg"]
+    allowed = ["", "avg", "ggem", "token"] if class_token else ["", "avg", "ggem"]
     if global_pool not in allowed:
         why = "" if class_token else ": the class token was pruned"
         raise ValueError(f"global_pool={global_pool!r}: expected one of {allowed}{why}")
     return global_pool
+
+
+class GGeM(nn.Module):
+    """Group generalized mean pooling, (mean over places of max(x, 1e-6) ** p) ** (1 / p), p of each group learned.
+
+    Tokens (B, N, C) -> (B, C), or maps (B, C, H, W) -> (B, C), or (B, C, 1, 1) where not flatten.
+
+    groups: of neighbouring channels; by default of 64, as a head of ViT has, or one of all if 64 does not divide them.
+    Source: Ko et al., Group Generalized Mean Pooling for Vision Transformer, 2022, https://arxiv.org/abs/2212.04114.
+    """
+
+    pool_type = "ggem"
+
+    def __init__(self, dim: int, groups: int | None = None, flatten: bool = True) -> None:
+        super().__init__()
+        groups = (1 if dim % 64 else dim // 64) if groups is None else groups
+        self.flatten = flatten
+        self.p = nn.Parameter(torch.full((groups,), 3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_map = x.ndim == 4
+        places = (x.flatten(2).mT if is_map else x).to(precise(x)).clamp_min(1e-6)
+        p = self.p.to(places.dtype)[:, None]
+        pooled = places.unflatten(-1, (len(self.p), -1)).pow(p).mean(1).pow(1 / p).flatten(1).to(x.dtype)
+        return pooled[..., None, None] if is_map and not self.flatten else pooled
+
+    def feat_mult(self) -> int:
+        """As timm's pooling has it: how many channels come of one."""
+        return 1
 
 
 def refuse_script(network: nn.Module) -> NoReturn:

@@ -26,14 +26,13 @@ from timm.layers import (
     DropPath,
     PatchEmbed,
     calculate_drop_path_rates,
-    create_classifier,
     register_notrace_module,
 )
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, unwrap
-from visionattn.backbones.backbone import MapClassifier, create
+from visionattn.backbones.backbone import MapClassifier, create, make_classifier
 from visionattn.backbones.layers import (
     DepthwiseConv,
     Mlp,
@@ -193,7 +192,7 @@ class LGViT(MapClassifier):
                     else Block(embed_dim, heads, mlp_ratio, drop_path)
                 )
             self.stages.append(blocks)
-        self.global_pool, self.head_drop, self.head = create_classifier(
+        self.global_pool, self.head_drop, self.head = make_classifier(
             embed_dim, num_classes, global_pool, drop_rate=drop_rate
         )
         self.apply(init_linear)

@@ -27,7 +27,6 @@ from timm.layers import (
     LayerScale,
     PatchEmbed,
     calculate_drop_path_rates,
-    create_classifier,
     register_notrace_module,
     trunc_normal_,
 )
@@ -36,7 +35,7 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import unwrap
-from visionattn.backbones.backbone import MapClassifier, create
+from visionattn.backbones.backbone import MapClassifier, create, make_classifier
 from visionattn.backbones.layers import Mlp, check_in_chans, init_linear, linear
 from visionattn.kernels import _record, neighborhood_attention
 from visionattn.kernels._check import known
@@ -219,7 +218,7 @@ class NAT(MapClassifier):
                 blocks.append(Block(embed_dim * times, attn, mlp_ratio, layer_scale, next(drop_paths)))
             self.levels.append(Level(blocks, downsample(embed_dim * times) if i < len(depths) - 1 else None))
         self.norm = nn.LayerNorm(self.num_features)
-        self.global_pool, self.head_drop, self.head = create_classifier(
+        self.global_pool, self.head_drop, self.head = make_classifier(
             self.num_features, num_classes, global_pool, drop_rate=drop_rate
         )
         self.apply(init_linear)

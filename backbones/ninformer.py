@@ -27,7 +27,6 @@ from timm.layers import (
     DropPath,
     PatchEmbed,
     calculate_drop_path_rates,
-    create_classifier,
     register_notrace_module,
     to_2tuple,
 )
@@ -35,7 +34,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import unwrap
-from visionattn.backbones.backbone import MapClassifier, create
+from visionattn.backbones.backbone import MapClassifier, create, make_classifier
 from visionattn.backbones.layers import Mlp, check_in_chans, linear
 
 __all__ = ["NiNformer"]
@@ -180,7 +179,7 @@ class NiNformer(MapClassifier):
         )
         rates: Sequence[Any] = calculate_drop_path_rates(drop_path_rate, num_layers)
         self.blocks = nn.ModuleList(Block(d_model, d_ffn, grid, dropout, rate) for rate in rates)
-        self.global_pool, self.head_drop, self.head = create_classifier(
+        self.global_pool, self.head_drop, self.head = make_classifier(
             d_model, num_classes, global_pool, drop_rate=drop_rate
         )
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, unwrap
 from visionattn.backbones.backbone import TokenClassifier, create
-from visionattn.backbones.layers import Mlp, channels_last, check_in_chans, check_pool, init_linear, linear
+from visionattn.backbones.layers import Mlp, channels_last, check_in_chans, init_linear, linear
 from visionattn.kernels import routing_attention
 
 __all__ = ["PatchConvNet"]
@@ -189,8 +189,8 @@ class PatchConvNet(TokenClassifier):
         if embed_dim % 8 or num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim={embed_dim}: expected a multiple of 8 and of num_heads={num_heads}")
         self.num_classes, self.in_chans, self.multiclass = num_classes, in_chans, multiclass
-        self.global_pool = check_pool(global_pool)
         self.num_features = self.head_hidden_size = embed_dim
+        self.set_pool(global_pool)
         self.feature_info = [{"num_chs": embed_dim, "reduction": 16, "module": f"blocks.{i}"} for i in range(depth)]
         self.patch_embed = PatchEmbed(in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, num_classes if multiclass and num_classes else 1, embed_dim))
@@ -218,7 +218,8 @@ class PatchConvNet(TokenClassifier):
         Where each class has a token these are replaced too, unless num_classes is 0.
         """
         if global_pool is not None:
-            self.global_pool = check_pool(global_pool, self.cls_token is not None)
+            self.set_pool(global_pool, self.cls_token is not None)
+            self.ggem = self.ggem and self.ggem.to(**get_device_dtype(self))
         self.num_classes = num_classes
         options = get_device_dtype(self)
         if self.multiclass and self.cls_token is not None and num_classes:
@@ -251,7 +252,9 @@ class PatchConvNet(TokenClassifier):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         classes = 0 if self.cls_token is None else self.cls_token.shape[1]
-        if self.global_pool == "avg":
+        if self.ggem is not None:
+            x = self.ggem(x[:, classes:])
+        elif self.global_pool == "avg":
             x = x[:, classes:].mean(1)
         elif self.global_pool == "token" and isinstance(self.head, ClassHead) and not pre_logits:
             x = x[:, :classes]

@@ -24,7 +24,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
     calculate_drop_path_rates,
-    create_classifier,
     get_device_dtype,
     register_notrace_module,
 )
@@ -32,7 +31,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, unwrap
-from visionattn.backbones.backbone import MapClassifier, create
+from visionattn.backbones.backbone import MapClassifier, create, make_classifier
 from visionattn.backbones.layers import (
     DepthwiseConv,
     channels_last,
@@ -250,7 +249,7 @@ class RMT(MapClassifier):
             self.stages.append(Stage(dim // num_heads[i], blocks, downsample))
         self.extra_norms = nn.ModuleList(map(nn.LayerNorm, embed_dims)) if extra_norms else None
         self.projection = Projection(embed_dims[-1], projection)
-        self.global_pool, self.head_drop, self.head = create_classifier(
+        self.global_pool, self.head_drop, self.head = make_classifier(
             projection, num_classes, global_pool, drop_rate=drop_rate
         )
         self.aux_head = nn.Linear(embed_dims[-1], num_classes) if token_label and num_classes else None

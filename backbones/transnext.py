@@ -26,7 +26,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
     calculate_drop_path_rates,
-    create_classifier,
     register_notrace_module,
     to_2tuple,
     trunc_normal_,
@@ -35,7 +34,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, unwrap
-from visionattn.backbones.backbone import MapClassifier, create
+from visionattn.backbones.backbone import MapClassifier, create, make_classifier
 from visionattn.backbones.layers import channels_last, check_in_chans, linear, no_autocast, pool_to
 from visionattn.kernels import _record, window_attention
 from visionattn.kernels._check import autocasting, known, precise
@@ -439,7 +438,7 @@ class TransNeXt(MapClassifier):
                 blocks.append(Block(dim, attn, mlp_ratios[i], next(drop_paths)))
             self.stages.append(Stage(PatchEmbed(source, dim, *((3, 2) if i else (7, 4))), blocks, dim))
             source = dim
-        self.global_pool, self.head_drop, self.head = create_classifier(
+        self.global_pool, self.head_drop, self.head = make_classifier(
             self.num_features, num_classes, global_pool, drop_rate=drop_rate
         )
         self.apply(init_weights)

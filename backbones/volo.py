@@ -36,7 +36,6 @@ from visionattn.backbones.layers import (
     channels_last,
     check_image_size,
     check_in_chans,
-    check_pool,
     conv_norm,
     init_linear,
     linear,
@@ -219,9 +218,9 @@ class VOLO(TokenClassifier):
         if use_mix_token and not return_all:
             raise ValueError("use_mix_token=True needs return_all=True: the loss must know the mixed box")
         self.num_classes, self.in_chans = num_classes, in_chans
-        self.global_pool = check_pool(global_pool)
         self.return_all, self.mix_token, self.use_aux_head = return_all, use_mix_token, use_aux_head
         self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.set_pool(global_pool)
         self.stage_ends = [0, 2, 3, 4]  # in network, which has a downsampling after the first stage
         self.feature_info = [
             {"num_chs": dim, "reduction": 16 if end else 8, "module": f"network.{end}"}
@@ -317,7 +316,7 @@ class VOLO(TokenClassifier):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         pooled = x
         if self.global_pool:
-            pooled = x[:, 0] if self.global_pool == "token" else x.mean(1)
+            pooled = x[:, 0] if self.global_pool == "token" else x.mean(1) if self.ggem is None else self.ggem(x[:, 1:])
         pooled = self.head_drop(pooled)
         if pre_logits:
             return pooled

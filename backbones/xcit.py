@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from visionattn.backbones._twins import check_checkpoint, twin_cfgs, unwrap
 from visionattn.backbones.backbone import TokenClassifier, create
-from visionattn.backbones.layers import Mlp, channels_last, check_in_chans, check_pool, conv_norm, init_linear, linear
+from visionattn.backbones.layers import Mlp, channels_last, check_in_chans, conv_norm, init_linear, linear
 from visionattn.kernels import cross_covariance_attention, routing_attention
 from visionattn.kernels._packed import unpack
 
@@ -231,8 +231,8 @@ class XCiT(TokenClassifier):
         super().__init__()
         check_in_chans(in_chans)
         self.num_classes, self.in_chans = num_classes, in_chans
-        self.global_pool = check_pool(global_pool)
         self.num_features = self.head_hidden_size = embed_dim
+        self.set_pool(global_pool)
         self.feature_info = [
             {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(depth)
         ]

@@ -407,6 +407,7 @@ LAYERS: dict[str, Callable[[dict], nn.Module]] = {
         lgvit.Block(kwargs["dim"], kwargs["num_heads"], kwargs["mlp_ratio"]), lgvit.turns_of_places
     ),
     "SAM/LGViT.py MBConv": lambda kwargs: ChannelsLast(lgvit.ConvBlock(kwargs["in_chans"], kwargs["expand_ratio"])),
+    "grouped generalized mean": lambda kwargs: layers.GGeM(kwargs["dim"], kwargs["groups"]),
     "Learned_Aggregation_Layer": lambda kwargs: ClassToken(patchconvnet.Aggregation(**kwargs)),
 }
 RENAMED: dict[str, Callable[[dict, nn.Module], dict]] = {  # how others than BiFormer's layers get our key names
@@ -435,7 +436,10 @@ def make_layer(record: dict) -> nn.Module:
     layer = LAYERS[record["reference"]["class"]](record["reference"]["kwargs"]).eval()
     inner = layer.layer if isinstance(layer, ChannelsLast | Tokens | ClassToken | Turned | Sized | Projected) else layer
     rename = RENAMED.get(type(inner).__module__, biformer.checkpoint_filter_fn)
-    inner.load_state_dict(rename(filled_state_dict(record), inner))
+    state_dict = rename(filled_state_dict(record), inner)
+    if isinstance(layer, layers.GGeM):  # whose powers are not filled
+        state_dict = {"p": torch.tensor(record["kept_buffers"][0]["values"])}
+    inner.load_state_dict(state_dict)
     return layer
 
 
