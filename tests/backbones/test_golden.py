@@ -25,6 +25,7 @@ from visionattn.backbones import (
     biformer,
     crossformer,
     flowformer,
+    gates,
     layers,
     lgvit,
     moh,
@@ -407,12 +408,20 @@ LAYERS: dict[str, Callable[[dict], nn.Module]] = {
         lgvit.Block(kwargs["dim"], kwargs["num_heads"], kwargs["mlp_ratio"]), lgvit.turns_of_places
     ),
     "SAM/LGViT.py MBConv": lambda kwargs: ChannelsLast(lgvit.ConvBlock(kwargs["in_chans"], kwargs["expand_ratio"])),
+    "triplet_attention.py TripletAttention": lambda kwargs: gates.TripletAttention(not kwargs.get("no_spatial")),
+    **{
+        f"ELA-{size}": lambda kwargs: gates.ELA(
+            kwargs["channels"], kwargs["kernel_size"], kwargs["groups"], kwargs["gn_groups"]
+        )
+        for size in "TBSL"
+    },
     "grouped generalized mean": lambda kwargs: layers.GGeM(kwargs["dim"], kwargs["groups"]),
     "Learned_Aggregation_Layer": lambda kwargs: ClassToken(patchconvnet.Aggregation(**kwargs)),
 }
 RENAMED: dict[str, Callable[[dict, nn.Module], dict]] = {  # how others than BiFormer's layers get our key names
     ninformer.__name__: ninformer.checkpoint_filter_fn,
     agent.__name__: lambda state_dict, layer: state_dict,
+    gates.__name__: lambda state_dict, layer: state_dict,
     agent_deit.__name__: lambda state_dict, layer: state_dict,
     agent_pvt.__name__: lambda state_dict, layer: state_dict,
     agent_cswin.__name__: lambda state_dict, layer: {agent_cswin.our_name(key): x for key, x in state_dict.items()},

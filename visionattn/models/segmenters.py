@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from visionattn.backbones.emcad import EMCAD
 from visionattn.backbones.encoder_decoder import EncoderDecoder
+from visionattn.backbones.gates import ELA, TripletAttention
 from visionattn.errors import UserError
 from visionattn.models.networks import create, refuse_unknown
 from visionattn.models.pyramids import STRIDES, make_pyramid
 
-__all__ = ["DECODERS", "Decoder", "make_segmenter"]
+__all__ = ["DECODERS", "GATES", "Decoder", "make_segmenter"]
 
 
 class SmpDecoder(nn.Module):
@@ -147,6 +148,21 @@ class DPT(nn.Module):
         return [self.refine(self.decoder(list(maps), [None] * len(maps)))]
 
 
+GATES: dict[str, Callable[[int], nn.Module]] = {"triplet": lambda dim: TripletAttention(), "ela": ELA}
+
+
+class Gated(nn.Module):
+    """A decoder, and for each of the maps it takes a gate that they pass first."""
+
+    def __init__(self, decoder: nn.Module, gates: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.decoder, self.gates = decoder, nn.ModuleList(gates)
+        self.out_channels = decoder.out_channels
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        return self.decoder([gate(x) for gate, x in zip(self.gates, maps, strict=True)])
+
+
 class Decoder(NamedTuple):
     """A decoder that is asked for by name.
 
@@ -191,7 +207,8 @@ def make_segmenter(
         decoder_name: a key of `DECODERS`; None where encoder_name is a whole segmenter, such as emcad_pvt_v2_b2.
         pretrained: start from the encoder's published weights.
         encoder_args: keyword arguments for `timm.create_model`.
-        decoder_args: keyword arguments for the decoder's own constructor.
+        decoder_args: keyword arguments for the decoder's own constructor, and `gates`, a key of `GATES`: attention of
+            each map that the decoder takes to itself.
 
     Raises:
         UserError: an unknown encoder or decoder, an encoder that does not fit, an argument they do not take.
@@ -209,8 +226,14 @@ def make_segmenter(
     encoder, neck, channels, multiple = make_pyramid(
         encoder_name, decoder.strides, in_chans, pretrained, encoder_args, decoder.any_size
     )
+    gates = decoder_args.get("gates")
+    if gates is not None:
+        refuse_unknown("model.decoder_args.gates", gates, GATES, f"one of {', '.join(GATES)}")
+        decoder_args = {key: value for key, value in decoder_args.items() if key != "gates"}
     try:
         made = decoder.make(channels, **decoder_args)
+        if gates is not None:
+            made = Gated(made, [GATES[gates](dim) for dim in channels])
     except (TypeError, ValueError) as error:
         raise UserError(
             f"decoder {decoder_name} on maps of {channels} channels of {encoder_name} cannot be made with "

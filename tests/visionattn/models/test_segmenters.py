@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from visionattn.cli import main
 from visionattn.errors import UserError
 from visionattn.listing import our_models
-from visionattn.models.segmenters import DECODERS, make_segmenter
+from visionattn.models.segmenters import DECODERS, GATES, make_segmenter
 
 SMALL = {"depth": [1, 1, 1, 1], "embed_dim": [16, 16, 32, 32], "head_dim": 16, "n_win": 2, "topks": [1, 2, 4, -2]}
 LIGHT = {"dpt": {"intermediate_channels": [16, 16, 16, 16], "fusion_channels": 32}, "upernet": {"decoder_channels": 32}}
@@ -202,6 +202,19 @@ def test_layer_decay_reaches_the_encoder(encoder, groups):
     assert set(above) <= set(layers[max(layers)])
 
 
+@pytest.mark.parametrize(
+    "decoder", [pytest.param(name, marks=() if name in ("emcad", "fpn") else pytest.mark.slow) for name in DECODERS]
+)
+@pytest.mark.parametrize("gates", GATES)
+def test_gates_of_the_maps_a_decoder_takes(decoder, gates):
+    arguments = {**LIGHT.get(decoder, {}), "gates": gates}
+    network = make_segmenter("biformer_tiny", decoder, 5, encoder_args=SMALL, decoder_args=arguments)
+    assert network(images(50, 70)).shape == (2, 5, 50, 70)
+    sum(y.square().mean() for y in network.forward_deep(images())).backward()
+    assert len(network.decoder.gates) == len(DECODERS[decoder].strides[-4:])
+    assert not [key for key, p in network.decoder.gates.named_parameters() if not p.grad.any()]
+
+
 def test_gradient_checkpointing():
     """Reaches the encoder's blocks and changes no gradient."""
     x, network, results = images(), small("fpn").eval(), []
@@ -265,6 +278,11 @@ def test_unknown_arguments_are_refused():
         make_segmenter("resnet18", "fpn", 2, encoder_args={"block": 3})  # no error of timm's own
     with pytest.raises(UserError, match=r"decoder fpn on maps of .* channels of resnet18 cannot be made .*'width'"):
         make_segmenter("resnet18", "fpn", 2, decoder_args={"width": 3})
+    with pytest.raises(UserError, match=r"model.decoder_args.gates is 'tripplet': .*triplet"):
+        make_segmenter("resnet18", "fpn", 2, decoder_args={"gates": "tripplet"})
+    narrow = {**SMALL, "embed_dim": [8, 16, 16, 32], "head_dim": 8}
+    with pytest.raises(UserError, match=r"cannot be made .*ela: 8 channels: expected a multiple of 16"):
+        make_segmenter("biformer_tiny", "fpn", 2, encoder_args=narrow, decoder_args={"gates": "ela"})
 
 
 def test_list_of_decoders(capsys):

@@ -23,7 +23,10 @@ class Model(sections.FineTuned):
         None,
         description="see `visionattn list --decoders`; unset: `name` is a whole segmenter, such as emcad_pvt_v2_b2",
     )
-    decoder_args: dict[str, Any] = Field({}, description="keyword arguments of the decoder's own constructor")
+    decoder_args: dict[str, Any] = Field(
+        {},
+        description="keyword arguments of the decoder's own constructor; gates: triplet or ela: of the maps it takes",
+    )
 
 
 class Augment(Section):
