@@ -110,7 +110,7 @@ def _npy(explanations: Sequence["Explanation"], path: Path) -> None:
 
 
 def _geotiff(explanations: Sequence["Explanation"], path: Path) -> None:
-    from rasterio.windows import Window, transform
+    from rasterio import Affine
 
     from visionattn.data.formats._rasters import open_quietly, opened
 
@@ -119,8 +119,9 @@ def _geotiff(explanations: Sequence["Explanation"], path: Path) -> None:
     with opened(scene.path) as source:
         grid, profile = source.transform, {"crs": source.crs, "driver": "GTiff", "count": 1, "dtype": "float32"}
     if one.window is not None:
-        rows, columns = one.window
-        grid = transform(Window.from_slices(rows, columns), grid)
+        y, x = one.window[0].start, one.window[1].start
+        a, b, c, d, e, f = grid[:6]
+        grid = Affine(a, b, c + x * a + y * b, d, e, f + x * d + y * e)
     height, width = one.map.shape
     profile |= {"height": height, "width": width, "transform": grid, "compress": "deflate"}
     with open_quietly(path, "w", **profile) as sink:

@@ -158,11 +158,13 @@ def explained(
 ) -> Iterator[Explanation]:
     """The explanations of a run's samples, in order."""
     seen = part_of(trained.recipe.task, "explain").seen
-    network = trained.task.network
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = trained.task.to(device).network
     asked = Asked(wanted.target, wanted.region)
     cache: dict[str, dict[str, float]] | None = {} if check else None
     for name, sample in zip(names_of(samples), samples, strict=True):
         shown = seen(trained.task.eval(), sample, trained.recipe, asked)
+        shown = [part._replace(image=part.image.to(device)) for part in shown]
         window = _extent(shown) if sample.windowed else None
         image = sample.image(window)
         for method in wanted.methods:

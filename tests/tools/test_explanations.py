@@ -2,18 +2,28 @@
 
 import csv
 import re
+from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
+import rasterio
 import timm
 import torch
 from PIL import Image
 from torch import nn
 
 import visionattn
+from visionattn import recipe
 from visionattn.cli import main
+from visionattn.data import formats
 from visionattn.errors import UserError
+from visionattn.recipe import part_of
+from visionattn.runs.checkpoints import Trained
+from visionattn.tasks.targets import Asked
 from visionattn.tools.attribution import METHODS, Question, head_importance, layers_of
+from visionattn.tools.explained_files import save
+from visionattn.tools.explanations import Wanted, explained
 
 
 class Linear(nn.Module):
@@ -244,3 +254,132 @@ def test_layers_with_maps():
     network = timm.create_model("va_xcit_nano_12_p16_224", depth=2)
     assert list(layers_of(network)) == ["blocks.0", "blocks.1"]
     assert layers_of(nn.Linear(2, 2)) == {}
+
+
+DATA = "image_size: 64, classes: [ground, water, crops], mean: [0.4, 0.4, 0.4], std: [0.2, 0.2, 0.2]"
+LEVELS = "{finest: 8, coarsest: 16, sizes: [64, 128]}"
+BIFORMER = (
+    "{name: biformer_tiny, args: {depth: [1, 1, 1, 1], embed_dim: [16, 16, 32, 32], head_dim: 16, n_win: 2, "
+    "topks: [1, 2, 4, -2]}"
+)
+
+
+def untrained(text: str) -> Trained:
+    """A task of a resolved recipe with the weights that it starts from."""
+    torch.manual_seed(0)
+    spec = recipe.loads(text, name="test")
+    return Trained(part_of(spec.task, "task").make(spec).eval(), spec, Path(), 0)
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> Trained:
+    return untrained(
+        f"task: segmentation\nmodel: {BIFORMER}, decoder: fpn}}\ndata: {{format: geotiff, root: ., {DATA}}}\n"
+    )
+
+
+def scene(path: Path, height: int = 150, width: int = 100) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 255, (3, height, width), np.uint8)
+    profile = {"driver": "GTiff", "count": 3, "dtype": "uint8", "height": height, "width": width}
+    grid = rasterio.Affine(10, 0, 500_000, 0, -10, 4_000_000)
+    with rasterio.open(path, "w", crs="EPSG:32633", transform=grid, **profile) as sink:
+        sink.write(pixels)
+    return path
+
+
+def test_a_region_of_a_scene_on_its_own_grid(segmenter, tmp_path):
+    """Of the windows of 64 pixels that the region touches; the map lies where they are."""
+    samples, _ = formats.unlabelled([scene(tmp_path / "a.tif")], segmenter.recipe.data, 3)
+    wanted = Wanted(("ig", "layercam", "rollout"), target="water", region="70,70,90,80")
+    found = list(explained(segmenter, samples, wanted))
+    assert [one.method for one in found] == ["ig", "layercam", "rollout"]
+    for one in found:
+        assert one.window == (slice(64, 128), slice(36, 100))
+        assert one.map.shape == (64, 64)
+    assert found[0].target == "water"
+    assert np.abs(found[0].map).sum() > 0
+    found[0].save(tmp_path / "map.tif")
+    with rasterio.open(tmp_path / "map.tif") as source, rasterio.open(tmp_path / "a.tif") as of:
+        assert source.crs == of.crs
+        assert source.transform == rasterio.Affine(10, 0, 500_360, 0, -10, 3_999_360)
+        np.testing.assert_array_equal(source.read(1), found[0].map)
+        assert source.tags()["target"] == "water"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"region": "900,2"}, r"region 900,2 is outside of a.*150 rows and 100 columns"),
+        ({"region": "9,2,3,4"}, "region is 9,2,3,4: expected X,Y or X,Y,X2,Y2 with X < X2"),
+        ({"region": "nothing.png"}, "region is nothing.png: expected predicted, X,Y"),
+        ({"region": np.ones((3, 3))}, "region has 3 x 3 pixels, the image 150 x 100"),
+        ({"target": "snow"}, "target is snow, expected a class name"),
+        ({"target": "label"}, "target is label, but the image has none"),
+    ],
+)
+def test_regions_that_are_none_are_refused(segmenter, tmp_path, wanted, message):
+    samples, _ = formats.unlabelled([scene(tmp_path / "a.tif")], segmenter.recipe.data, 3)
+    with pytest.raises(UserError, match=message):
+        list(explained(segmenter, samples, Wanted(("gradient",), **wanted)))
+
+
+def test_too_many_windows_are_refused(segmenter, tmp_path):
+    samples, _ = formats.unlabelled([scene(tmp_path / "a.tif", 1000, 1000)], segmenter.recipe.data, 3)
+    with pytest.raises(UserError, match=r"256 windows of 64 x 64 pixels, at most 64 .*give a smaller region"):
+        list(explained(segmenter, samples, Wanted(("gradient",))))
+
+
+def test_slices_become_a_volume_on_its_own_grid(tmp_path):
+    trained = untrained(
+        f"task: segmentation\nmodel: {BIFORMER}, decoder: fpn}}\n"
+        "data: {format: nifti, root: ., image_size: 32, classes: [ground, organ], mean: [0.4], std: [0.2]}\n"
+    )
+    affine = np.diag([2.0, 3.0, 4.0, 1.0])
+    voxels = np.random.default_rng(0).normal(size=(40, 36, 3)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(voxels, affine), tmp_path / "scan.nii.gz")
+    samples, _ = formats.unlabelled([tmp_path / "scan.nii.gz"], trained.recipe.data, 1)
+    found = list(explained(trained, samples, Wanted(("gradient",), target="organ")))
+    assert [one.name for one in found] == ["scan-000", "scan-001", "scan-002"]
+    save(found, tmp_path / "map.nii.gz")
+    written = nibabel.load(tmp_path / "map.nii.gz")
+    assert written.shape == (40, 36, 3)
+    np.testing.assert_array_equal(written.affine, affine)
+    total = np.sort([np.abs(one.map).sum() for one in found])
+    np.testing.assert_allclose(np.sort(np.abs(written.get_fdata()).sum((0, 1))), total, rtol=1e-5)
+
+
+@pytest.mark.parametrize("detector", ["fcos", "faster_rcnn"])
+def test_a_found_object_is_followed_by_its_place(detector, tmp_path):
+    trained = untrained(
+        f"task: detection\nmodel: {BIFORMER}, detector: {detector}, detector_args: {LEVELS}}}\n"
+        f"data: {{format: coco, root: ., annotations: a.json, resize: fit, {DATA}}}\nevaluate: {{max_objects: 20}}\n"
+    )
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)).save(tmp_path / "a.png")
+    samples, _ = formats.unlabelled([tmp_path / "a.png"], trained.recipe.data, 3)
+    wanted = Wanted(("gradient", "layercam"), target="water")
+    if detector == "faster_rcnn":
+        with pytest.raises(UserError, match="objects are explained of fcos and retinanet"):
+            list(explained(trained, samples, wanted))
+        return
+    found = list(explained(trained, samples, wanted))
+    asked = Asked("water")
+    (part,) = part_of("detection", "explain").seen(trained.task, samples[0], trained.recipe, asked)
+    raw = trained.task.network.predicted([part.image])
+    best = trained.task.network.head.scores(raw)[0, :, 1].max().item()
+    assert [one.score for one in found] == pytest.approx([best, best], rel=1e-4)
+    assert re.fullmatch(r"water at -?\d+, -?\d+, -?\d+, -?\d+", found[0].target)
+    assert found[0].map.shape == (96, 128)
+    assert found[0].map.any()
+
+
+def test_the_report_shows_the_worst_and_the_best_images(run):
+    with (run / "evaluation" / "test" / "explained.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["kind"] for row in rows] == 3 * ["worst"] + 3 * ["best"]
+    with (run / "evaluation" / "test" / "predictions.csv").open() as file:
+        believed = {row["name"]: float(row[f"p:{row['label']}"]) for row in csv.DictReader(file)}
+    assert all((run / "evaluation" / "test" / row["file"]).is_file() for row in rows)
+    worst = min(believed, key=believed.get)
+    assert rows[0]["image"].split("/")[-1].removesuffix(".png") in worst
+    assert "What predictions depend on" in (run / "report.html").read_text()
+    assert not (run / "evaluation" / "val" / "explained.csv").exists()

@@ -224,6 +224,7 @@ class Evaluate(Section):
 
     tta: list[Literal["hflip", "vflip", "rot90"]] = Field([], description="views to average predictions over")
     bootstrap: Annotated[int, Field(ge=0, le=100_000)] = Field(1000, description="resamples behind the 95 % intervals")
+    explain: bool = Field(True, description="show in the report what the worst and the best images depend on")
 
 
 class Fitted(Section):

@@ -21,7 +21,7 @@ from visionattn.progress import duration
 from visionattn.recipe import part_of
 from visionattn.report.charts import Chart
 from visionattn.report.evaluation import Evaluation, Metric, read_history
-from visionattn.report.pieces import PERCENT, finite, framed, number, table_of
+from visionattn.report.pieces import PERCENT, explained, finite, framed, number, table_of
 
 __all__ = ["write_report"]
 
@@ -190,7 +190,7 @@ def _sections(run: Run) -> list[Section]:
     parts += [Section("training", "Training", _training(run))] if run.epochs else []
     for i, e in enumerate(run.evaluations):
         split, comma, weights = _title(e).partition(",")  # Test, last epoch
-        title, content = f"{split} {e.noun}s{comma}{weights}", part_of(e.task, "report").sections(e)
+        title, content = f"{split} {e.noun}s{comma}{weights}", part_of(e.task, "report").sections(e) + explained(e)
         parts.append(Section(f"evaluation-{i}", title, content, _headline(e) if i else ""))
     if run.recipe_text:
         parts.append(Section("recipe", "Recipe", f"<pre>{escape(run.recipe_text)}</pre>", "recipe.yaml"))

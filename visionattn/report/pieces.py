@@ -13,12 +13,13 @@ from PIL import Image
 
 from visionattn.errors import plural
 from visionattn.report.charts import Chart
-from visionattn.report.evaluation import Evaluation, read_history
+from visionattn.report.evaluation import Evaluation, read_history, read_rows
 
 __all__ = [
     "PERCENT",
     "about_weights",
     "embedded",
+    "explained",
     "finite",
     "fitted_note",
     "fitted_rows",
@@ -146,6 +147,24 @@ def fitted_note(fitted: Mapping[str, Any]) -> str:
     """What is to be kept in mind of numbers that were fitted on the images that the best epoch was chosen by."""
     text = "Fitted on the images that the best epoch was chosen by: on others it may promise too much."
     return f'<p class="note">{text}</p>' if fitted["source"] == "val" else ""
+
+
+def explained(evaluation: Evaluation) -> str:
+    """What its worst and best images depend on; "" where that was not asked for."""
+    html = ""
+    rows = read_rows(evaluation.folder / "explained.csv")
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        figures = ""
+        for row in [row for row in rows if row["kind"] == kind]:
+            picture, name = evaluation.folder / row["file"], escape(row["image"])
+            said = f"{name}: what {escape(row['target'])} depends on"
+            image = f'<img src="{embedded(picture)}" alt="{said}">' if picture.is_file() else ""
+            figures += f'<figure>{image}<figcaption><div class="file">{name}</div></figcaption></figure>'
+        html += f'<h4>{escape(kind.capitalize())}</h4><div class="cases">{figures}</div>'
+    note = (
+        f"By {rows[0]['method']}; it shows what is used, not why. visionattn explain --check tests it." if rows else ""
+    )
+    return html and f'<h3>What predictions depend on</h3><p class="note">{note}</p>{html}'
 
 
 def embedded(picture: Path) -> str:

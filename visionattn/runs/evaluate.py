@@ -21,6 +21,7 @@ from visionattn.recipe.sections import Data
 from visionattn.report.evaluation import Evaluation
 from visionattn.report.page import write_report
 from visionattn.runs.checkpoints import Trained, load_trained
+from visionattn.runs.explained import add_explanations
 from visionattn.tasks.base import Task
 
 __all__ = ["evaluate", "evaluate_split", "evaluate_trained", "labelled", "lone_trainer"]
@@ -140,6 +141,9 @@ def evaluate_split(
     evaluation = part_of(spec.task, "evaluation").measure(predictions, samples, spec, part)
     task.complete(evaluation)
     evaluation.about |= about | {"tta": spec.evaluate.tta}
+    last_look = part == "test" or "test" not in data.dataset.splits
+    if spec.evaluate.explain and last_look and not Path(str(about["checkpoint"])).name.startswith("last"):
+        add_explanations(evaluation, task, spec, samples, predictions)
     return evaluation
 
 

@@ -1,7 +1,8 @@
 """What a prediction is asked to be explained for: a class, a region of a mask, a found object; as every task sees it.
 
 The file `explain` of a task has `seen(task, sample, spec, asked) -> list[Seen]`: what the network is shown of a sample,
-and which number of its output is explained. It raises UserError for what cannot be asked.
+and which number of its output is explained; it raises UserError for what cannot be asked. And `chosen(evaluation,
+predictions, samples) -> {"worst": sample numbers, "best": ...}`, which the report shows.
 """
 
 import os

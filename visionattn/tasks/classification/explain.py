@@ -1,19 +1,23 @@
 """What of a classifier's output is explained: the logit of a class."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from visionattn.data.prediction import Prediction
 from visionattn.data.sample import Sample
 from visionattn.errors import UserError
+from visionattn.report.evaluation import Evaluation
 from visionattn.tasks.classification.recipe import AnyData, Recipe
 from visionattn.tasks.classification.task import Classifier
 from visionattn.tasks.classification.transforms import eval_transform
 from visionattn.tasks.targets import Asked, Box, Seen, class_of
 
-__all__ = ["seen"]
+__all__ = ["chosen", "seen"]
 
 
 def seen(task: Classifier, sample: Sample, spec: Recipe, asked: Asked) -> list[Seen]:
@@ -34,6 +38,21 @@ def seen(task: Classifier, sample: Sample, spec: Recipe, asked: Asked) -> list[S
 
     height, width = pixels.shape[1:]
     return [Seen(image, _place((height, width), spec.data), logit, score, spec.data.classes[k])]
+
+
+def chosen(
+    evaluation: Evaluation, predictions: Sequence[Prediction], samples: Sequence[Sample]
+) -> dict[str, list[int]]:
+    """Samples for the report: those whose label was believed least, and most."""
+    belief = []
+    for prediction in predictions:
+        probabilities, label = np.asarray(prediction.value), samples[prediction.index].label
+        several = np.ndim(label) > 0
+        right = -np.abs(probabilities - label).max() if several else probabilities[label]
+        belief.append((float(right), prediction.index))
+    order = [i for _, i in sorted(belief)]
+    half = (len(order) + 1) // 2
+    return {"worst": order[:half], "best": order[half:][::-1]}
 
 
 def _place(size: tuple[int, int], data: AnyData) -> Box:

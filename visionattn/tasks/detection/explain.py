@@ -1,19 +1,23 @@
 """What of a detector's output is explained: the score of one place of its maps, which is followed by its number."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from visionattn.data.prediction import Prediction
 from visionattn.data.sample import Sample
 from visionattn.errors import UserError
 from visionattn.models.dense_heads import DenseHead
 from visionattn.models.detectors import Detector
+from visionattn.report.evaluation import Evaluation
 from visionattn.tasks.detection.recipe import Recipe
 from visionattn.tasks.detection.task import DetectorTask
 from visionattn.tasks.detection.transforms import factor_of, network_input, tiles_of
 from visionattn.tasks.targets import Asked, Seen, box_of, class_of
 
-__all__ = ["seen"]
+__all__ = ["chosen", "seen"]
 
 SAME = 0.3  # IoU with the region from which a place speaks of its object
 
@@ -65,6 +69,17 @@ def seen(task: DetectorTask, sample: Sample, spec: Recipe, asked: Asked) -> list
         return head.scores(network.predicted(images))[:, place, k]
 
     return [Seen(shown[n], edges, logit, of_place, words, inside)]
+
+
+def chosen(
+    evaluation: Evaluation, predictions: Sequence[Prediction], samples: Sequence[Sample]
+) -> dict[str, list[int]]:
+    """Samples for the report: the images with the lowest and the highest F1."""
+    index, kinds = {sample.name: i for i, sample in enumerate(samples)}, dict[str, list[int]]()
+    for row in evaluation.tables["pictures.csv"]:
+        if row["kind"] in ("worst", "best"):
+            kinds.setdefault(row["kind"], []).append(index[row["image"]])
+    return kinds
 
 
 def _region(box: Tensor, edges: tuple[float, float, float, float], factor: float, image: Tensor) -> Tensor:

@@ -1,20 +1,23 @@
 """What of a segmenter's output is explained: the logits of a class over a region, window by window of the image."""
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.data.sample import Sample, Window
+from visionattn.data.prediction import Prediction
+from visionattn.data.sample import Sample, Window, cases
 from visionattn.errors import UserError
+from visionattn.report.evaluation import Evaluation
 from visionattn.tasks.segmentation.recipe import Recipe
 from visionattn.tasks.segmentation.task import Segmenter, counted
 from visionattn.tasks.segmentation.transforms import factors, network_input
 from visionattn.tasks.targets import Asked, Seen, box_of, class_of, mask_of
 
-__all__ = ["seen"]
+__all__ = ["chosen", "seen"]
 
 WINDOWS = 64  # at most
 
@@ -25,7 +28,8 @@ def seen(task: Segmenter, sample: Sample, spec: Recipe, asked: Asked) -> list[Se
     Without a region it is where the class is predicted, or of what is predicted nowhere the whole image.
     """
     scaled = factors(sample.size, spec.data)
-    windows = _windows(sample, spec, scaled, asked)
+    cells = _cells(sample, spec, scaled, asked)
+    windows = [window for window, _ in cells]
     pixels = None if sample.windowed else sample.image()
     images = [network_input(_part(sample, pixels, window), spec.data, scaled) for window in windows]
     with torch.no_grad():
@@ -39,11 +43,26 @@ def seen(task: Segmenter, sample: Sample, spec: Recipe, asked: Asked) -> list[Se
         regions = [part.argmax(0) == k for part in logits]
         if not any(region.any() for region in regions if region is not None):
             regions = [torch.ones_like(part[0], dtype=torch.bool) for part in logits]
-    return [
-        _seen(task, image, window, region, k, spec.data.class_names[k])
-        for image, window, region in zip(images, windows, regions, strict=True)
-        if region is not None and region.any()
-    ]
+    shown = []
+    for image, (window, offsets), region in zip(images, cells, regions, strict=True):
+        top, left = (round(offset * factor) for offset, factor in zip(offsets, scaled, strict=True))
+        assert region is not None  # by now
+        own = region.clone()
+        own[:top], own[:, :left] = False, False
+        if own.any():
+            shown.append(_seen(task, image, window, own, k, spec.data.class_names[k]))
+    return shown
+
+
+def chosen(
+    evaluation: Evaluation, predictions: Sequence[Prediction], samples: Sequence[Sample]
+) -> dict[str, list[int]]:
+    """Samples for the report: of the cases with the lowest and the highest Dice, of volumes a slice in the middle."""
+    members, kinds = cases(samples), dict[str, list[int]]()
+    for row in evaluation.tables["pictures.csv"]:
+        own = members[row["case"]]
+        kinds.setdefault(row["kind"], []).append(own[len(own) // 2])
+    return kinds
 
 
 def _seen(task: Segmenter, image: Tensor, window: Window, region: Tensor, k: int, name: str) -> Seen:
@@ -58,20 +77,26 @@ def _seen(task: Segmenter, image: Tensor, window: Window, region: Tensor, k: int
     return Seen(image, place, logit, score, name, region)
 
 
-def _windows(sample: Sample, spec: Recipe, scaled: tuple[float, float], asked: Asked) -> list[Window]:
-    """Side by side, as large as the network is shown, those that touch the box of the region."""
+def _cells(
+    sample: Sample, spec: Recipe, scaled: tuple[float, float], asked: Asked
+) -> list[tuple[Window, tuple[int, int]]]:
+    """Windows as large as the network is shown, those that touch the box of the region; and the rows and columns of
+    each that are the business of the windows before it, since the last of a row or column is moved inside the image."""
     sides = [max(1, round(side / factor)) for side, factor in zip(spec.data.side, scaled, strict=True)]
     box = box_of(asked.region)
     top, left, bottom, right = box if box is not None else (0, 0, *sample.size)
     rows, columns = (
         [
-            slice(max(0, min(start, length - side)), min(start + side, length))
+            (
+                slice(max(0, min(start, length - side)), min(start + side, length)),
+                start - max(0, min(start, length - side)),
+            )
             for start in range(0, length, side)
             if start < last and min(start + side, length) > first
         ]
         for length, side, first, last in zip(sample.size, sides, (top, left), (bottom, right), strict=True)
     )
-    windows = list(itertools.product(rows, columns))
+    windows = [((y, x), (above, before)) for (y, above), (x, before) in itertools.product(rows, columns)]
     if not windows:
         size = f"{sample.size[0]} rows and {sample.size[1]} columns"
         raise UserError(f"region {asked.region} is outside of {sample.name}, which has {size}")
