@@ -247,14 +247,14 @@ def position_embedding(table: Tensor, height: int, width: int, stride: int = 16)
 
     Returns (1, H / stride, W / stride, C), rounded up, for an image of H x W = height x width pixels.
     """
-    if (height, width) == (stride * table.shape[1], stride * table.shape[2]):
+    if known(height == stride * table.shape[1]) and known(width == stride * table.shape[2]):
         return table
     dtype = torch.promote_types(table.dtype, torch.float32)
     y, x = (
-        (torch.arange(-(-side // stride), device=table.device, dtype=dtype) + 0.5) * (2 * stride / side) - 1
+        (torch.arange((side + stride - 1) // stride, device=table.device, dtype=dtype) + 0.5) * (2 * stride / side) - 1
         for side in (height, width)
     )  # -1 and 1 are the edges of the image
-    centres = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], -1)[None]
+    centres = torch.stack([x.expand(y.shape[0], -1), y[:, None].expand(-1, x.shape[0])], -1)[None]
     grid = table.to(dtype).permute(0, 3, 1, 2)
     grid = F.grid_sample(grid, centres, mode="bicubic", padding_mode="border", align_corners=False)
     return grid.permute(0, 2, 3, 1).to(table.dtype)

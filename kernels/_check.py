@@ -63,7 +63,7 @@ def per_axis(name: str, value: int | Sequence[int], axes: int, least: int = 1) -
     values: tuple[Any, ...] = tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
     if torch.jit.is_tracing():  # where sizes of maps are tensors
         values = tuple(int(x) if isinstance(x, Tensor) else x for x in values)
-    if len(values) != axes or not all(isinstance(x, int) and x >= least for x in values):
+    if len(values) != axes or not all(isinstance(x, int | torch.SymInt) and x >= least for x in values):
         raise ValueError(
             f"{name}={value!r}: expected an int of at least {least}, or one for each of the {axes} axes of q"
         )

@@ -48,7 +48,7 @@ def _plain(
 
 def _attend_by_axis(rows: Tensor, columns: Tensor, v: Tensor) -> Tensor:
     """[H, Y, Y], [H, X, X], [B, N, H, D] -> [B, N, H, D]: the softmax of a sum is the product of two softmaxes."""
-    values = v.unflatten(1, (rows.shape[1], -1)).permute(0, 1, 3, 2, 4)  # [B, Y, H, X, D]
+    values = v.unflatten(1, (rows.shape[1], columns.shape[1])).permute(0, 1, 3, 2, 4)  # [B, Y, H, X, D]
     mixed = columns.softmax(-1).to(v.dtype) @ values
     mixed = rows.softmax(-1).to(v.dtype) @ mixed.permute(0, 2, 1, 3, 4).flatten(3)  # [B, H, Y, X * D]
     return mixed.unflatten(3, (columns.shape[1], -1)).flatten(2, 3).transpose(1, 2)

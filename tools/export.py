@@ -31,11 +31,12 @@ from visionattn.tools._exporters import EXPORTERS, Exporter, Ran, run_onnx, stam
 from visionattn.tools._precision import PRECISIONS, compared
 from visionattn.tools._script import script_of
 
-__all__ = ["LARGEST_ERROR", "Exported", "export", "part_of_task"]
+__all__ = ["LARGEST_ERROR", "Exported", "export", "part_of_task", "three_sizes", "written"]
 
 LARGEST_ERROR = 1e-3  # relative, of any output
 BATCHES = (1, 3)
 LEAST = 32  # pixels of a side
+TRACED = (283, 337)  # pixels at least, for all sizes: no round number of tokens, and several windows of every attention
 COMPARED = 256  # images at most, by which smaller files are compared
 Size = tuple[int, int]
 
@@ -104,8 +105,8 @@ def _files_of(
     path, side = stem.with_name(f"{stem.name}{exporter.suffix}"), size or part.size_of(spec)
     known = about | part.contract(spec, side) | {"size": size and list(size), "trained_at": list(spec.data.side)}
     few = samples[: max(BATCHES)]
-    images = [inputs(evaluated(few, spec, one), spec, one) for one in ([size] if size else _three_sizes(side))]
-    checks = {path.name: _written(exporter, graph, images, path, known)}
+    images = [inputs(evaluated(few, spec, one), spec, one) for one in ([size] if size else three_sizes(side))]
+    checks = {path.name: written(exporter, graph, images, path, known)}
     _write_json(stem.with_name(f"{stem.name}.json"), known)
     some = samples[:: max(1, len(samples) // COMPARED)][:COMPARED]
     for name in smaller:
@@ -237,13 +238,19 @@ def known_of(trained: Trained) -> dict[str, Any]:
     }
 
 
-def _three_sizes(size: Size) -> list[Size]:
-    """By which a file for all sizes is tried: the first one odd and of no round number of tokens."""
+def three_sizes(size: Size) -> list[Size]:
+    """At which a file for all sizes is tried: as trained, odd, and much longer than wide."""
     height, width = size
-    return [(5 * height // 4 | 1, 3 * width // 2 | 1), size, (2 * height, max(LEAST, 3 * width // 4))]
+    return [size, (max(LEAST, 5 * height // 6) | 1, 5 * width // 4 | 1), (2 * height, max(LEAST, 3 * width // 4))]
 
 
-def _written(
+def _traced(size: Size, channels: int) -> Tensor:
+    """Two images that a graph for all sizes is traced by: of small ones, a graph would take it that windows are one."""
+    height, width = (max(least, 5 * side // 4 | 1) for side, least in zip(size, TRACED, strict=True))
+    return torch.rand(2, channels, height, width)
+
+
+def written(
     exporter: Exporter, graph: Graph, images: Sequence[Tensor], path: Path, about: dict[str, Any]
 ) -> dict[str, Any]:
     """Write a file, run it at several batch sizes, and say what was found.
@@ -256,7 +263,9 @@ def _written(
     """
     free = len(images) > 1
     try:
-        exporter.write(graph, images[0][:1].repeat(2, 1, 1, 1), path, about, free)
+        of_size = images[0][:1].repeat(2, 1, 1, 1)
+        size = of_size.shape[2], of_size.shape[3]
+        exporter.write(graph, _traced(size, of_size.shape[1]) if free else of_size, path, about, free)
     except UserError:
         raise
     except Exception as error:  # exporters raise nearly anything
@@ -302,13 +311,13 @@ def error_of(run: Ran, graph: Graph, images: Tensor, instead: str = "") -> float
         raise UserError(f"the exported file does not run {at}: {_reason(error)}; nothing was kept{instead}") from None
     worst = 0.0
     for name, one, other in zip(graph.OUTPUTS, found, expected, strict=True):
-        error = float(np.abs(one - other).max() / np.abs(other).max()) if one.shape == other.shape else np.inf
-        if not error <= LARGEST_ERROR:
+        wrong = float(np.abs(one - other).max() / np.abs(other).max()) if one.shape == other.shape else np.inf
+        if not wrong <= LARGEST_ERROR:
             raise UserError(
-                f"the exported file is wrong {at}: {name} differ from the network's by {error:.2g} of their largest "
+                f"the exported file is wrong {at}: {name} differ from the network's by {wrong:.2g} of their largest "
                 f"value, more than {LARGEST_ERROR:g}; nothing was kept{instead}"
             )
-        worst = max(worst, error)
+        worst = max(worst, wrong)
     return worst
 
 

@@ -222,6 +222,17 @@ def test_a_file_for_all_sizes_is_right_at_all_or_refused(run, refused, tmp_path)
         export.error_of(lambda x: 1 // 0, graph, images)
 
 
+@pytest.mark.slow
+def test_one_file_for_all_sizes(run, odd, tmp_path):
+    exported = visionattn.load(run).export(out=tmp_path / "any", size="any")
+    assert exported.checks["model.onnx"]["sizes"] == [[32, 32], [33, 41], [64, 32]]
+    assert main(["predict", str(run), str(odd), "-o", str(tmp_path / "ours.csv")]) == 0
+    result = predict_alone(exported.path, odd, tmp_path / "alone.csv")
+    assert result.returncode == 0, result.stderr
+    ours, alone = table(tmp_path / "ours.csv"), table(tmp_path / "alone.csv")
+    assert [row[:2] for row in alone] == [row[:2] for row in ours]
+
+
 def test_images_to_check_on_have_to_be_there(run, pictures, tmp_path):
     checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     about = checkpoint["visionattn"]
