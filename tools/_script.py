@@ -81,7 +81,12 @@ class _Taken:
         """Take a name of a module with all that it uses."""
         known = _read(module)
         if name in known.ours:
-            self.add(*known.ours[name])
+            source, original = known.ours[name]
+            if original != name or name not in {**_read(source).definitions, **_read(source).ours}:
+                raise ValueError(
+                    f"{module} imports {original} of {source} as {name}: a script can have definitions only"
+                )
+            self.add(source, original)
         elif name in known.others:
             source, imported = known.others[name]
             self.imports.setdefault(source, set()).add(imported)

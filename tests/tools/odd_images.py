@@ -30,7 +30,7 @@ def _pictures(pixels: np.ndarray, wave: np.ndarray, n: int):
     deep = pixels[..., 0].astype(np.uint16) * 257
     exif = Image.Exif()
     exif[0x0112] = (3, 6, 8, 5, 7)[n]
-    yield "grey.png", grey, {}
+    yield "grey.jpg", grey, {"quality": 95}
     yield "palette.png", colour.convert("P", palette=Image.Palette.ADAPTIVE, colors=40), {}
     yield "clear.png", clear, {}
     yield "faint.png", faint, {}

@@ -22,8 +22,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
-from visionattn.data import jpeg
 from visionattn.data.bands import read_bands, shape_of
+from visionattn.data.jpeg import decoded_jpeg
 from visionattn.data.remarks import names_its_file
 from visionattn.data.sample import Sample, Window
 from visionattn.errors import UserError, listed
@@ -181,7 +181,7 @@ def decode(path: Path, content: bytes | None = None) -> np.ndarray:
     try:
         with Image.open(path if content is None else io.BytesIO(content)) as image:
             _refuse_pages(image, path)
-            if (pixels := jpeg.decoded(image, path, content)) is not None:
+            if (pixels := decoded_jpeg(image, path, content)) is not None:
                 return pixels
             image.load()
             ImageOps.exif_transpose(image, in_place=True)

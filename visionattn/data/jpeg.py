@@ -8,13 +8,13 @@ import numpy as np
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-__all__ = ["decoded"]
+__all__ = ["decoded_jpeg"]
 
 AS_STORED = 0  # torchvision's ImageReadMode.UNCHANGED
 END = b"\xff\xd9"  # of a whole file; torchvision fills a cut one with grey
 
 
-def decoded(image: Image.Image, path: Path, content: bytes | None = None) -> np.ndarray | None:
+def decoded_jpeg(image: Image.Image, path: Path, content: bytes | None = None) -> np.ndarray | None:
     """Pixels (H, W) or (H, W, 3) uint8 of an opened image, or None where Pillow has to decode it.
 
     Args:
@@ -31,13 +31,13 @@ def decoded(image: Image.Image, path: Path, content: bytes | None = None) -> np.
 
 def _by_torchvision(content: bytes) -> np.ndarray | None:
     """None where it fails, or is gone: from 0.29 on torchvision means to leave decoding to another package."""
-    import torch
-    import torchvision.io  # noqa: F401  has the operator loaded, around which its own function puts a warning
-
     try:
+        import torch
+        import torchvision.io  # noqa: F401  has the operator loaded, around which its own function puts a warning
+
         decode = torch.ops.image.decode_jpeg
         pixels = decode(torch.frombuffer(bytearray(content), dtype=torch.uint8), AS_STORED, False)
-    except (RuntimeError, AttributeError, TypeError):
+    except (ImportError, RuntimeError, AttributeError, TypeError):
         return None
     image = pixels.permute(1, 2, 0).numpy()
     return image[..., 0] if image.shape[2] == 1 else image

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visionattn.data import jpeg
+from visionattn.data import images, jpeg
 from visionattn.data.images import decode, read_image
 from visionattn.errors import UserError
 
@@ -32,7 +32,7 @@ def test_pixels_are_those_of_pillow(mode, way, tmp_path, monkeypatch):
     path = tmp_path / "a.jpg"
     picture(mode).save(path, **WAYS[way])
     seen = read_image(path)
-    monkeypatch.setattr(jpeg, "decoded", lambda *_: None)
+    monkeypatch.setattr(images, "decoded_jpeg", lambda *_: None)
     np.testing.assert_array_equal(seen, read_image(path))
     np.testing.assert_array_equal(decode("inside another file", path.read_bytes()), decode(path))
 
@@ -40,7 +40,7 @@ def test_pixels_are_those_of_pillow(mode, way, tmp_path, monkeypatch):
 def test_the_fast_decoder_is_used(tmp_path):
     stream = io.BytesIO()
     picture().save(stream, "JPEG")
-    assert jpeg.decoded(Image.open(stream), tmp_path, stream.getvalue()) is not None
+    assert jpeg.decoded_jpeg(Image.open(stream), tmp_path, stream.getvalue()) is not None
 
 
 def test_a_file_that_was_cut_is_refused_and_not_filled_with_grey(tmp_path):
