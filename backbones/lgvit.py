@@ -175,7 +175,8 @@ class LGViT(MapClassifier):
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.head_hidden_size = embed_dim
         self.feature_info = [
-            {"num_chs": embed_dim, "reduction": patch_size, "module": f"stages.{i}"} for i in range(len(depths))
+            {"num_chs": embed_dim, "reduction": patch_size, "module": f"stages.{i}.{depth - 1}"}
+            for i, depth in enumerate(depths)
         ]
         self.patch_embed = PatchEmbed(
             None, patch_size, in_chans, embed_dim, flatten=False, output_fmt="NHWC", dynamic_img_pad=True

@@ -234,7 +234,8 @@ class RMT(MapClassifier):
         self.num_classes, self.in_chans, self.token_label = num_classes, in_chans, token_label
         self.num_features = self.head_hidden_size = projection
         self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}.blocks"} for i, dim in enumerate(embed_dims)
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}.blocks.{depth - 1}"}
+            for i, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True))
         ]
         self.patch_embed = Stem(in_chans, embed_dims[0])
         drop_paths: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))

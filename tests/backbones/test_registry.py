@@ -462,6 +462,22 @@ def test_intermediates(name):
 
 @models
 @torch.no_grad()
+def test_the_modules_of_the_maps_give_them(name):
+    """What is hooked by `feature_info`, such as Grad-CAM, sees the channels and places of each map."""
+    model, seen, handles = ready(name), {}, []
+    for info in model.feature_info:
+        see = functools.partial(seen.__setitem__, info["module"])
+        handles.append(model.get_submodule(info["module"]).register_forward_hook(lambda _, __, x, see=see: see(x)))
+    maps = model.forward_intermediates(images(name), intermediates_only=True)
+    for handle in handles:
+        handle.remove()
+    for info, expected in zip(model.feature_info, maps, strict=True):
+        assert info["module"] in seen, "a layer that is never called"
+        assert seen[info["module"]].shape.numel() >= expected.shape.numel()  # class tokens are no places
+
+
+@models
+@torch.no_grad()
 def test_pruning(name):
     x = images(name)
     model = create(name, num_classes=10)
