@@ -224,7 +224,7 @@ def positions(table: Tensor, grid: Size, size: Size) -> Tensor:
 
 
 def fit_checkpoint(
-    state_dict: dict[str, Any], model: Backbone, rename: Callable[[str], str] = str, block: str = r".*?blocks\.\d+\."
+    state_dict: dict[str, Any], model: Backbone, rename: Callable[[str], str] = str
 ) -> dict[str, Tensor]:
     """The authors' checkpoint, bare or wrapped, with our key names, its tables stretched to the model's size.
 
@@ -249,7 +249,7 @@ def fit_checkpoint(
         elif name == "relative_position_bias_table":
             source, target = math.isqrt(len(table)), math.isqrt(len(ours))
             theirs[key] = positions(table[None], (source, source), (target, target))[0].flatten(0, 1)
-    check_checkpoint(theirs, model, block)
+    check_checkpoint(theirs, model)
     return theirs
 
 

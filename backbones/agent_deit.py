@@ -89,7 +89,7 @@ class AgentDeiT(TokenClassifier):
         agent_num: agents of the first blocks and of those further up, of four kinds.
         agent_layer: how many of the first blocks have agents; None for all.
         img_size: the size that tables are made for; any other size works too.
-        global_pool: `token` (the class token), `avg` (all others) or "" (no pooling).
+        global_pool: `token` (the class token), `avg` or `ggem` (of all others) or "" (no pooling).
     """
 
     output_formats = ("NCHW", "NLC")

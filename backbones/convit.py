@@ -156,7 +156,7 @@ class ConViT(TokenClassifier):
         depth, num_heads: blocks, and heads of each.
         local_up_to_layer: the first blocks, with gated positional attention; the class token joins after them.
         locality_strength: how sharply their heads attend to their neighbours before training.
-        global_pool: `token` (the class token), `avg` (all others) or "" (no pooling).
+        global_pool: `token` (the class token), `avg` or `ggem` (of all others) or "" (no pooling).
         img_size: the size that the table of absolute positions is made for; any other size works too.
         mlp_ratio: hidden channels of the MLP over channels.
         drop_rate, pos_drop_rate: dropout before the head, and after the position embedding.

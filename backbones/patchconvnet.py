@@ -157,7 +157,7 @@ class PatchConvNet(TokenClassifier):
         init_scale: initial value of the learned scale of each residual branch.
         multiclass: a token for each class, that attends to the patches only, and gives its logit. Before the logits
             (pre_logits, num_classes=0) the mean over these tokens counts.
-        global_pool: `token` (the class token), `avg` (all others) or "" (no pooling).
+        global_pool: `token` (the class token), `avg` or `ggem` (of all others) or "" (no pooling).
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth, the same in all convolutional blocks.
         img_size: accepted and not used: any size will do.

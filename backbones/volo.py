@@ -175,7 +175,7 @@ class VOLO(TokenClassifier):
     Args:
         layers: blocks of each of the four stages; the first has outlook attention.
         embed_dims, num_heads: channels and heads of each stage; the last three stages have the same channels.
-        global_pool: `token` (the class token), `avg` (all tokens) or "" (no pooling).
+        global_pool: `token` (the class token), `avg` (all tokens), `ggem` (all others) or "" (no pooling).
         stem_hidden_dim: channels of the convolutions that make patches.
         img_size: the size that the position embedding is made for; any other size works too.
         drop_rate, pos_drop_rate: dropout before the head, and after the position embedding.

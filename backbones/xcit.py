@@ -198,7 +198,7 @@ class XCiT(TokenClassifier):
     Args:
         patch_size: 16 or 8 pixels, the stride of the map.
         embed_dim, depth, num_heads: channels, blocks before the two of class attention, heads of each.
-        global_pool: `token` (the class token), `avg` (all others) or "" (no pooling).
+        global_pool: `token` (the class token), `avg` or `ggem` (of all others) or "" (no pooling).
         mlp_ratio: hidden channels of the MLP over embed_dim.
         eta: initial value of the learned scale of each residual branch.
         tokens_norm: see `ClassBlock`.
