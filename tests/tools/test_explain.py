@@ -5,15 +5,36 @@ import pytest
 import timm
 import torch
 from golden_records import assert_same, case_input, filled_state_dict, load_record
-from test_registry import FAST, create
 
 from visionattn.kernels import record_attention
 from visionattn.kernels._record import Attention, attention_in_backward
+from visionattn.listing import list_models
 from visionattn.tools.explain import Row, Traced, attention_flow, relevance, rollout, trace
 
 VITS = {"explain_vit_micro": "vit_tiny_patch16_224", "explain_deit_tiny_64": "deit_tiny_patch16_224"}
 CLASS_ATTENTION = {"explain_cait_micro": "cait_xxs24_224", "explain_xcit_micro": "xcit_nano_12_p16_224"}
-NONE = {"ninformer_tiny_patch4_32"}  # families that have no attention
+NARROW = {"embed_dims": (24, 48, 96, 192), "depths": (1, 1, 2, 1)}
+FAMILIES = {  # that attend to places or from class tokens, one short and narrow network of each
+    "agent_cswin_tiny": {"depth": (1, 1, 2, 1), "embed_dim": 32},
+    "agent_deit_tiny": {"depth": 2, "embed_dim": 96},
+    "agent_pvt_tiny": {"depths": (1, 1, 2, 1), "embed_dims": (32, 64, 80, 128)},
+    "agent_swin_tiny": {"depths": (1, 1, 2, 2), "embed_dim": 48},
+    "biformer_tiny": {"depth": (1, 1, 2, 1), "embed_dim": (32, 64, 128, 256)},
+    "crossformerpp_small": {"depths": (1, 4, 1, 1), "embed_dim": 32, "num_heads": (1, 2, 4, 8)},
+    "dinat_mini": {"depths": (1, 2, 2, 1), "embed_dim": 32, "num_heads": (1, 2, 4, 8)},
+    "dinat_isotropic_small": {"depth": 2, "embed_dim": 96, "num_heads": 3},
+    "moh_transnext_small_75": NARROW
+    | {"num_heads": (2, 4, 4, 8), "shared_heads": (2, 4, 1, 2), "active_heads": (0, 0, 2, 4)},
+    "patchconvnet_s60": {"depth": 2, "embed_dim": 96},
+    "rmt_tiny": NARROW | {"embed_dims": (16, 32, 48, 64), "num_heads": (2, 2, 3, 4), "projection": 96},
+    "transnext_micro": NARROW | {"num_heads": (1, 2, 4, 8)},
+    "va_convit_tiny": {"depth": 4, "local_up_to_layer": 2},
+    "va_davit_tiny": {"depths": (1, 1, 1, 1), "embed_dims": (48, 96, 192, 384), "num_heads": (2, 4, 8, 16)},
+    "va_halonet_h0": {"blocks": ("c", "c", "ca", "a"), "channels": (32, 64, 128, 256)},
+    "va_volo_d1_224": {"layers": (1, 1, 1, 1), "embed_dims": (64, 128, 128, 128), "num_heads": (2, 4, 4, 4)},
+    "va_xcit_nano_12_p8_224": {"depth": 2},
+}
+NONE = {"emcad", "flowformer", "lgvit", "ninformer"}  # families without softmax over places
 
 
 @pytest.fixture(autouse=True)
@@ -107,11 +128,17 @@ def test_attention_flow_equals_the_record():
         assert_same(torch.tensor(rollout(maps)), case["outputs"]["rollout"], "rollout")
 
 
-@pytest.mark.parametrize("name", sorted(FAST - NONE))
+def test_every_family_is_here():
+    assert {model.family for model in list_models() if model.name in FAMILIES} | NONE == {
+        model.family for model in list_models()
+    }
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_row_is_that_of_dense_matrices(name):
     """Routes, windows, halos and neighbourhoods of padded maps of several sizes, against matrices of all tokens."""
     torch.manual_seed(0)
-    network = create(name, num_classes=3).eval()
+    network = timm.create_model(name, num_classes=3, **FAMILIES[name]).eval()
     images = torch.randn(1, 3, 36, 52, requires_grad=True)
     with record_attention(network) as record:
         network(images)[0, 1].backward()
