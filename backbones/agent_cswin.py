@@ -177,7 +177,7 @@ class AgentCSwin(MapClassifier):
         dims = [embed_dim * 2**i for i in range(len(depth))]
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}.blocks"} for i, dim in enumerate(dims)
         ]
         drop_paths: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depth)))
         self.stages = nn.ModuleList()

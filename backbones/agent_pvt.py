@@ -136,7 +136,7 @@ class AgentPVT(MapClassifier):
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.head_hidden_size = embed_dims[-1]
         self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(embed_dims)
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}.blocks"} for i, dim in enumerate(embed_dims)
         ]
         drop_paths: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.stages = nn.ModuleList()

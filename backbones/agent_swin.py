@@ -109,7 +109,7 @@ class AgentSwin(MapClassifier):
         dims = [embed_dim * 2**i for i in range(len(depths))]
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"layers.{i}"} for i, dim in enumerate(dims)
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"layers.{i}.blocks"} for i, dim in enumerate(dims)
         ]
         self.patch_embed = PatchEmbed(in_chans, embed_dim, 4)
         drop_paths: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
