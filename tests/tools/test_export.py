@@ -20,6 +20,7 @@ from small_runs import detector, segmenter, write_blots
 import visionattn
 from visionattn import UserError
 from visionattn.cli import main
+from visionattn.inference.deployed import opened
 from visionattn.tasks.classification import deployed as classification
 from visionattn.tasks.classification import export as of_classifiers
 from visionattn.tasks.detection import deployed as detection
@@ -242,6 +243,17 @@ def test_images_to_check_on_have_to_be_there(run, pictures, tmp_path):
     with pytest.raises(UserError, match=r"checked on validation images, .*gone.*: give images by --data"):
         loaded.export("torchscript")
     assert loaded.export("torchscript", data=pictures / "val").path == tmp_path / "export-torchscript"
+
+
+def test_scenes_keep_their_values(tmp_path, capsys):
+    bands = np.random.default_rng(0).integers(0, 4000, (8, 9, 5)).astype(np.uint16)
+    np.save(tmp_path / "scene.npy", bands)
+    about = {"values": "as stored", "channels": 5}
+    ((_, image),) = opened([tmp_path / "scene.npy"], about)
+    np.testing.assert_array_equal(image, bands.transpose(2, 0, 1))
+    ((_, image),) = opened([tmp_path / "scene.npy"], about | {"channels": 4})
+    assert image is None
+    assert "5 bands, but the model was trained on 4" in capsys.readouterr().err
 
 
 class Alone:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from visionattn.data.images import read_image
+from visionattn.data.images import decode, read_image
 from visionattn.data.sample import unit_range
 from visionattn.errors import UserError
 
@@ -62,17 +62,25 @@ def started(main: Callable[[], int]) -> int:
 
 
 def opened(files: Iterable[Path], about: dict[str, Any]) -> Iterator[tuple[Path, np.ndarray | None]]:
-    """Each image (C, H, W), uint8 or float32 in 0..1; None with a warning where it cannot be read."""
+    """Each image (C, H, W), uint8 or float32 as the model takes them; None with a warning where it cannot be read."""
     for path in files:
         try:
-            yield path, read_image(path, about["channels"])
+            yield path, read_image(path, about["channels"]) if about["values"] == "0..1" else _as_stored(path, about)
         except UserError as error:
             print(f"warning: {error}", file=sys.stderr)
             yield path, None
 
 
+def _as_stored(path: Path, about: dict[str, Any]) -> np.ndarray:
+    """(C, H, W) float32 with the values of the file, as those of scenes are."""
+    image = np.atleast_3d(decode(path)).transpose(2, 0, 1).astype(np.float32)
+    if len(image) != about["channels"]:
+        raise UserError(f"{path}: {len(image)} bands, but the model was trained on {about['channels']}")
+    return image
+
+
 def filled(image: np.ndarray, about: dict[str, Any]) -> np.ndarray:
-    """(C, H, W) float32 in 0..1, missing values at the mean."""
+    """(C, H, W) float32, missing values at the mean."""
     image = unit_range(image)
     mean = np.array(about["mean"], np.float32)[:, None, None]
     return np.where(np.isnan(image), mean, image).astype(np.float32)
