@@ -229,14 +229,17 @@ def relevance(question: Question) -> Answer:
 def _traced(question: Question, relevant: bool, of: Callable[[Tensor, Tensor], Tensor]) -> Answer:
     modules = dict(question.network.named_modules())
     row: Row | None = None
+    start: tuple[Tensor, Tensor]
     kinds: set[str] = set()
 
     def take(name: str, part: Attention, last: bool) -> None:
-        nonlocal row
+        nonlocal row, start
         kinds.add(part.kind)
         if part.kind == "channel" or hasattr(modules[name], "proj_w"):  # of CaiT, whose heads are mixed
             return
-        row = Row(*_start(question, part), relevant) if row is None else row
+        if row is None:
+            start = _start(question, part)
+            row = Row(*start, relevant)
         row.pass_on(part)
         if last:
             row.leave()
@@ -251,7 +254,10 @@ def _traced(question: Question, relevant: bool, of: Callable[[Tensor, Tensor], T
         why = "all attention of the network is over channels, which have no place" if kinds else NOTHING
         raise UserError(f"{why}: {ELSE}")
     traced = row.traced
-    return Answer(traced.map[0], outside=traced.outside.item(), note="passes over convolutions and MLPs")
+    found = traced.map
+    if relevant:  # what attention has added, without what was asked about
+        found = (found - spread(start[0], found.shape[1:])).clamp(min=0)
+    return Answer(found[0], outside=traced.outside.item(), note="passes over convolutions and MLPs")
 
 
 def _start(question: Question, last: Attention) -> tuple[Tensor, Tensor]:
