@@ -7,7 +7,7 @@ al. 2017, arXiv 1610.02391; LayerCAM, Jiang et al., IEEE TIP 2021; integrated gr
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -179,7 +179,7 @@ def _cam(question: Question, weigh: Callable[[Tensor, Tensor], Tensor], finest: 
 
 @contextmanager
 def _watched(network: nn.Module, layers: dict[str, Any], maps: dict[str, Tensor]) -> Iterator[None]:
-    """What these layers give is put into `maps`."""
+    """What these layers give is put into `maps`; of checkpointed ones nobody would see it."""
 
     def see(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple, output: Any) -> None:
@@ -187,12 +187,14 @@ def _watched(network: nn.Module, layers: dict[str, Any], maps: dict[str, Tensor]
 
         return hook
 
-    handles = [network.get_submodule(name).register_forward_hook(see(name)) for name in layers]
-    try:
+    with ExitStack() as undo:
+        for module in network.modules():
+            if getattr(module, "grad_checkpointing", False):
+                module.grad_checkpointing = False
+                undo.callback(setattr, module, "grad_checkpointing", True)
+        for name in layers:
+            undo.callback(network.get_submodule(name).register_forward_hook(see(name)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _as_map(x: Tensor, entry: dict[str, Any], size: Sequence[int]) -> Tensor:

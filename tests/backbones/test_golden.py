@@ -6,6 +6,7 @@ are loaded through `timm.create_model(pretrained=True)`, `LAYERS` for single mod
 
 import math
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ from visionattn.backbones import (
     transnext,
 )
 from visionattn.backbones.layers import DepthwiseConv
-from visionattn.kernels import record_attention, set_backend, window_attention
+from visionattn.kernels import _record, record_attention, set_backend, window_attention
 
 # Whole networks that the default run affords, one a family; micro ones all run
 FULL_SIZE = ("biformer_tiny", "crossformer_tiny", "nat_mini", "ninformer_cifar10", "ninformer_mnist")
@@ -634,8 +635,8 @@ def test_router_and_its_loss_with_gradients(name):
 
 
 def layer_outputs(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """The output and, of routing attention, its attention and routing as the records keep them."""
-    with torch.no_grad(), record_attention(layer) as record:
+    """The output and, of routing attention, its attention and routing as the records keep them: padded."""
+    with torch.no_grad(), record_attention(layer) as record, mock.patch.object(_record, "place"):
         outputs = {"out": layer(x)}
         attention = next((calls[0] for calls in record.values()), None)
         if isinstance(layer, biformer.BiLevelRoutingAttention):

@@ -33,9 +33,16 @@ from visionattn.tools._precision import compared
 
 
 @pytest.fixture(scope="module")
-def exported(run, tmp_path_factory) -> export.Exported:
+def sure(run, tmp_path_factory) -> Path:
+    """A run that is sure of its classes, since of 24 images not one may be lost to rounding."""
+    folder = tmp_path_factory.mktemp("sure") / "run"
+    return visionattn.fit(run / "recipe.yaml", {"train.epochs": 15}, run=folder).path
+
+
+@pytest.fixture(scope="module")
+def exported(sure, tmp_path_factory) -> export.Exported:
     folder = tmp_path_factory.mktemp("exported") / "stripes"
-    return visionattn.load(run).export(out=folder, precision=["fp16", "int8"])
+    return visionattn.load(sure).export(out=folder, precision=["fp16", "int8"])
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +79,9 @@ def test_what_is_written(exported):
     assert len(about["checkpoint_sha256"]) == 64
 
 
-def test_the_table_alone_is_that_of_predict(exported, run, odd, tmp_path):
+def test_the_table_alone_is_that_of_predict(exported, sure, odd, tmp_path):
     (odd / "torn.png").write_bytes(b"\x89PNG")
-    assert main(["predict", str(run), str(odd), "-o", str(tmp_path / "ours.csv")]) == 1
+    assert main(["predict", str(sure), str(odd), "-o", str(tmp_path / "ours.csv")]) == 1
     result = predict_alone(exported.path, odd, tmp_path / "alone.csv", "--model", exported.path / "model.onnx")
     assert (result.returncode, result.stderr.count("torn.png")) == (1, 1), result.stderr
     ours, alone = table(tmp_path / "ours.csv"), table(tmp_path / "alone.csv")
