@@ -6,7 +6,7 @@ al. 2017, arXiv 1610.02391; LayerCAM, Jiang et al., IEEE TIP 2021; integrated gr
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -188,7 +188,8 @@ def _watched(network: nn.Module, layers: dict[str, Any], maps: dict[str, Tensor]
         return hook
 
     with ExitStack() as undo:
-        for module in network.modules():
+        modules: Iterable[Any] = network.modules()
+        for module in modules:
             if getattr(module, "grad_checkpointing", False):
                 module.grad_checkpointing = False
                 undo.callback(setattr, module, "grad_checkpointing", True)
