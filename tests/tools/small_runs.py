@@ -65,4 +65,4 @@ def detector(root: Path, run: Path, resize: str = "fit", name: str = "fcos") -> 
             "workers": 0,
         },
     }
-    return visionattn.fit(recipe, {"data.overlap": 0.5, "evaluate.score": 0.05}, run=run)
+    return visionattn.fit(recipe, {"data.overlap": 0.5, "evaluate.score": 0.05, "train.epochs": 6}, run=run)
