@@ -230,7 +230,7 @@ class Evaluate(Section):
 class Fitted(Section):
     """What images that nothing was learned from have said of a network's probabilities; fit and calibrate write it."""
 
-    images: Positive = Field(description="number of images, of masks that of cases; of a group one counts")
+    images: Annotated[int, Field(gt=0, description="number of images, of masks that of cases; of a group one counts")]
     source: str = Field(description="val, or the other labelled data")
     temperature: AbovePositive = Field(1.0, description="of the logits, which are divided by it")
     least: Probability | None = Field(None, description="probability that puts a class into the set of an image")
