@@ -262,7 +262,7 @@ class Run:
         if self._others:
             raise UserError("several runs are calibrated one by one")
         fitted = calibrating.calibrate(self.path, None if data is None else _path(data, "data"), split, conformal, ood)
-        del self.trained
+        self.__dict__.pop("trained", None)
         return fitted
 
     def predict(self, images: ImageLike | Sequence[ImageLike], uncertainty: bool = False) -> PredictedTable:

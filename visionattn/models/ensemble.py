@@ -9,6 +9,9 @@ from torch import Tensor, nn
 __all__ = ["Ensemble", "Member", "each"]
 
 
+LEAST = 1e-12  # probability
+
+
 class Member(NamedTuple):
     """A network with how it wants its images.
 
@@ -24,13 +27,18 @@ class Member(NamedTuple):
 
 
 class Ensemble(nn.Module):
-    """Members of which each sees the images normalised in its own way; they come as the first one's."""
+    """Members of which each sees the images normalised in its own way; they come as the first one's.
+
+    Args:
+        several: of labels, each for itself, and not of classes that exclude each other.
+    """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[Member], several: bool = False) -> None:
         super().__init__()
+        self.several = several
         self.members = nn.ModuleList(member.network for member in members)
         self.temperatures = [member.temperature for member in members]
         first = members[0]
@@ -48,6 +56,13 @@ class Ensemble(nn.Module):
     @staticmethod
     def _shifts(first: Member, members: Sequence[Member]) -> list[list[float]]:
         return [[(a - b) / s for a, b, s in zip(first.mean, m.mean, m.std, strict=True)] for m in members]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits of the mean of the members' probabilities."""
+        seen = torch.stack([logits.float() for logits in self.each(image)])
+        if self.several:
+            return seen.sigmoid().mean(0).logit(LEAST)
+        return seen.softmax(2).mean(0).clamp_min(LEAST).log()
 
     def each(self, image: Tensor) -> Iterator[Tensor]:
         """The logits of each member for images (B, C, H, W)."""

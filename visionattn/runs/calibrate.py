@@ -23,7 +23,7 @@ from visionattn.recipe import Recipe, part_of
 from visionattn.recipe.sections import Calibrated, Fitted
 from visionattn.runs.checkpoints import AtomicCheckpointIO, load_trained
 from visionattn.runs.evaluate import labelled, lone_trainer
-from visionattn.tasks.base import Evidence, Task
+from visionattn.tasks.base import Evidence, Task, refuse_in_vain
 
 __all__ = ["asked", "calibrate", "fit_trust", "keep_trust"]
 
@@ -60,13 +60,14 @@ def fit_trust(trainer: pl.Trainer, task: Task, data: SplitDataModule, spec: Reci
     if task.bank is None and getattr(evaluate, "ood", None):
         task.bank = _bank(trainer, task, data)
     evidence = _evidence(trainer, task, data, part)
-    fitted = Fitted(images=len(evidence), source=source)
+    samples = data.dataset.splits[part]
+    fitted = Fitted(images=len({samples[seen.index].case for seen in evidence}), source=source)
     if evaluate.calibration:
         fitted = fitted.model_copy(update={"temperature": trust.temperature(evidence)})
     if evaluate.conformal or task.bank is not None:
         task.fitted = fitted
         evidence = _evidence(trainer, task, data, part)
-        fitted = trust.completed(fitted, evidence, data.dataset.splits[part], evaluate)
+        fitted = trust.completed(fitted, evidence, samples, evaluate)
     task.fitted = fitted
     return spec.model_copy(update={"evaluate": evaluate.model_copy(update={"fitted": fitted})})
 
@@ -128,10 +129,15 @@ def calibrate(
     if not isinstance(spec.evaluate, Calibrated):
         raise UserError(f"{model}: a model for {spec.task} has no probabilities of classes that could be calibrated")
     given = {"evaluate.calibration": "temperature", "evaluate.conformal": conformal, "evaluate.ood": ood}
-    spec = recipe.loads(recipe.dump(spec), str(model), {key: value for key, value in given.items() if value})
+    spec = recipe.loads(
+        recipe.dump(spec), str(model), {key: value for key, value in given.items() if value is not None}
+    )
     module, part = labelled(trained, data, split, ("val", "all"))
     if trained.task.bank is None and "train" not in module.dataset.splits and getattr(spec.evaluate, "ood", None):
         raise UserError("--ood compares with the images that were trained on: calibrate without --data first")
+    if part == "train":
+        raise UserError("--split train: the network has learned from these, and nothing can be promised by them")
+    refuse_in_vain(spec.evaluate, module.dataset.splits[part])  # type: ignore[arg-type]
     spec = fit_trust(lone_trainer(spec), trained.task, module, spec, part, str(data) if data else part)
     keep_trust(trained.task, spec, trained.checkpoint)
     evaluate: Any = spec.evaluate

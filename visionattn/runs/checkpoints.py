@@ -26,6 +26,7 @@ from visionattn.tasks.base import Task
 __all__ = ["AtomicCheckpointIO", "ModelCheckpoint", "Trained", "load_ensemble", "load_trained", "provenance"]
 
 FORMAT = 2
+PREPARED = ("resize", "crop_pct", "interpolation", "bands", "axis", "window", "level")  # keys of `data` on what is seen
 
 
 def provenance(spec: Recipe) -> dict[str, Any]:
@@ -133,16 +134,15 @@ def load_ensemble(paths: Sequence[Path]) -> Trained:
     if not isinstance(first.recipe.evaluate, Calibrated):
         raise UserError(f"{paths[0]}: models for {first.recipe.task} have no probabilities that could be averaged")
     for path, other in zip(paths[1:], others, strict=True):
-        for what in ("task", "classes", "channels", "image_size", "labels an image"):
-            own, its = (_facts(trained)[what] for trained in (first, other))
-            if own != its:
+        for what, own in _facts(first).items():
+            if (its := _facts(other)[what]) != own:
                 raise UserError(f"{paths[0]} and {path} cannot be averaged: {what} {own} and {its}")
-    task, own = first.task, first.recipe.evaluate
-    task.network = Ensemble([_member(trained) for trained in all_trained])
+    task, evaluate = first.task, first.recipe.evaluate
+    task.network = Ensemble([_member(trained) for trained in all_trained], _facts(first)["labels an image"] != "one")
     task.fitted = task.bank = None
-    of_one = [name for name in ("calibration", "conformal", "ood", "fitted") if name in type(own).model_fields]
-    evaluate = own.model_copy(update=dict.fromkeys(of_one))
-    return first._replace(recipe=first.recipe.model_copy(update={"evaluate": evaluate}))
+    of_one = [name for name in ("calibration", "conformal", "ood", "fitted") if name in type(evaluate).model_fields]
+    averaged = evaluate.model_copy(update=dict.fromkeys(of_one))
+    return first._replace(recipe=first.recipe.model_copy(update={"evaluate": averaged}))
 
 
 def _member(trained: Trained) -> Member:
@@ -153,14 +153,17 @@ def _member(trained: Trained) -> Member:
 
 
 def _facts(trained: Trained) -> dict[str, Any]:
-    """What networks that are averaged have in common."""
+    """What networks that are averaged have in common: they see the images that the first one's recipe prepares."""
     spec, data = trained.recipe, trained.recipe.data
+    prepared = {f"data.{name}": getattr(data, name) for name in PREPARED if hasattr(data, name)}
     return {
         "task": spec.task,
         "classes": part_of(spec.task, "task").class_names(spec),
         "channels": len(data.mean or ()),
         "image_size": data.side,
         "labels an image": "several" if getattr(data, "multi_label", False) else "one",
+        "images scaled to 0..1": formats.module_of(data).KIND.unit_range,
+        **prepared,
     }
 
 
@@ -174,4 +177,6 @@ def load_weights(task: Task, path: Path) -> tuple[int, Recipe]:
     checkpoint = load_checkpoint(path)
     adapters.remove(task.network)
     task.load_state_dict(checkpoint["state_dict"])
-    return checkpoint["epoch"] + 1, recipe.loads(_migrated(checkpoint["visionattn"], path)["recipe"], name=str(path))
+    spec = recipe.loads(_migrated(checkpoint["visionattn"], path)["recipe"], name=str(path))
+    task.fitted, task.bank = getattr(spec.evaluate, "fitted", None), checkpoint.get("bank")
+    return checkpoint["epoch"] + 1, spec

@@ -100,6 +100,8 @@ def prepare(spec: Recipe) -> tuple[Recipe, Dataset, Task]:
     check_trainer(spec)
     kind = part_of(spec.task, "task")
     kind.refuse_names(spec)
+    if getattr(spec.evaluate, "fitted", None) is not None:
+        raise UserError("evaluate.fitted is of other weights, which fit and calibrate write it beside: leave it out")
     spec = spec.model_copy(update={"data": with_bands(spec.data, spec.model)})
     samples, classes, problems = formats.find(spec.data)
     dataset, more = split(samples, classes, spec.data)
@@ -193,7 +195,7 @@ def _evaluate(task: Task, data: SplitDataModule, trainer: pl.Trainer, directory:
         epoch, spec = load_weights(task, checkpoint)
         if checkpoint == directory.best and trainer.is_global_zero:
             save_backbone(task.network, checkpoint)
-        if checkpoint == directory.best and asked(spec):
+        if checkpoint == directory.best and asked(spec) and task.fitted is None:
             spec = fit_trust(trainer, task, data, spec, "val", "val")
             if trainer.is_global_zero:
                 keep_trust(task, spec, checkpoint)

@@ -19,10 +19,11 @@ A task is a folder of `visionattn.tasks` with these files, and the file `task` w
 Configuration stops at `task`: networks, losses and metrics take plain parameters.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
+import numpy as np
 import timm
 import torch
 from lightning.fabric import Fabric
@@ -37,16 +38,17 @@ from torchmetrics import MeanMetric
 from visionattn.data import formats
 from visionattn.data.loaders import make_loader, seed_of
 from visionattn.data.prediction import Prediction
-from visionattn.data.sample import Dataset
+from visionattn.data.sample import Dataset, Sample
 from visionattn.data.survey import mean_std
 from visionattn.errors import UserError
+from visionattn.inference.uncertainty import cases_needed
 from visionattn.models import adapters
 from visionattn.models.ensemble import each
 from visionattn.models.networks import freeze, refuse_unknown, statistics_of
-from visionattn.recipe.sections import Fitted, Optim, Recipe, Train
+from visionattn.recipe.sections import Calibrated, Fitted, Optim, Recipe, Train
 from visionattn.report.evaluation import Evaluation
 
-__all__ = ["Evidence", "Task", "predict_in_batches", "refuse_few_crops", "refuse_names", "statistics"]
+__all__ = ["Evidence", "Task", "predict_in_batches", "refuse_few_crops", "refuse_in_vain", "refuse_names", "statistics"]
 
 CHECKED_EVERY = 20  # steps: where losses lie on a GPU or in several processes, looking at each would stop all of them
 
@@ -248,6 +250,20 @@ def refuse_names(spec: Recipe) -> None:
     """Raises UserError for a model or an optimizer that there is not."""
     refuse_unknown("model.name", spec.model.name, timm.list_models(), "visionattn list, timm.list_models()")
     refuse_unknown("optim.name", spec.optim.name, list(map(str, list_optimizers())), "timm.optim.list_optimizers()")
+
+
+def refuse_in_vain(evaluate: Calibrated, samples: Sequence[Sample]) -> None:
+    """Raises UserError for a promise that so few labelled samples, or such, cannot be the ground of."""
+    if evaluate.conformal is None:
+        return
+    if np.ndim(samples[0].label):
+        raise UserError("evaluate.conformal is for one class an image, but the images have several labels each")
+    groups, needed = len({sample.group for sample in samples}), cases_needed(evaluate.conformal)
+    if groups < needed:
+        raise UserError(
+            f"evaluate.conformal is {evaluate.conformal:g}: for that {needed} validation images of different groups "
+            f"are needed, but there are {groups}: set it to at least {1 / (groups + 1):.3g}, or hold out more"
+        )
 
 
 def statistics(spec: Recipe, dataset: Dataset) -> dict[str, list[float]]:

@@ -23,7 +23,7 @@ from visionattn.inference.views import views
 from visionattn.models.adapters import adapt
 from visionattn.models.networks import make_network, statistics_of, try_out
 from visionattn.models.teacher import Teacher, make_teacher
-from visionattn.tasks.base import Evidence, Task, predict_in_batches, refuse_names
+from visionattn.tasks.base import Evidence, Task, predict_in_batches, refuse_in_vain, refuse_names
 from visionattn.tasks.classification.check import too_small
 from visionattn.tasks.classification.labels import (
     WIDEST,
@@ -37,7 +37,7 @@ from visionattn.tasks.classification.losses import ClassificationLoss, distillat
 from visionattn.tasks.classification.metrics import Scores, measurable
 from visionattn.tasks.classification.recipe import Data, Recipe
 from visionattn.tasks.classification.transforms import Images, eval_transform, mix_transform, train_transform
-from visionattn.tasks.classification.trust import doubts_of, refuse_in_vain, set_of
+from visionattn.tasks.classification.trust import doubts_of, set_of
 from visionattn.writers import Writer, table
 
 __all__ = [
@@ -187,7 +187,7 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
         kind = "several labels" if several else "one class"
         raise UserError(f"data.multi_label is {data.multi_label}, but the images have {kind} each")
     _refuse_untrainable(spec, dataset, labelling_of(dataset.classes, several))
-    refuse_in_vain(spec.evaluate, dataset, several)
+    refuse_in_vain(spec.evaluate, dataset.splits["val"])
     if dataset.readings and (small := too_small(dataset, spec)):
         raise UserError(f"data.resize is none, but smaller than data.image_size are: {listed(small)}")
     channels = data.channels or (dataset.channels if dataset.readings or not data.mean else len(data.mean))

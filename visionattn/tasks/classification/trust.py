@@ -5,11 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from visionattn.data.sample import Dataset, Sample
-from visionattn.errors import UserError
+from visionattn.data.sample import Sample
 from visionattn.inference.uncertainty import (
     DISAGREEMENT,
-    cases_needed,
     fit_temperature,
     least_of_sets,
     one_of_each_group,
@@ -18,23 +16,9 @@ from visionattn.recipe.sections import Fitted
 from visionattn.tasks.base import Evidence
 from visionattn.tasks.classification.recipe import Evaluate
 
-__all__ = ["completed", "doubts_of", "refuse_in_vain", "set_of", "temperature"]
+__all__ = ["completed", "doubts_of", "set_of", "temperature"]
 
 FAMILIAR = 0.95  # share of the validation images that count as like those trained on
-
-
-def refuse_in_vain(evaluate: Evaluate, dataset: Dataset, several: bool) -> None:
-    """Raises UserError for what the validation images cannot say."""
-    if evaluate.conformal is None:
-        return
-    if several:
-        raise UserError("evaluate.conformal is for one class an image, but the images have several labels each")
-    groups, needed = len({sample.group for sample in dataset.splits["val"]}), cases_needed(evaluate.conformal)
-    if groups < needed:
-        raise UserError(
-            f"evaluate.conformal is {evaluate.conformal:g}: for that {needed} validation images of different groups "
-            f"are needed, but there are {groups}: set it to at least {1 / (groups + 1):.3g}, or hold out more"
-        )
 
 
 def temperature(evidence: Sequence[Evidence]) -> float:
@@ -62,7 +46,8 @@ def doubts_of(evaluate: Evaluate, looks: int) -> list[str]:
     Args:
         looks: the number of predictions that its probabilities are the mean of.
     """
-    return [*(DISAGREEMENT if looks > 1 else ()), *(("distance", "unfamiliar") if evaluate.ood else ())]
+    known = evaluate.fitted is not None and evaluate.fitted.unfamiliar is not None
+    return [*(DISAGREEMENT if looks > 1 else ()), *(("distance", "unfamiliar") if known else ())]
 
 
 def set_of(probabilities: np.ndarray, classes: Sequence[str], evaluate: Evaluate) -> list[str] | None:

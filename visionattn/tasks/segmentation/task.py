@@ -35,7 +35,7 @@ from visionattn.tasks.segmentation.losses import balanced_weights, make_loss
 from visionattn.tasks.segmentation.metrics import CaseCounts, calibration, surfaces_available
 from visionattn.tasks.segmentation.recipe import Data, Recipe
 from visionattn.tasks.segmentation.transforms import TrainingCrops, WholeImages, collate
-from visionattn.tasks.segmentation.trust import PIXELS, bounds_of, counts_by_belief, doubts_of, missed, refuse_in_vain
+from visionattn.tasks.segmentation.trust import PIXELS, bounds_of, counts_by_belief, doubts_of, missed
 from visionattn.writers import Writer
 
 __all__ = [
@@ -234,7 +234,7 @@ def resolve(spec: Recipe, dataset: Dataset) -> tuple[Recipe, Dataset]:
     Raises:
         UserError: the data set cannot be trained on.
     """
-    refuse_in_vain(spec.evaluate, dataset)
+    base.refuse_in_vain(spec.evaluate, dataset.splits["val"])
     data = spec.data.model_copy(update={"classes": dataset.classes, **base.statistics(spec, dataset)})
     if dataset.readings:
         dataset = replace(dataset, warnings=[*dataset.warnings, *_doubts(spec, dataset)])

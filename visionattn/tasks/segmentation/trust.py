@@ -7,11 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visionattn.data.sample import Dataset, Sample
-from visionattn.errors import UserError
+from visionattn.data.sample import Sample
 from visionattn.inference.uncertainty import (
     DISAGREEMENT,
-    cases_needed,
     fit_temperature,
     one_of_each_group,
     threshold_of_cases,
@@ -27,24 +25,11 @@ __all__ = [
     "counts_by_belief",
     "doubts_of",
     "missed",
-    "refuse_in_vain",
     "temperature",
 ]
 
 PIXELS = 1000  # of a part of an image
 BINS = 1000  # of a probability
-
-
-def refuse_in_vain(evaluate: Evaluate, dataset: Dataset) -> None:
-    """Raises UserError for what the validation images cannot say."""
-    if evaluate.conformal is None:
-        return
-    groups, needed = len({sample.group for sample in dataset.splits["val"]}), cases_needed(evaluate.conformal)
-    if groups < needed:
-        raise UserError(
-            f"evaluate.conformal is {evaluate.conformal:g}: for that {needed} validation cases of different groups "
-            f"are needed, but there are {groups}: set it to at least {1 / (groups + 1):.3g}, or hold out more"
-        )
 
 
 def bounds_of(fitted: Fitted | None) -> list[tuple[int, float]]:
