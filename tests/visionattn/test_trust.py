@@ -36,14 +36,12 @@ def metrics(run: Path, split: str = "test") -> dict:
 
 
 @pytest.fixture(scope="module")
-def trusted(tmp_path_factory, pictures) -> Path:
+def trusted(tmp_path_factory, run) -> Path:
     """A classifier that knows how far it can be trusted."""
-    from tests.conftest import RECIPE
 
     folder = tmp_path_factory.mktemp("trusted")
-    (folder / "stripes.yaml").write_text(RECIPE.replace("ROOT", str(pictures)))
     overrides = [*TRUST, "evaluate.ood=knn", "train.epochs=4"]
-    assert main(["fit", str(folder / "stripes.yaml"), "--run", str(folder / "run"), *overrides]) == 0
+    assert main(["fit", str(run / "recipe.yaml"), "--run", str(folder / "run"), *overrides]) == 0
     return folder / "run"
 
 
@@ -130,6 +128,47 @@ def test_a_finished_run_is_calibrated_on_other_images(run, pictures, tmp_path, c
     assert visionattn.load(mine).recipe.evaluate.fitted == fitted
 
 
+def test_a_run_is_calibrated_again_and_again_and_keeps_it_when_it_is_finished_again(run, tmp_path, refused):
+    mine = shutil.copytree(run, tmp_path / "run")
+    loaded = visionattn.load(mine)
+    loaded.calibrate(conformal=0.2)
+    fitted = loaded.calibrate(split="test", conformal=0.3)
+    assert main(["fit", "--resume", str(mine)]) == 0
+    assert visionattn.load(mine).recipe.evaluate.fitted == fitted
+    assert metrics(mine)["fitted"]["source"] == "test"
+    assert "--split train: the network has learned from these" in refused("calibrate", mine, "--split", "train")
+    assert "evaluate.conformal" in refused("calibrate", mine, "--conformal", "0")
+    assert "evaluate.conformal" in refused("calibrate", mine, "--conformal", "1.5")
+    assert "99 validation images" in refused("calibrate", mine, "--conformal", "0.01")
+    assert visionattn.load(mine).recipe.evaluate.fitted == fitted
+
+
+def test_a_checkpoint_from_before_anything_was_fitted_predicts(trusted, pictures, tmp_path):
+    content = torch.load(trusted / "checkpoints" / "last.ckpt", weights_only=True)
+    assert "bank" not in content
+    last = trusted / "checkpoints" / "last.ckpt"
+    assert main(["predict", str(last), str(pictures / "test"), "-o", str(tmp_path / "t.csv")]) == 0
+    assert not {"set", "distance", "unfamiliar"} & set(table(tmp_path / "t.csv")[0])
+
+
+def test_what_others_have_fitted_is_refused(recipe_file, tmp_path, refused):
+    fitted = "evaluate.fitted={images: 9, source: val, temperature: 2}"
+    assert "evaluate.fitted is of other weights" in refused("fit", recipe_file, "--run", tmp_path / "new", fitted)
+
+
+def test_several_labels_have_a_temperature_and_no_sets(recipe_file, pictures, tmp_path, refused):
+    rows = [f"{path},{'a;b' if path.parent.name == 'level' else 'b'}" for path in sorted(pictures.rglob("*.png"))]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label", *rows]) + "\n")
+    path = tmp_path / "labels.yaml"
+    where = f"format: csv, root: {tmp_path / 'labels.csv'}, label_separator: ';', val_fraction: 0.4"
+    path.write_text(recipe_file.read_text().replace(f"format: folder, root: {pictures}", where))
+    monitored = ["train.monitor=loss", "train.epochs=2", "evaluate.calibration=temperature"]
+    assert main(["fit", str(path), "--run", str(tmp_path / "run"), *monitored]) == 0
+    assert visionattn.load(tmp_path / "run").recipe.evaluate.fitted.temperature > 0
+    assert "one class an image" in refused("calibrate", tmp_path / "run", "--conformal", "0.2")
+    assert "one class an image" in refused("fit", path, "--run", tmp_path / "no", *monitored, "evaluate.conformal=0.2")
+
+
 def test_what_nothing_can_be_promised_of_is_refused_before_training(recipe_file, squares, run, tmp_path, refused):
     message = refused("fit", recipe_file, "--run", tmp_path / "new", "evaluate.conformal=0.01")
     assert "99 validation images of different groups are needed, but there are 24" in message
@@ -157,6 +196,25 @@ def test_networks_of_several_runs_are_averaged(run, trusted, pictures, tmp_path,
     assert any(float(row["mutual_information"]) > 1e-5 for row in tables["both"])
     loaded = visionattn.load(run, trusted)
     assert loaded.predict(pictures / "test")[0].doubts.keys() == {"entropy", "mutual_information"}
+
+
+def test_an_average_is_measured_and_is_one_network(run, trusted, pictures):
+    loaded = visionattn.load(run, trusted)
+    alone = [visionattn.load(path).predict(pictures / "test") for path in (run, trusted)]
+    mean = [np.mean([one.probabilities["level"] for one in pair]) for pair in zip(*alone, strict=True)]
+    truth = np.array(["/level/" in one.name for one in alone[0]])
+    assert loaded.evaluate().overall["accuracy"] == pytest.approx(np.mean((np.array(mean) > 0.5) == truth))
+    images = torch.randn(3, 1, 32, 32)
+    probabilities = loaded.model(images).softmax(1)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(3))
+    each = [logits.softmax(1) for logits in loaded.model.each(images)]
+    torch.testing.assert_close(probabilities, (each[0] + each[1]) / 2)
+
+
+def test_images_that_models_prepare_differently_are_not_averaged(run, recipe_file, pictures, tmp_path, refused):
+    assert main(["fit", str(recipe_file), "--run", str(tmp_path / "other"), "train.epochs=1", "data.resize=crop"]) == 0
+    message = refused("predict", run, tmp_path / "other", pictures / "test", "-o", tmp_path / "t.csv")
+    assert "cannot be averaged: data.resize squash and crop" in message
 
 
 def test_models_that_say_different_things_are_not_averaged(run, masked, pictures, tmp_path, refused):

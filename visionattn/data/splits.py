@@ -19,7 +19,7 @@ from visionattn.data.sample import SPLITS, Dataset, Sample
 from visionattn.errors import UserError, listed
 from visionattn.recipe.sections import Data, Section
 
-__all__ = ["OTHER_NAMES", "GroupSection", "draw", "fold", "given_splits", "split", "split_named"]
+__all__ = ["OTHER_NAMES", "GroupSection", "draw", "fold", "given_splits", "split", "split_named", "split_of_file"]
 
 OTHER_NAMES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 GROUP_DRAWS = 100
@@ -54,6 +54,12 @@ def split_named(words: Iterable[str]) -> str:
     """The split that the first of these words is a name of; "" without one."""
     spelt = {split: split for split in SPLITS} | OTHER_NAMES
     return next((spelt[word.lower()] for word in words if word.lower() in spelt), "")
+
+
+def split_of_file(path: Path) -> str:
+    """The split that a relative path is named after: by the words of its own name, else by those of its folders."""
+    places = [path.stem, *reversed(path.parent.parts)]
+    return split_named(word for place in places for word in re.split(r"[^A-Za-z]+", place))
 
 
 def split(samples: list[Sample], classes: list[str], section: Data) -> tuple[Dataset, list[str]]:

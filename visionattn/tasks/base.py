@@ -258,10 +258,11 @@ def refuse_in_vain(evaluate: Calibrated, samples: Sequence[Sample]) -> None:
         return
     if np.ndim(samples[0].label):
         raise UserError("evaluate.conformal is for one class an image, but the images have several labels each")
+    noun = "cases" if samples[0].label is None else "images"
     groups, needed = len({sample.group for sample in samples}), cases_needed(evaluate.conformal)
     if groups < needed:
         raise UserError(
-            f"evaluate.conformal is {evaluate.conformal:g}: for that {needed} validation images of different groups "
+            f"evaluate.conformal is {evaluate.conformal:g}: for that {needed} validation {noun} of different groups "
             f"are needed, but there are {groups}: set it to at least {1 / (groups + 1):.3g}, or hold out more"
         )
 

@@ -18,10 +18,11 @@ from visionattn.data.formats import Found, Kind
 from visionattn.data.images import EncodedImage, files_below, image_samples
 from visionattn.data.labels import ClassSection, class_order
 from visionattn.data.sample import Sample
-from visionattn.data.splits import split_named
+from visionattn.data.splits import split_named, split_of_file
 from visionattn.errors import UserError, listed
 from visionattn.recipe.sections import FilePath
 
+ENDINGS = {".arrow", ".parquet"}
 KIND = Kind("class", needs=("datasets",), extra="huggingface")
 
 
@@ -40,12 +41,13 @@ class Row(EncodedImage):
     """The image of a row of a part of a data set."""
 
     root: Path = Path()
+    written: int = 0
     part: str = ""
     column: str = ""
     row: int = 0
 
     def content(self) -> bytes:
-        stored = _opened(self.root)[self.part].select_columns([self.column])[self.row][self.column]
+        stored = _opened(self.root, self.written)[self.part].select_columns([self.column])[self.row][self.column]
         if stored is None:
             raise UserError(f"{self.name}: no image in this row")
         if stored["bytes"] is not None:
@@ -57,17 +59,17 @@ class Row(EncodedImage):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return _files(self.root)
-
-
-@lru_cache
-def _files(root: Path) -> tuple[Path, ...]:
-    return tuple(files_below(root, {".arrow", ".parquet"}))
+        return _files(self.root, self.written)
 
 
 @lru_cache(maxsize=8)
-def _opened(root: Path) -> dict[str, Any]:
-    """Each part by name, its images as they are stored; opened once in a process."""
+def _files(root: Path, written: int) -> tuple[Path, ...]:
+    return tuple(files_below(root, ENDINGS))
+
+
+@lru_cache(maxsize=8)
+def _opened(root: Path, written: int) -> dict[str, Any]:
+    """Each part by name, its images as they are stored; opened once in a process, and again where it was `written`."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -77,7 +79,7 @@ def _opened(root: Path) -> dict[str, Any]:
         else:
             parts: dict[str, list[str]] = {}
             for file in files_below(root, {".parquet"}):
-                parts.setdefault(file.stem.split("-")[0], []).append(str(file))
+                parts.setdefault(split_of_file(file.relative_to(root)) or "all", []).append(str(file))
             found = datasets.load_dataset("parquet", data_files=parts) if parts else None
     except Exception as error:  # each file format raises its own
         raise UserError(f"data.root: {root}: cannot be read by datasets ({error})") from None
@@ -101,23 +103,24 @@ def find(section: Section) -> Found:
     root = section.root
     if not root.is_dir():
         raise UserError(f"data.root: {root} is {'a file' if root.exists() else 'missing'}, expected a folder")
-    parts = _opened(root)
+    written = max((file.stat().st_mtime_ns for file in files_below(root, ENDINGS)), default=0)
+    parts = _opened(root, written)
     for part in parts.values():
         _refuse_columns(part, section)
     texts = {name: _labels(part, section) for name, part in parts.items()}
     several = any(isinstance(label, list) for labels in texts.values() for label in labels)
     known = {text for labels in texts.values() for label in labels for text in (label if several else [label])}
     classes = class_order(known, section.classes)
-    place = {name: k for k, name in enumerate(classes)}
+    number = {name: k for k, name in enumerate(classes)}
     samples: list[Sample] = []
     for name, part in parts.items():
         groups = part[section.group_column] if section.group_column else None
         for row, label in enumerate(texts[name]):
             title = f"{name}[{row}]"
-            target = np.array([c in label for c in classes], np.float32) if several else place[label]
+            target = np.array([c in label for c in classes], np.float32) if several else number[label]
             group, split = str(groups[row]) if groups else title, split_named([name])
-            where: dict[str, Any] = {"root": root, "part": name, "column": section.image_column, "row": row}
-            samples.append(Row(title, title, group, section.channels, split=split, label=target, **where))
+            place: dict[str, Any] = {"root": root, "written": written, "part": name, "column": section.image_column}
+            samples.append(Row(title, title, group, section.channels, split=split, label=target, row=row, **place))
     return Found(samples, classes, [])
 
 

@@ -9,18 +9,18 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from re import split as words_of
 from typing import Any, Literal, NamedTuple
 from unicodedata import normalize
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from visionattn.data.formats import Found, Kind
 from visionattn.data.images import SUFFIXES, EncodedImage, files_below, image_samples
 from visionattn.data.labels import ClassSection, class_order
 from visionattn.data.sample import Sample
-from visionattn.data.splits import split_named
+from visionattn.data.splits import split_of_file
 from visionattn.errors import UserError, listed
 from visionattn.recipe.sections import FilePath
 
@@ -37,6 +37,11 @@ class Section(ClassSection):
     label: str = Field("cls", description="ending of the file that holds the label: a class number, a name, or JSON")
     label_key: str | None = Field(None, description="where the label is in JSON, such as label or annotation.class")
     group_key: str | None = Field(None, description="where a group (patient, scene) is in JSON, never split apart")
+
+    @field_validator("image", "label")
+    @classmethod
+    def _endings_are_spelt_alike(cls, ending: str | None) -> str | None:
+        return ending and ending.lower().removeprefix(".")
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def find(section: Section) -> Found:
     classes, numbers = _classes([label for *_, label, _ in labelled], section)
     samples: list[Sample] = []
     for shard, title, (place, length), label, group in labelled:
-        split = split_named(words_of(r"[^A-Za-z]+", shard.relative_to(root.parent).as_posix()))
+        split = split_of_file(shard.relative_to(_base(root)))
         where: dict[str, Any] = {"path": shard, "place": place, "length": length}
         samples.append(InTar(title, title, group, section.channels, split=split, label=numbers[label], **where))
     return Found(samples, classes, problems)
@@ -124,9 +129,13 @@ def _entries(path: Path, wanted: set[str], label: str) -> list[_Entry]:
     ]
 
 
+def _base(root: Path) -> Path:
+    return root.parent if root.is_file() else root
+
+
 def _titled(content: dict[Path, list[_Entry]], root: Path) -> Iterator[tuple[Path, _Entry, str]]:
     """Each sample with what it is called: tar file and key."""
-    base = root.parent if root.is_file() else root
+    base = _base(root)
     for shard, entries in content.items():
         for entry in entries:
             yield shard, entry, f"{shard.relative_to(base).as_posix()}/{entry.key}"
@@ -195,10 +204,11 @@ def _classes(labels: Sequence[str], section: Section) -> tuple[list[str], dict[s
 
 def unlabelled(paths: Sequence[Path], section: Section, channels: int) -> tuple[list[Sample], list[str]]:
     """Image files, and the images inside tar files."""
+    inside = {path: list(files_below(path, {".tar"})) if path.is_dir() else [] for path in paths}
     shards = [path for path in paths if path.suffix.lower() == ".tar" and path.is_file()]
-    others = [path for path in paths if path not in shards]
+    others = [path for path in paths if path not in shards and (not inside[path] or any(files_below(path)))]
     samples, problems = image_samples(others, channels) if others else ([], [])
-    for shard in shards:
+    for shard in [*shards, *chain.from_iterable(inside.values())]:
         for entry in _entries(shard, set(), ""):
             name = f"{shard}/{entry.key}"
             place, length = _image(entry, section, name)

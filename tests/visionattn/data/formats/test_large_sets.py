@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -61,6 +62,21 @@ def test_images_and_labels_of_shards_are_those_that_went_in(tmp_path):
         sample = pickle.loads(pickle.dumps(dataset.splits["train"][k]))
         np.testing.assert_array_equal(sample.image(), pixels(100 * (k // 6) + k % 6).transpose(2, 0, 1))
         assert sample.label == k % 6 % 2
+
+
+def test_splits_are_what_shards_are_called_and_not_where_the_set_lies(tmp_path):
+    root = tmp_path / "validation study"
+    tar(root / "train-0.tar", {"a.png": encoded(0), "a.cls": b"0"})
+    tar(root / "test" / "0.tar", {"a.png": encoded(1), "a.cls": b"1"})
+    tar(root / "test" / "val-1.tar", {"a.png": encoded(2), "a.cls": b"1"})
+    found = formats.find(section("shards", root, label=".CLS"))
+    assert {sample.name: sample.split for sample in found.samples} == {
+        "train-0.tar/a": "train", "test/0.tar/a": "test", "test/val-1.tar/a": "val",
+    }  # fmt: skip
+    alone = formats.find(section("shards", root / "test" / "0.tar"))
+    assert [sample.split for sample in alone.samples] == [""]
+    samples, problems = formats.unlabelled([root], section("shards", root), 3)
+    assert (len(samples), problems) == (3, [])
 
 
 def test_labels_are_names_numbers_of_names_or_in_json(tmp_path):
@@ -169,6 +185,24 @@ def test_images_and_labels_of_hugging_face_folders_are_those_that_went_in(saved,
         sample = pickle.loads(pickle.dumps(dataset.splits["train"][k]))
         np.testing.assert_array_equal(sample.image(), pixels(k).transpose(2, 0, 1))
         assert (sample.label, sample.group) == (k % 2, str(k // 2))
+
+
+def test_folders_name_the_parts_of_parquet_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    made = hugging(tmp_path / "made", False) / "data"
+    for part in ("train", "validation"):
+        (tmp_path / "set" / "default" / part).mkdir(parents=True)
+        (made / f"{part}-00000-of-00001.parquet").rename(tmp_path / "set" / "default" / part / "0000.parquet")
+    found = formats.find(section("huggingface", tmp_path / "set"))
+    assert [sample.split for sample in found.samples] == ["train"] * 6 + ["val"] * 4
+    np.testing.assert_array_equal(found.samples[7].image(), pixels(101).transpose(2, 0, 1))
+
+
+def test_a_folder_that_is_written_anew_is_read_anew(tmp_path):
+    assert len(formats.find(section("huggingface", hugging(tmp_path / "set", True))).samples) == 10
+    shutil.rmtree(tmp_path / "set")
+    found = formats.find(section("huggingface", hugging(tmp_path / "set", True, several=True)))
+    assert found.samples[1].label.tolist() == [1, 1]
 
 
 def test_several_labels_and_wrong_columns_of_hugging_face_folders(tmp_path):
