@@ -1,6 +1,7 @@
 """`visionattn explain`: a folder of pictures, one page, a table and maps for other programs."""
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -120,10 +121,12 @@ def _labelled(samples: Sequence[Sample], trained: Trained) -> list[Sample]:
     Raises:
         UserError: one is not in it.
     """
-    found = {
-        path.resolve(): sample for sample in data_formats.find(trained.recipe.data).samples for path in sample.files[:1]
-    }
-    known = [found.get(sample.files[0].resolve()) if sample.files else None for sample in samples]
+    found: dict[Path, deque[Sample]] = {}  # in the order of the slices of a volume, the images of a tar file
+    for sample in data_formats.find(trained.recipe.data).samples:
+        for path in sample.files[:1]:
+            found.setdefault(path.resolve(), deque()).append(sample)
+    queues = [found.get(sample.files[0].resolve()) if sample.files else None for sample in samples]
+    known = [queue.popleft() if queue else None for queue in queues]
     unknown = [sample.name for sample, match in zip(samples, known, strict=True) if match is None]
     if unknown:
         raise UserError(f"target is label, but the recipe's data do not have {listed(unknown)}: name a class")

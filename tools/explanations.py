@@ -27,6 +27,7 @@ from visionattn.tools.trust import checks_of
 __all__ = ["DEFAULT", "Explanation", "Wanted", "explain", "explained"]
 
 DEFAULT = ("layercam", "ig")
+TAKERS = {"layer": ("layercam", "gradcam", "attention"), "query": ("attention",), "head": ("attention",)}
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class Wanted:
                 raise UserError(f"method {method}: expected {listed(list(METHODS))}{nearest(method, METHODS)}")
         if not self.methods:
             raise UserError(f"no method, expected some of {listed(list(METHODS))}")
+        for option, takers in TAKERS.items():
+            if getattr(self, option) is not None and not set(takers) & set(self.methods):
+                raise UserError(f"{option} is of {listed(list(takers))}, which is not among the methods asked for")
 
 
 @dataclass(frozen=True, repr=False)

@@ -205,6 +205,21 @@ def test_label_is_that_of_the_recipes_data(run, pictures, tmp_path, refused):
     assert {f.name for f in images.iterdir()} == {f"{i:02d}.png" for i in range(12)}
 
 
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (["--layer", "stages.0"], "layer is of layercam, gradcam, attention"),
+        (["--query", "3,4"], "query is of attention"),
+        (["--head", "1"], "head is of attention"),
+    ],
+)
+def test_what_no_method_takes_is_refused(asked, words, run, pictures, tmp_path, refused):
+    image = pictures / "test" / "level" / "00.png"
+    message = refused("explain", run, image, "--method", "gradient", *asked, "-o", tmp_path / "out")
+    assert words in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_heads_of_a_run(run, pictures, tmp_path):
     words = ["explain", str(run), str(pictures / "test" / "level"), "-o", str(tmp_path / "out"), "--heads"]
     assert main(words) == 0

@@ -1,5 +1,6 @@
 """Tar shards and Hugging Face folders: the images and labels that went in, in whatever order they are read."""
 
+import csv
 import io
 import json
 import pickle
@@ -144,6 +145,10 @@ def test_a_network_is_trained_on_shards_and_predicts_what_is_in_one(tmp_path):
     assert main(["predict", str(tmp_path / "run"), str(root / "set-val-000.tar"), "-o", str(tmp_path / "p.csv")]) == 0
     assert len((tmp_path / "p.csv").read_text().splitlines()) == 1 + 4
     assert main(["evaluate", str(tmp_path / "run"), "--data", str(root / "set-val-000.tar")]) == 0
+    explained = ["explain", str(tmp_path / "run"), str(root / "set-val-000.tar"), "--method", "gradient"]
+    assert main([*explained, "--target", "label", "-o", str(tmp_path / "explained")]) == 0
+    with (tmp_path / "explained" / "explanations.csv").open() as file:
+        assert [row["target"] for row in csv.DictReader(file)] == ["0", "1", "0", "1"]
 
 
 def hugging(root: Path, saved: bool, several: bool = False) -> Path:
