@@ -6,7 +6,10 @@ its metadata.
 
 import hashlib
 import json
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +37,7 @@ from visionattn.tools._script import script_of
 __all__ = ["LARGEST_ERROR", "Exported", "export", "part_of_task", "three_sizes", "written"]
 
 LARGEST_ERROR = 1e-3  # relative, of any output
+LONGEST = 600.0  # seconds that a graph for all sizes is searched for: of some families none was found in 150
 BATCHES = (1, 3)
 LEAST = 32  # pixels of a side
 TRACED = (283, 337)  # pixels at least, for all sizes: no round number of tokens, and several windows of every attention
@@ -265,9 +269,14 @@ def written(
     try:
         of_size = images[0][:1].repeat(2, 1, 1, 1)
         size = of_size.shape[2], of_size.shape[3]
-        exporter.write(graph, _traced(size, of_size.shape[1]) if free else of_size, path, about, free)
+        with _within(LONGEST) if free else nullcontext():
+            exporter.write(graph, _traced(size, of_size.shape[1]) if free else of_size, path, about, free)
     except UserError:
         raise
+    except _OutOfTime:
+        raise UserError(
+            f"the exporter has found no graph for all sizes in {LONGEST:g} seconds; nothing was kept{_else(free)}"
+        ) from None
     except Exception as error:  # exporters raise nearly anything
         raise UserError(
             f"the network cannot be exported so: {_reason(error)}; nothing was kept{_else(free)}"
@@ -280,6 +289,29 @@ def written(
             worst = max(worst, error_of(run, graph, of_size[torch.arange(batch) % len(of_size)], _else(free)))
     sizes = [list(of_size.shape[2:]) for of_size in images]
     return {"largest_relative_error": worst, "batches": list(BATCHES), "sizes": sizes, "images": len(images[0])}
+
+
+class _OutOfTime(BaseException):
+    """Not an Exception, of which exporters catch any, to try another way."""
+
+
+@contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """Raises _OutOfTime where what is inside takes longer; where signals do not reach it nothing is limited."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        raise _OutOfTime
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again, should a destructor have swallowed it
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _else(free: bool) -> str:

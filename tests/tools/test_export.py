@@ -231,6 +231,13 @@ def test_a_file_for_all_sizes_is_right_at_all_or_refused(run, refused, tmp_path)
         export.error_of(lambda x: 1 // 0, graph, images)
 
 
+def test_the_search_for_a_graph_for_all_sizes_ends(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "LONGEST", 0.2)
+    with pytest.raises(UserError, match=r"no graph for all sizes in 0\.2 seconds; nothing was kept; give the sizes"):
+        visionattn.load(run).export(out=tmp_path / "any", size="any")
+    assert not (tmp_path / "any").exists()
+
+
 @pytest.mark.slow
 def test_one_file_for_all_sizes(run, odd, tmp_path):
     exported = visionattn.load(run).export(out=tmp_path / "any", size="any")
