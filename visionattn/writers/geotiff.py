@@ -111,6 +111,7 @@ def _maps(files: Mapping[str, Path], source: Any) -> Iterator[dict[str, Any]]:
             path = stack.enter_context(new_file(file))
             opened[name] = stack.enter_context(open_quietly(path, "w", **profile))
             opened[name].descriptions = (name,)
+            _place(opened[name], source)
         yield opened
 
 
@@ -138,13 +139,18 @@ def _raster(path: Path, source: Any, code: MaskCode) -> Iterator[Any]:
     profile |= {"photometric": "MINISBLACK" if code.colors is None else "RGB", "alpha": "NO"}
     with open_quietly(path, "w", **profile) as sink:
         sink.descriptions = (*bands, "confidence in percent")
-        if source.gcps[0]:
-            sink.gcps = source.gcps
-        if source.rpcs:
-            sink.rpcs = source.rpcs
+        _place(sink, source)
         said = code.values if code.colors is None else ["#{:02X}{:02X}{:02X}".format(*rgb) for rgb in code.colors]
         sink.update_tags(classes="; ".join(f"{k}: {name}" for k, name in zip(said, code.classes, strict=False)))
         yield sink
+
+
+def _place(sink: Any, source: Any) -> None:
+    """Give a raster the control points and polynomials of another, where that is placed by these."""
+    if source.gcps[0]:
+        sink.gcps = source.gcps
+    if source.rpcs:
+        sink.rpcs = source.rpcs
 
 
 def _nodata(code: MaskCode) -> int | None:

@@ -160,14 +160,19 @@ def test_the_place_is_kept_however_a_scene_says_it(tmp_path, how):
     with open_quietly(scene, "w", driver="GTiff", count=2, height=64, width=64, dtype="float32", crs=crs) as sink:
         sink.write(blobs(64, 64))
         setattr(sink, *PLACES[how])
-    predict_scene(scene, tmp_path / "out")
-    with opened(scene) as source, opened(tmp_path / "out/scene.tif") as written:
-        assert (written.crs, written.transform) == (source.crs, source.transform)
-        (points, system), (truth, expected_system) = written.gcps, source.gcps
-        assert [(p.row, p.col, p.x, p.y) for p in points] == [(p.row, p.col, p.x, p.y) for p in truth]
-        assert system == expected_system
-        assert (written.rpcs and written.rpcs.to_dict()) == (source.rpcs and source.rpcs.to_dict())
-        assert {"rotated": source.crs, "south up": source.crs, "control points": truth}.get(how, source.rpcs)
+
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([brightest(images), images[:, :1]], 1)
+
+    predict_scene(scene, tmp_path / "out", predict, uncertainty=True)
+    for name in ("scene.tif", "scene_entropy.tif"):
+        with opened(scene) as source, opened(tmp_path / "out" / name) as written:
+            assert (written.crs, written.transform) == (source.crs, source.transform)
+            (points, system), (truth, expected_system) = written.gcps, source.gcps
+            assert [(p.row, p.col, p.x, p.y) for p in points] == [(p.row, p.col, p.x, p.y) for p in truth]
+            assert system == expected_system
+            assert (written.rpcs and written.rpcs.to_dict()) == (source.rpcs and source.rpcs.to_dict())
+            assert {"rotated": source.crs, "south up": source.crs, "control points": truth}.get(how, source.rpcs)
 
 
 def test_strips_of_columns_make_the_same_map(tmp_path, monkeypatch):

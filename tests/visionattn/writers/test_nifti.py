@@ -1,6 +1,6 @@
 """Masks of volumes: NIfTI on the grid and with the header of the volume, whole or not at all."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,13 +44,33 @@ def by_brightness(samples: list[Sample]) -> Iterator[Prediction]:
             yield Prediction(index, PackedMask(mask), window)
 
 
-def write(path: Path, out: Path, axis: int = 2, predicted=by_brightness) -> None:
+def with_doubts(samples: list[Sample]) -> Iterator[Prediction]:
+    for prediction in by_brightness(samples):
+        image = samples[prediction.index].image(prediction.window)
+        yield prediction._replace(doubts={"entropy": image[0] / 2})
+
+
+def write(path: Path, out: Path, axis: int = 2, predicted=by_brightness, maps: Sequence[str] = ()) -> None:
     section = DATA["nifti"](format="nifti", root=Path(), classes=CLASSES, axis=axis, window=100, level=50)
     samples, problems = formats.unlabelled([path], section, 1)
     assert problems == []
-    with nifti.open(out, CODE, [None] * 3, [], polygons=False) as writer:
+    with nifti.open(out, CODE, [None] * 3, [], polygons=False, maps=maps) as writer:
         writer.refuse(samples)
         writer.write(samples, predicted(samples))
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_maps_of_doubts_lie_on_the_grid_of_the_volume(tmp_path, axis):
+    array, affine = voxels()
+    image = nibabel.Nifti1Image(array, affine)
+    image.header.set_slope_inter(0.5, 3)  # of the scan, not of the map
+    nibabel.save(image, tmp_path / "scan.nii.gz")
+    stored = nibabel.load(tmp_path / "scan.nii.gz").get_fdata()
+    write(tmp_path / "scan.nii.gz", tmp_path / "out", axis, with_doubts, ["entropy"])
+    written = nibabel.load(tmp_path / "out" / "scan_entropy.nii.gz")
+    assert written.get_data_dtype() == np.float32
+    np.testing.assert_array_equal(written.affine, nibabel.load(tmp_path / "scan.nii.gz").affine)
+    np.testing.assert_allclose(written.get_fdata(), stored.clip(0, 100) / 200, atol=1e-6)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
