@@ -82,6 +82,17 @@ def test_a_run_without_labels_starts_a_classifier(unlabelled, recipe_file, tmp_p
     assert all(torch.equal(given[key], taken[key]) for key in given)
 
 
+def test_a_run_that_took_over_other_bands_is_used_like_any_other(unlabelled, recipe_file, pictures, tmp_path, capsys):
+    first = fit(unlabelled, tmp_path / "first", "train.epochs=1", "probe=null")
+    bands = "model.bands={source: [grey], target: [red, green, blue]}"
+    words = [f"model.checkpoint={first}", bands, "data.channels=3", "train.epochs=1"]
+    run = fit(recipe_file, tmp_path / "second", *words)
+    assert "red, green, blue from grey" in capsys.readouterr().out
+    assert main(["evaluate", str(run), "--split", "val"]) == 0
+    assert main(["predict", str(run), str(pictures), "--out", str(tmp_path / "predicted")]) == 0
+    fit(unlabelled, tmp_path / "third", "train.epochs=1", "probe=null", f"model.checkpoint={run}", "model.bands={}")
+
+
 def test_probed_images_that_are_trained_on_are_told(unlabelled, pictures, tmp_path, capsys):
     lists = tmp_path / "lists"
     lists.mkdir()
@@ -187,7 +198,7 @@ def test_images_that_are_all_alike_train_without_nan_and_are_reported(unlabelled
         ("objective.mask_size=32", "objective.mask_size is 32"),
         ("model={name: emcad_pvt_v2_b0}", "is a whole segmenter: name its encoder alone"),
         ("probe.root=nowhere", "nowhere is missing"),
-        ("model.bands={}", "there is no model.checkpoint"),
+        ("model.bands={}", "there is neither model.checkpoint nor model.pretrained: true"),
         ("objective.name=moco", "objective.name is 'moco'; allowed: 'mim', 'vicreg' or 'distill'"),
         ("data.group='^nothing'", "finds nothing in this name"),
     ],

@@ -25,7 +25,7 @@ from visionattn.files import new_file
 from visionattn.models.weights import classifier_names, load_checkpoint, resampled, unwrapped
 from visionattn.recipe.sections import Bands, Data, Model
 
-__all__ = ["CLEAN", "About", "about", "save_backbone", "start_from", "with_bands"]
+__all__ = ["CLEAN", "About", "about", "adapt_bands", "save_backbone", "start_from", "with_bands"]
 
 BACKBONE = "backbone.safetensors"  # in the folder of a run's checkpoints
 ENCODER = "encoder.model."
@@ -152,6 +152,27 @@ def start_from(
     return "; ".join(filter(None, texts))
 
 
+def adapt_bands(network: nn.Module, published: nn.Module, name: str, bands: Bands) -> str:
+    """Give a network of published weights their first convolutions over the bands of the images.
+
+    Args:
+        published: the model with as many channels as its weights have seen.
+        bands: see the recipe's section.
+
+    Returns:
+        a line: what each band got.
+
+    Raises:
+        UserError: as many names as there are no channels.
+    """
+    prefix, own, whose = _prefix(network), network.state_dict(), f"published weights of {name}"
+    keys = _first_convolutions(network, prefix)
+    state = {prefix + key: value for key, value in published.state_dict().items()}
+    changed, told = _with_bands({key: state[key] for key in keys}, own, keys, bands, whose)
+    network.load_state_dict(changed, strict=False)
+    return f"{whose}; {told}"
+
+
 def _prefix(network: nn.Module) -> str:
     """Of the backbone's keys in a network."""
     return ENCODER if isinstance(network, OverEncoder) else ""
@@ -230,7 +251,7 @@ def _first_convolutions(network: nn.Module, prefix: str) -> list[str]:
 
 
 def _with_bands(
-    state: dict[str, Tensor], own: Mapping[str, Tensor], keys: list[str], bands: Bands | None, path: Path
+    state: dict[str, Tensor], own: Mapping[str, Tensor], keys: list[str], bands: Bands | None, path: Path | str
 ) -> tuple[dict[str, Tensor], str]:
     """The weights with first convolutions over the network's bands, and what each of these got."""
     keys = [key for key in keys if key in state and key in own]
@@ -249,7 +270,7 @@ def _with_bands(
     target = bands.target or ([f"new {k}" for k in range(1, now + 1)] if bands.source or before != now else source)
     for names, key, count in ((source, "source", before), (target, "target", now)):
         if len(names) != count:
-            whose = "the network of the checkpoint takes" if key == "source" else "the images have"
+            whose = "the weights take" if key == "source" else "the images have"
             raise UserError(f"model.bands.{key} has {len(names)} names, but {whose} {count} channels ({path})")
     places = [source.index(name) if name in source else None for name in target]
     changed = {key: _adapted(state[key], places) for key in keys}

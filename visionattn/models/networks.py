@@ -10,7 +10,7 @@ from torch import nn
 
 import visionattn.backbones  # noqa: F401  registers the models
 from visionattn.errors import UserError, nearest
-from visionattn.models.handover import about, start_from
+from visionattn.models.handover import about, adapt_bands, start_from
 from visionattn.recipe.sections import Model
 
 __all__ = [
@@ -69,11 +69,17 @@ def make_network(spec: Model, num_classes: int, channels: int, image_size: tuple
 
 
 def started(network: Any, spec: Model, arguments: dict[str, Any]) -> Any:
-    """The network with the weights of `model.checkpoint`, if any; its attribute `start` then says what it has taken."""
-    if spec.bands is not None and spec.checkpoint is None:
-        raise UserError("model.bands says how a checkpoint's bands are adapted, but there is no model.checkpoint")
+    """The network with the weights of `model.checkpoint`, or with published ones over other bands, where it is to have
+    them; its attribute `start` then says what it has taken."""
     if spec.checkpoint is not None:
         network.start = start_from(network, spec.checkpoint, spec.name, arguments, spec.bands)
+    elif spec.bands is not None and not spec.pretrained:
+        raise UserError(
+            "model.bands says how the bands of trained weights are adapted, but there is neither model.checkpoint nor "
+            "model.pretrained: true"
+        )
+    elif spec.bands is not None:
+        network.start = adapt_bands(network, create(spec.name, arguments, pretrained=True), spec.name, spec.bands)
     return network
 
 
@@ -86,7 +92,8 @@ def statistics_of(spec: Model, channels: int, unit_range: bool) -> dict[str, lis
     if spec.checkpoint is not None and (source := about(spec.checkpoint)):
         fits = len(source.mean) == channels and source.unit_range in (None, unit_range) and spec.bands is None
         return {"mean": source.mean, "std": source.std} if fits else {}
-    known = timm.get_pretrained_cfg(spec.name) if spec.pretrained and unit_range else None
+    published = spec.pretrained and unit_range and spec.bands is None
+    known = timm.get_pretrained_cfg(spec.name) if published else None
     if known is None or len(known.mean) != channels:
         return {}
     return {"mean": list(known.mean), "std": list(known.std)}

@@ -57,9 +57,9 @@ class Section(BaseModel):
 
 
 class Bands(Section):
-    """Which bands a checkpoint's network has seen, and which it is to see: those of one name keep their kernels."""
+    """Which bands trained weights have seen, and which they are to see: those of one name keep their kernels."""
 
-    source: list[str] | None = Field(None, description="names of the checkpoint's bands, in order")
+    source: list[str] | None = Field(None, description="names of the weights' bands, in order")
     target: list[str] | None = Field(
         None, description="names of the images' bands, in order; one that is not among source gets the mean of all"
     )
@@ -75,7 +75,8 @@ class Model(Section):
     )
     bands: Bands | None = Field(
         None,
-        description="adapt the checkpoint's first convolutions to other bands, by name; {}: repeat or average them",
+        description="adapt first convolutions of a checkpoint or of published weights to other bands, by name; {}: all "
+        "repeated or averaged",
     )
     drop_rate: Rate = 0.0
     drop_path_rate: Rate = 0.0

@@ -113,7 +113,7 @@ def load_trained(path: Path) -> Trained:
             f"{file}: not a checkpoint of visionattn fit (use model.checkpoint in a recipe to start from weights)"
         )
     spec = recipe.loads(_migrated(about, file)["recipe"], name=str(file))
-    start = spec.model.model_copy(update={"pretrained": False, "checkpoint": None})
+    start = spec.model.model_copy(update={"pretrained": False, "checkpoint": None, "bands": None})
     train = spec.train.model_copy(update={"grad_checkpointing": False})
     task = part_of(spec.task, "task").make(spec.model_copy(update={"model": start, "train": train}))
     task.load_state_dict(checkpoint["state_dict"])

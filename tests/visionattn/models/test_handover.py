@@ -13,6 +13,7 @@ from torch import nn
 from visionattn.errors import UserError
 from visionattn.models.detectors import make_detector
 from visionattn.models.handover import about, save_backbone, start_from
+from visionattn.models.networks import make_network, started, statistics_of
 from visionattn.models.pretrainers import make_pretrainer
 from visionattn.models.segmenters import make_segmenter
 from visionattn.recipe.sections import Bands, Model
@@ -138,6 +139,36 @@ def test_bands_of_one_name_keep_their_kernels(tmp_path):
     torch.testing.assert_close(factor, factor[0, 0, 0].expand_as(factor))
     torch.testing.assert_close(new[:, 1], old[:, 2] * factor[0, 0, 0])
     torch.testing.assert_close(new[:, 0], old.mean(1) * factor[0, 0, 0])
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation", "detection", "pretraining"])
+def test_published_weights_take_other_bands_by_name(task, monkeypatch):
+    """Their download is replaced here."""
+    published = timm.create_model("resnet18").state_dict()
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *args, **kwargs: dict(published))
+    bands = Bands(source=["red", "green", "blue"], target=["nir", "blue", "green", "red"])
+    spec = Model(name="resnet18", pretrained=True, bands=bands)
+    if task == "classification":
+        made = make_network(spec, 5, 4, (64, 64))
+    elif task == "pretraining":
+        made = make_pretrainer(spec, 4, (64, 64), "mim")
+    elif task == "segmentation":
+        made = started(make_segmenter("resnet18", "fpn", 4, 4, pretrained=True), spec, {})
+    else:
+        made = started(make_detector("resnet18", "fcos", 3, 4, pretrained=True), spec, {})
+    assert "published weights of resnet18; bands: blue from blue, green from green, red from red, nir from" in made.start
+    old, new = published["conv1.weight"], backbone(made).conv1.weight
+    factor = new[0, 3, 0, 0] / old[0, 0, 0, 0]
+    torch.testing.assert_close(new[:, 1:], old.flip(1) * factor)
+    torch.testing.assert_close(new[:, 0], old.mean(1) * factor)
+    torch.testing.assert_close(backbone(made).layer1[0].conv1.weight, published["layer1.0.conv1.weight"])
+
+
+def test_names_of_bands_are_of_something(tmp_path):
+    with pytest.raises(UserError, match=r"neither model\.checkpoint nor model\.pretrained: true"):
+        make_network(Model(name=NAME, args=TINY, bands=Bands()), 5, 4, (64, 64))
+    assert statistics_of(Model(name="resnet18", pretrained=True), 3, unit_range=True)
+    assert not statistics_of(Model(name="resnet18", pretrained=True, bands=Bands()), 3, unit_range=True)
 
 
 @pytest.mark.parametrize(("before", "now"), [(1, 3), (3, 1), (3, 13), (13, 3), (13, 1), (4, 5)])
