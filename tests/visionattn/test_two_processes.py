@@ -141,6 +141,23 @@ def test_adapters_are_trained_on_two_processes(recipe, tmp_path):
         torch.testing.assert_close(network[layer.removeprefix("network.") + ".weight"], own + up @ down)
 
 
+@pytest.mark.slow
+def test_a_teacher_is_asked_on_two_processes(recipe, tmp_path):
+    if recipe.name in ("masks.yaml", "boxes.yaml"):
+        pytest.skip("classifiers are what a teacher of logits teaches")
+    done = visionattn("fit", recipe, "--run=first", "train.epochs=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = visionattn("fit", recipe, *TWO, "model.teacher={checkpoint: first}", "--run=taught", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("teacher biformer_tiny") == 1
+    taught, teacher = (load(tmp_path / run).model.state_dict() for run in ("taught", "first"))
+    assert taught.keys() == teacher.keys()
+    assert any(not torch.equal(taught[key], teacher[key]) for key in taught)
+    assert main(["evaluate", str(tmp_path / "taught"), "--split", "test", "-o", str(tmp_path / "alone")]) == 0
+    again = json.loads((tmp_path / "alone" / "metrics.json").read_text())
+    assert again["overall"] == pytest.approx(metrics(tmp_path / "taught")["overall"], abs=1e-5)
+
+
 DETECTORS = {
     "retinanet": [],
     "faster_rcnn": [],

@@ -45,8 +45,9 @@ def result(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
         lambda: make_segmenter("biformer_tiny", "segformer", 3, encoder_args=TINY),
         lambda: make_segmenter("convnext_tiny", "fpn", 3, encoder_args=CONVNEXT),
         lambda: make_detector("biformer_tiny", "fcos", 3, args=TINY, detector_args={"fpn_channels": 16, "convs": 1}),
+        lambda: make_detector("biformer_tiny", "rt_detr", 3, args=TINY, detector_args={"queries": 10, "layers": 1}),
     ],
-    ids=["timm's transformer", "segmenter", "segmenter over timm's encoder", "detector"],
+    ids=["timm's transformer", "segmenter", "segmenter over timm's encoder", "detector", "detector of queries"],
 )
 def test_only_adapters_and_what_is_above_the_backbone_are_trained(make):
     network, plain = make().eval(), make().eval()
