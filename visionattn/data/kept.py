@@ -1,8 +1,8 @@
-"""What reading samples has shown, kept from one command to the next, so that only new and changed files are read again.
+"""What reading files has shown, kept from one command to the next, so that only new and changed files are read again.
 
 One file for each user, `$XDG_CACHE_HOME/visionattn/readings.sqlite` (else below ~/.cache), which may be removed at any
-time. A reading is found by all that it depends on: what the sample says of itself, and path, size and time of change of
-its files.
+time. A reading is found by all that it depends on: path, size and time of change of its files, and what the sample says
+of itself, or what was looked for.
 """
 
 import hashlib
@@ -11,12 +11,12 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,10 +24,11 @@ from visionattn import __version__
 from visionattn.data.boxes import Boxes
 from visionattn.data.sample import Reading, Sample
 
-__all__ = ["keep", "keys_of", "recall"]
+__all__ = ["keep", "key_of", "keys_of", "reading_as_text", "reading_of_text", "recall"]
 
 log = logging.getLogger(__name__)
-FORMAT = 1  # of what is read from a sample, and of the keys
+T = TypeVar("T")
+FORMAT = 2  # of what is read from a sample, and of the keys
 NOT_READ = {"split", "group", "case"}  # fields of a sample that no reading depends on
 PLAIN = (str, bytes, int, float, np.generic, list, tuple, dict, set, Path, type(None))  # all else is in the files
 AT_ONCE = 500  # keys of a query
@@ -51,6 +52,12 @@ def keys_of(samples: Sequence[Sample], classes: int) -> list[bytes | None]:
             _add(key, sample, digests)
         keys.append(None if stamp is None else key.digest())
     return keys
+
+
+def key_of(path: Path, *asked: object) -> bytes | None:
+    """What is found by it is all that a file says to what was asked of it; None of one that is gone."""
+    stamp = _stamp((path,))
+    return stamp and hashlib.blake2b(repr((__version__, FORMAT, asked)).encode() + stamp, digest_size=16).digest()
 
 
 def _stamp(files: tuple[Path, ...]) -> bytes | None:
@@ -78,36 +85,36 @@ def _add(digest: Any, value: Any, digests: dict[int, bytes]) -> None:
             if isinstance(part, np.ndarray):
                 plain.append(f"{part.dtype}{part.shape}")
                 digest.update(np.ascontiguousarray(part).data)
+            elif isinstance(part, PLAIN):
+                plain.append(part)
             elif is_dataclass(part):
                 if id(part) not in digests:
                     whole = hashlib.blake2b(digest_size=16)
                     _add(whole, part, digests)
                     digests[id(part)] = whole.digest()
                 digest.update(digests[id(part)])
-            elif isinstance(part, PLAIN):
-                plain.append(part)
     digest.update(repr(plain).encode("utf-8", "surrogateescape"))
 
 
-def recall(keys: Sequence[bytes | None]) -> dict[bytes, Reading]:
-    """The kept readings by their keys."""
+def recall(keys: Iterable[bytes | None], of_text: Callable[[str], T]) -> dict[bytes, T]:
+    """What is kept, by its keys."""
     wanted = [key for key in keys if key is not None]
-    found: dict[bytes, Reading] = {}
+    found: dict[bytes, T] = {}
     with suppress(Unusable), _table() as table:
         today = int(time.time()) // DAY
         for first in range(0, len(wanted), AT_ONCE):
             some = wanted[first : first + AT_ONCE]
             marks = ",".join("?" * len(some))
             for key, text in table.execute(f"SELECT key, reading FROM readings WHERE key IN ({marks})", some):
-                found[key] = _from_text(text)
+                found[key] = of_text(text)
             table.execute(f"UPDATE readings SET used = ? WHERE used < ? AND key IN ({marks})", [today, today, *some])
     return found
 
 
-def keep(readings: Mapping[bytes, Reading]) -> None:
-    """Keep readings by their keys, and forget what has not been asked for in half a year."""
+def keep(found: Mapping[bytes, T], as_text: Callable[[T], str]) -> None:
+    """Keep what was read by its keys, and forget what has not been asked for in half a year."""
     today = int(time.time()) // DAY
-    rows = [(key, today, _as_text(reading)) for key, reading in readings.items()]
+    rows = [(key, today, as_text(reading)) for key, reading in found.items()]
     with suppress(Unusable), _table() as table:
         table.executemany("INSERT OR REPLACE INTO readings VALUES (?, ?, ?)", rows)
         table.execute("DELETE FROM readings WHERE used < ?", [today - UNUSED])
@@ -132,13 +139,13 @@ def _table() -> Iterator[sqlite3.Connection]:
             )
             yield connection
     except (sqlite3.Error, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        _warn_once("%s: cannot be used, so images are read anew (%s)", path, str(error))
+        _warn_once("%s: cannot be used, so files are read anew (%s)", path, str(error))
         if not isinstance(error, sqlite3.OperationalError | OSError | RuntimeError):  # locked, full, no home
             path.unlink(missing_ok=True)
         raise Unusable from None
 
 
-def _as_text(reading: Reading) -> str:
+def reading_as_text(reading: Reading) -> str:
     content = {field.name: getattr(reading, field.name) for field in fields(reading)}
     content |= {name: content[name].hex() for name in ("image", "pair")}
     content |= {name: content[name].tolist() for name in ("mean", "square", "counts")}
@@ -148,7 +155,7 @@ def _as_text(reading: Reading) -> str:
     return json.dumps(content)
 
 
-def _from_text(text: str) -> Reading:
+def reading_of_text(text: str) -> Reading:
     content = json.loads(text)
     if content["boxes"] is not None:
         xyxy, labels, ignore = content["boxes"]

@@ -112,7 +112,8 @@ class Reading:
         mean, square: (C,) mean of the values and of their squares, missing ones left out.
         missing: share of the pixels without any value.
         image, pair: digests of the image, and of it with its target.
-        counts: (classes + 1,) pixels of each class in a mask, or objects of each; last what has no label or is ignored.
+        counts: (classes + 1,) pixels of each class in a mask, or objects of each; last what has no label or is ignored;
+            (0,) of an image that is labelled as a whole.
         places: (row, column) of some pixels of each class in a mask, or of the centres of some objects of each.
         boxes: the objects, without their masks.
         unread: the sample has not been looked at; only its `size` is what its header says.

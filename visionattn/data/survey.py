@@ -18,7 +18,7 @@ import numpy as np
 from visionattn.data.boxes import Boxes
 from visionattn.data.ground import same_ground
 from visionattn.data.images import match_channels
-from visionattn.data.kept import keep, keys_of, recall
+from visionattn.data.kept import keep, keys_of, reading_as_text, reading_of_text, recall
 from visionattn.data.sample import IGNORE, Dataset, Reading, Sample, Window, blocks, unit_range
 from visionattn.errors import UserError, listed, plural
 from visionattn.progress import progress
@@ -55,8 +55,8 @@ def read_through(dataset: Dataset, survey: str = "cached", seed: int = 0) -> Dat
     samples, classes = dataset.samples, len(dataset.classes)
     chosen = _chosen(len(samples), seed) if survey == "sample" else range(len(samples))
     keys = keys_of([samples[i] for i in chosen], classes)
-    known = recall(keys) if survey != "anew" else {}
-    readings = [Reading(size=sample.size, counts=np.zeros(classes + 1, np.int64), unread=True) for sample in samples]
+    known = recall(keys, reading_of_text) if survey != "anew" else {}
+    readings = [Reading(size=sample.size, counts=_zeros(sample, classes), unread=True) for sample in samples]
     missing = []
     for i, key in zip(chosen, keys, strict=True):
         if key is not None and key in known:
@@ -69,10 +69,10 @@ def read_through(dataset: Dataset, survey: str = "cached", seed: int = 0) -> Dat
         if key is not None and not reading.error:
             fresh[key] = reading
         if len(fresh) == TOGETHER:
-            keep(fresh)
+            keep(fresh, reading_as_text)
             fresh = {}
     if fresh:
-        keep(fresh)
+        keep(fresh, reading_as_text)
     rest = iter(readings)
     return replace(dataset, readings={name: list(islice(rest, len(part))) for name, part in dataset.splits.items()})
 
@@ -87,7 +87,7 @@ def _read_all(samples: Sequence[Sample], classes: int) -> Iterator[Reading]:
         try:
             return _read(sample, classes)
         except UserError as error:
-            return Reading(str(error), counts=np.zeros(classes + 1, np.int64))
+            return Reading(str(error), counts=_zeros(sample, classes))
 
     if samples:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
@@ -105,9 +105,14 @@ def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Sequence[
         yield waiting.popleft().result()
 
 
+def _zeros(sample: Sample, classes: int) -> np.ndarray:
+    """To count with; nothing is counted of an image with one label, or a million of them would need 1000 zeros each."""
+    return np.zeros(0 if sample.label is not None else classes + 1, np.int64)
+
+
 def _read(sample: Sample, classes: int) -> Reading:
     image_digest, pair_digest = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
-    counts, sums = np.zeros(classes + 1, np.int64), np.zeros((3, 1))
+    counts, sums = _zeros(sample, classes), np.zeros((3, 1))
     target: Any = None
     positions: dict[int, np.ndarray] = {}
     size, channels, missing = (0, 0), 0, 0

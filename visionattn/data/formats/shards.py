@@ -1,12 +1,13 @@
 """`format: shards`: tar files of images with their labels, as webdataset has them.
 
 A sample is the files of one name up to its first dot, such as `0042.jpg` and `0042.cls`. The tar files are looked
-through once for where each image lies; then images are read in any order, shuffled and shared out as single files are.
+through once for where each image lies, which is kept (`visionattn.data.kept`); images are then read in any order,
+shuffled and shared out as single files are.
 """
 
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -18,6 +19,7 @@ from pydantic import Field, field_validator
 
 from visionattn.data.formats import Found, Kind
 from visionattn.data.images import SUFFIXES, EncodedImage, files_below, image_samples
+from visionattn.data.kept import keep, key_of, recall
 from visionattn.data.labels import ClassSection, class_order
 from visionattn.data.sample import Sample
 from visionattn.data.splits import split_of_file
@@ -74,6 +76,16 @@ class _Entry(NamedTuple):
     extra: bytes | None
 
 
+class _Labelled(NamedTuple):
+    """A sample with one image and its label; no group: it is one by itself."""
+
+    key: str
+    place: int
+    length: int
+    label: str
+    group: str | None
+
+
 def find(section: Section) -> Found:
     """The images in the order of the tar files and of what is in them; no image is opened."""
     root = section.root
@@ -82,24 +94,46 @@ def find(section: Section) -> Found:
     shards = [root] if root.is_file() else list(files_below(root, {".tar"}))
     if not shards:
         raise UserError(f"data.root: {root}: no .tar files in this folder")
-    wanted = {section.label, "json"} if section.group_key or section.label_key else {section.label}
+    names = {path: path.relative_to(root.parent if root.is_file() else root) for path in shards}
+    content, problems = _contents(names, section)
+    found = {entry.label for entries in content.values() for entry in entries}
+    classes, numbers = _classes(found, section)
+    samples: list[Sample] = []
+    for path, entries in content.items():
+        split, start = split_of_file(names[path]), names[path].as_posix()
+        for key, place, length, label, group in entries:
+            title, where = f"{start}/{key}", {"path": path, "place": place, "length": length}
+            group = title if group is None else group
+            samples.append(InTar(title, title, group, section.channels, split=split, label=numbers[label], **where))
+    return Found(samples, classes, problems)
+
+
+def _contents(names: dict[Path, Path], section: Section) -> tuple[dict[Path, list[_Labelled]], list[str]]:
+    """The samples of each tar file, from what is kept where it has not changed since, and what is wrong with others."""
+    asked = section.image, section.label, section.label_key, section.group_key
+    keys = {path: key_of(path, "tar", *asked) for path in names}
+    known = recall(keys.values(), lambda text: [_Labelled(*entry) for entry in json.loads(text)])
+    unknown = {path: name.as_posix() for path, name in names.items() if keys[path] not in known}
     with ThreadPoolExecutor(8) as pool:
-        content = dict(zip(shards, pool.map(lambda path: _entries(path, wanted, section.label), shards), strict=True))
+        read = dict(zip(unknown, pool.map(lambda item: _labelled(*item, section), unknown.items()), strict=True))
+    keep({key: read[path][0] for path in read if (key := keys[path]) and not read[path][1]}, json.dumps)
+    content = {path: read[path][0] if path in read else known[keys[path]] for path in names}
+    return content, [problem for _, problems in read.values() for problem in problems]
+
+
+def _labelled(path: Path, name: str, section: Section) -> tuple[list[_Labelled], list[str]]:
+    """The samples of a tar file, and a line for each that cannot be used."""
+    wanted = {section.label, "json"} if section.group_key or section.label_key else {section.label}
+    found: list[_Labelled] = []
     problems: list[str] = []
-    labelled = []
-    for shard, entry, title in _titled(content, root):
+    for entry in _entries(path, wanted, section.label):
+        title = f"{name}/{entry.key}"
         try:
-            facts = _image(entry, section, title), _label(entry, section, title), _group(entry, section, title)
-            labelled.append((shard, title, *facts))
+            image = _image(entry, section, title)
+            found.append(_Labelled(entry.key, *image, _label(entry, section, title), _group(entry, section, title)))
         except UserError as error:
             problems.append(str(error))
-    classes, numbers = _classes([label for *_, label, _ in labelled], section)
-    samples: list[Sample] = []
-    for shard, title, (place, length), label, group in labelled:
-        split = split_of_file(shard.relative_to(_base(root)))
-        where: dict[str, Any] = {"path": shard, "place": place, "length": length}
-        samples.append(InTar(title, title, group, section.channels, split=split, label=numbers[label], **where))
-    return Found(samples, classes, problems)
+    return found, problems
 
 
 def _entries(path: Path, wanted: set[str], label: str) -> list[_Entry]:
@@ -127,18 +161,6 @@ def _entries(path: Path, wanted: set[str], label: str) -> list[_Entry]:
         for key, entry in found.items()
         if entry["images"] or len(entry) > 1
     ]
-
-
-def _base(root: Path) -> Path:
-    return root.parent if root.is_file() else root
-
-
-def _titled(content: dict[Path, list[_Entry]], root: Path) -> Iterator[tuple[Path, _Entry, str]]:
-    """Each sample with what it is called: tar file and key."""
-    base = _base(root)
-    for shard, entries in content.items():
-        for entry in entries:
-            yield shard, entry, f"{shard.relative_to(base).as_posix()}/{entry.key}"
 
 
 def _image(entry: _Entry, section: Section, title: str) -> tuple[int, int]:
@@ -169,8 +191,8 @@ def _label(entry: _Entry, section: Section, title: str) -> str:
     return text
 
 
-def _group(entry: _Entry, section: Section, title: str) -> str:
-    return title if section.group_key is None else str(_in_json(entry, section.group_key, "group_key", title))
+def _group(entry: _Entry, section: Section, title: str) -> str | None:
+    return None if section.group_key is None else str(_in_json(entry, section.group_key, "group_key", title))
 
 
 def _in_json(entry: _Entry, key: str, option: str, title: str) -> Any:
@@ -188,9 +210,8 @@ def _in_json(entry: _Entry, key: str, option: str, title: str) -> Any:
     return value
 
 
-def _classes(labels: Sequence[str], section: Section) -> tuple[list[str], dict[str, int]]:
+def _classes(found: set[str], section: Section) -> tuple[list[str], dict[str, int]]:
     """The names of the classes, and which number each label stands for; labels may be numbers of `data.classes`."""
-    found = set(labels)
     if section.classes and found - set(section.classes) and all(label.isdecimal() for label in found):
         beyond = [label for label in found if int(label) >= len(section.classes)]
         if beyond:

@@ -65,6 +65,27 @@ def test_images_and_labels_of_shards_are_those_that_went_in(tmp_path):
         assert sample.label == k % 6 % 2
 
 
+def test_tar_files_are_looked_through_once_and_again_where_they_have_changed(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    looked, whole = [], tarfile.open
+    root = shards(tmp_path / "a")
+    monkeypatch.setattr(tarfile, "open", lambda path, *mode: looked.append(path.name) or whole(path, *mode))
+    first = formats.find(section("shards", root))
+    assert len(looked) == 3
+    assert formats.find(section("shards", root)) == first
+    assert len(looked) == 3
+    files = {"a.png": encoded(5), "a.cls": b"1", "b.png": encoded(6), "b.cls": b"broken\ntext"}
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tar(root / "set-val-000.tar", files)
+    for _ in range(2):  # what cannot be used is looked at each time
+        found = formats.find(section("shards", root))
+        assert [sample.name for sample in found.samples[12:]] == ["set-val-000.tar/a"]
+        assert "set-val-000.tar/b" in found.problems[0]
+    np.testing.assert_array_equal(found.samples[12].image(), pixels(5).transpose(2, 0, 1))
+    assert formats.find(section("shards", root / "set-train-001.tar")).samples[3].name == "set-train-001.tar/0003"
+
+
 def test_splits_are_what_shards_are_called_and_not_where_the_set_lies(tmp_path):
     root = tmp_path / "validation study"
     tar(root / "train-0.tar", {"a.png": encoded(0), "a.cls": b"0"})
