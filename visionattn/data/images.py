@@ -26,6 +26,7 @@ from visionattn.data.bands import read_bands, shape_of
 from visionattn.data.jpeg import decoded_jpeg
 from visionattn.data.remarks import names_its_file
 from visionattn.data.sample import Sample, Window
+from visionattn.data.unpacked import read_part
 from visionattn.errors import UserError, listed
 
 __all__ = [
@@ -69,8 +70,8 @@ class ImageFile(Sample):
     path: Path = Path()
 
     def image(self, window: Window | None = None) -> np.ndarray:
-        image = read_image(self.path, self.channels)
-        return image if window is None else image[:, window[0], window[1]]
+        pixels = read_part(self.path, window, self.size, decode)
+        return match_channels(array_to_image(pixels, self.path), self.channels, self.path)
 
     def kind(self) -> str:
         return _kind(self.path)

@@ -24,7 +24,7 @@ from visionattn import __version__
 from visionattn.data.boxes import Boxes
 from visionattn.data.sample import Reading, Sample
 
-__all__ = ["keep", "key_of", "keys_of", "reading_as_text", "reading_of_text", "recall"]
+__all__ = ["DAY", "cache_folder", "keep", "key_of", "keys_of", "reading_as_text", "reading_of_text", "recall"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -54,13 +54,18 @@ def keys_of(samples: Sequence[Sample], classes: int) -> list[bytes | None]:
     return keys
 
 
-def key_of(path: Path, *asked: object) -> bytes | None:
-    """What is found by it is all that a file says to what was asked of it; None of one that is gone."""
-    stamp = _stamp((path,))
+def cache_folder() -> Path:
+    """Where what is kept of files is. Raises RuntimeError without a home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "visionattn")
+
+
+def key_of(files: Sequence[Path], *asked: object) -> bytes | None:
+    """What is found by it is all that files say to what was asked of them; None where one is gone."""
+    stamp = _stamp(files)
     return stamp and hashlib.blake2b(repr((__version__, FORMAT, asked)).encode() + stamp, digest_size=16).digest()
 
 
-def _stamp(files: tuple[Path, ...]) -> bytes | None:
+def _stamp(files: Sequence[Path]) -> bytes | None:
     try:
         stats = [(str(file), stat.st_size, stat.st_mtime_ns) for file in files for stat in [os.stat(file)]]
     except OSError:
@@ -130,7 +135,7 @@ class Unusable(Exception):
 @contextmanager
 def _table() -> Iterator[sqlite3.Connection]:
     """A connection to the file. Raises Unusable, once it has been said; a damaged file is removed."""
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "visionattn", "readings.sqlite")
+    path = cache_folder() / "readings.sqlite"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(path, timeout=60)) as connection, connection:

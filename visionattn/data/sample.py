@@ -70,6 +70,10 @@ class Sample:
         """
         return self.label
 
+    def read(self, window: Window | None = None) -> tuple[np.ndarray, Any]:
+        """`image` and `target` of a window together, with nothing read twice."""
+        return self.image(window), self.target(window)
+
     def kind(self) -> str:
         """How the pixels are stored: Pillow's mode of a file, the type of an array; "" where it does not matter."""
         return ""

@@ -173,22 +173,11 @@ def _sums(image: np.ndarray) -> tuple[np.ndarray, int]:
 
 def _pieces(sample: Sample, labelled: bool) -> Iterator[tuple[Window, np.ndarray, Any]]:
     """Windows that cover the sample, with image and target there: the whole unless it is large and read by windows."""
-    if sample.windowed:
-        for window in blocks(sample.size, BLOCK):
-            yield window, sample.image(window), _labelled(sample, sample.target(window)) if labelled else None
-    else:
-        image = sample.image()
-        yield (
-            (slice(0, image.shape[1]), slice(0, image.shape[2])),
-            image,
-            (_labelled(sample, sample.target()) if labelled else None),
-        )
-
-
-def _labelled(sample: Sample, target: Any) -> Any:
-    if target is None:
-        raise UserError(f"{sample.name}: no label")
-    return target
+    for window in blocks(sample.size, BLOCK) if sample.windowed else [None]:
+        image, target = sample.read(window) if labelled else (sample.image(window), None)
+        if labelled and target is None:
+            raise UserError(f"{sample.name}: no label")
+        yield window or (slice(0, image.shape[1]), slice(0, image.shape[2])), image, target
 
 
 def _collect_places(positions: dict[int, np.ndarray], mask: np.ndarray, window: Window) -> None:

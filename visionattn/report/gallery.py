@@ -20,16 +20,16 @@ def thumbnail(sample: Sample, side: int = SIDE) -> tuple[np.ndarray, np.ndarray 
     """Every n-th pixel of a sample's image (C, h, w) and mask, so that h and w are at most about `side`; and n."""
     step = max(1, math.ceil(max(sample.size) / side))
     if not sample.windowed:
-        mask = sample.target()
-        return unit_range(sample.image())[:, ::step, ::step], None if mask is None else mask[::step, ::step], step
+        pixels, mask = sample.read()
+        return unit_range(pixels)[:, ::step, ::step], None if mask is None else mask[::step, ::step], step
     assert sample.channels is not None  # known of what is read by windows
     shape = [math.ceil(extent / step) for extent in sample.size]
     image, mask = np.empty((sample.channels, *shape), np.float32), np.full(shape, IGNORE, np.int64)
     labelled = True
     for window in blocks(sample.size, 2048 // step * step):
         rows, columns = (slice(side.start // step, math.ceil(side.stop / step)) for side in window)
-        image[:, rows, columns] = unit_range(sample.image(window))[:, ::step, ::step]
-        truth = sample.target(window)
+        pixels, truth = sample.read(window)
+        image[:, rows, columns] = unit_range(pixels)[:, ::step, ::step]
         labelled = truth is not None
         if labelled:
             mask[rows, columns] = truth[::step, ::step]

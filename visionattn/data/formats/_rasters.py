@@ -66,11 +66,19 @@ class Scene(Sample):
         return read_bands(_kept_open(self.path), self.bands, window, self.nodata)
 
     def target(self, window: Window | None = None) -> Any:
+        return self._target(window)
+
+    def read(self, window: Window | None = None) -> tuple[np.ndarray, Any]:
+        image = self.image(window)
+        return image, self._target(window, image)
+
+    def _target(self, window: Window | None, image: np.ndarray | None = None) -> Any:
+        """`target`, of which the image tells what is missing."""
         if self.mask_path is None or self.labels is None:
             return None
         numbers = _numbers(_kept_open(self.mask_path), self.labels, window)
         if self.can_miss:
-            numbers[np.isnan(self.image(window)).all(0)] = IGNORE
+            numbers[np.isnan(self.image(window) if image is None else image).all(0)] = IGNORE
         return numbers
 
     @property

@@ -48,7 +48,7 @@ class VectorScene(Scene):
     def files(self) -> tuple[Path, ...]:
         return self.path, *self.sources
 
-    def target(self, window: Window | None = None) -> Boxes:
+    def _target(self, window: Window | None, image: np.ndarray | None = None) -> Boxes:
         boxes = self.boxes if window is None else self.boxes.within(window)
         if self.areas is None:
             return boxes

@@ -2,8 +2,8 @@
 
 However a file stores them, volumes are turned first so that axes 0, 1 and 2 run to the patient's left, back and head
 (feet in sagittal and coronal cuts, so that the head is on top): axis 2 cuts axial slices, shown as radiologists do.
-Image and mask are compared after that turn. An uncompressed .nii is mapped into memory; what has to be unpacked as a
-whole is kept, up to CACHE_BYTES in each process.
+Image and mask are compared after that turn. A .nii is mapped into memory, as is what has to be unpacked as a whole
+(`visionattn.data.unpacked`); where that cannot be kept on the disk, up to CACHE_BYTES are in each process.
 """
 
 import gzip
@@ -33,6 +33,7 @@ from visionattn.data.labels import Labels
 from visionattn.data.pairs import Pair
 from visionattn.data.remarks import names_its_file
 from visionattn.data.sample import Sample, Window
+from visionattn.data.unpacked import unpacked
 from visionattn.errors import UserError, listed
 
 __all__ = ["Slice", "Volume", "Voxels", "is_series", "labelled", "open_volume", "unlabelled"]
@@ -492,7 +493,7 @@ def _even_distance(folder: Path, files: Sequence[Path], places: np.ndarray, firs
 
 def _load(volume: Volume) -> Voxels:
     if volume.files:
-        return Voxels(volume.turned(_read_series(volume)[..., None]))
+        return Voxels(volume.turned(unpacked(volume.files, lambda: _read_series(volume))[..., None]))
     stored, slope, intercept = _read_nifti(volume.path)
     voxels = Voxels(volume.turned(stored[..., None] if stored.ndim == 3 else stored), slope, intercept)
     _tell_missing(volume.path, voxels)
@@ -504,14 +505,14 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, float, float]:
     """The numbers as stored, slope and intercept."""
     try:
         proxy = nibabel.load(path).dataobj
-        stored = _unpacked(path) if path.suffix.lower() == ".gz" else proxy.get_unscaled()
+        stored = unpacked([path], lambda: _decompressed(path)) if path.suffix.lower() == ".gz" else proxy.get_unscaled()
         stored[..., -1:, -1:].max()  # a map of a file that is too short fails here, not later
     except Exception as error:
         raise UserError(f"{path}: damaged, cannot be read ({str(error) or type(error).__name__})") from None
     return stored, float(proxy.slope), float(proxy.inter)
 
 
-def _unpacked(path: Path) -> np.ndarray:
+def _decompressed(path: Path) -> np.ndarray:
     """The numbers in a compressed file, which is read to its end, where its check sum is."""
     with gzip.open(path) as stream:
         holder = nibabel.FileHolder(str(path), stream)
@@ -565,15 +566,19 @@ class _Cache:
     def __init__(self) -> None:
         self.kept: OrderedDict[tuple[Path, int, int], Voxels] = OrderedDict()
         self.lock = threading.Lock()
+        self.loading: dict[tuple[Path, int, int], threading.Lock] = {}
 
     def get(self, key: tuple[Path, int, int], load: Callable[[], Voxels]) -> Voxels:
         with self.lock:
-            if key not in self.kept:
-                self.kept[key] = load()
-            self.kept.move_to_end(key)
-            while len(self.kept) > 1 and sum(map(_bytes, self.kept.values())) > CACHE_BYTES:
-                self.kept.popitem(last=False)
-            return self.kept[key]
+            one_by_one = self.loading.setdefault(key, threading.Lock())
+        with one_by_one:
+            voxels = self.kept.get(key) or load()
+            with self.lock:
+                self.kept[key] = voxels
+                self.kept.move_to_end(key)
+                while len(self.kept) > 1 and sum(map(_bytes, self.kept.values())) > CACHE_BYTES:
+                    self.kept.popitem(last=False)
+            return voxels
 
 
 def _bytes(voxels: Voxels) -> int:

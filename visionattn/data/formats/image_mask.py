@@ -19,6 +19,7 @@ from visionattn.data.labels import ColouredMaskSection, Labels
 from visionattn.data.pairs import Pair, PairSection, find_pairs
 from visionattn.data.remarks import names_its_file
 from visionattn.data.sample import Sample, Window
+from visionattn.data.unpacked import read_part
 from visionattn.errors import UserError
 from visionattn.recipe.sections import Positive
 
@@ -46,8 +47,8 @@ class ImageMask(ImageFile):
     def target(self, window: Window | None = None) -> np.ndarray | None:
         if self.mask_path is None or self.labels is None:
             return None
-        mask = read_mask(self.mask_path, colors=self.labels.colors is not None)
-        return self.labels.of_mask(mask if window is None else mask[window], self.mask_path)
+        mask = read_part(self.mask_path, window, self.size, read_mask, self.labels.colors is not None)
+        return self.labels.of_mask(mask, self.mask_path)
 
 
 @names_its_file

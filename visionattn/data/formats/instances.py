@@ -23,6 +23,7 @@ from visionattn.data.images import SUFFIXES, ImageFile, header
 from visionattn.data.pairs import PairSection, files_by_name, folders
 from visionattn.data.sample import Sample, Window
 from visionattn.data.splits import split_named
+from visionattn.data.unpacked import last_made
 from visionattn.errors import UserError, listed
 from visionattn.recipe.sections import Positive
 
@@ -63,8 +64,11 @@ class InstanceImage(ImageFile):
         return self.path, self.numbered, *table
 
     def target(self, window: Window | None = None) -> Boxes:
-        boxes = self._of_numbers(self.numbered) if self.numbered else self._of_files()
+        boxes = last_made(self.files, self._boxes, "instances")
         return boxes if window is None else boxes.within(window)
+
+    def _boxes(self) -> Boxes:
+        return self._of_numbers(self.numbered) if self.numbered else self._of_files()
 
     def _of_numbers(self, path: Path) -> Boxes:
         image = _numbers(path, self.size)

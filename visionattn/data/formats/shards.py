@@ -111,7 +111,7 @@ def find(section: Section) -> Found:
 def _contents(names: dict[Path, Path], section: Section) -> tuple[dict[Path, list[_Labelled]], list[str]]:
     """The samples of each tar file, from what is kept where it has not changed since, and what is wrong with others."""
     asked = section.image, section.label, section.label_key, section.group_key
-    keys = {path: key_of(path, "tar", *asked) for path in names}
+    keys = {path: key_of([path], "tar", *asked) for path in names}
     known = recall(keys.values(), lambda text: [_Labelled(*entry) for entry in json.loads(text)])
     unknown = {path: name.as_posix() for path, name in names.items() if keys[path] not in known}
     with ThreadPoolExecutor(8) as pool:

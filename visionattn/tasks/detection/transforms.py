@@ -208,10 +208,8 @@ class TrainingCrops(Dataset):
         """The pixels and objects of a window."""
         sample, old = self.samples[index], [side.stop - side.start for side in window]
         new = [max(1, round(extent * scale)) for extent in old]
-        return (
-            network_input(sample.image(window), self.data, new),
-            objects_of(sample.target(window), old, new, self.data.instances == "masks"),
-        )
+        pixels, boxes = sample.read(window)
+        return network_input(pixels, self.data, new), objects_of(boxes, old, new, self.data.instances == "masks")
 
     def _object(self, index: int, chance: float) -> tuple[int, int] | None:
         """With this chance the centre of one of the image's objects, each class as likely."""
@@ -302,14 +300,11 @@ class WholeImages(Dataset):
     - objects: `Objects` in its pixels, absent where there is no label;
     - truth: those of the whole image in native pixels, with its first tile, else None;
     - index: of the image; whole: its native (H, W); size: that of the tile; window: its top, bottom, left and right.
-
-    A file that is not read by windows is kept decoded for its next tile.
     """
 
     def __init__(self, samples: Sequence[Sample], data: Data) -> None:
         self.samples, self.data = samples, data
         self.parts = [(i, window) for i, sample in enumerate(samples) for window in tiles_of(sample.size, data)]
-        self._decoded: tuple[int, np.ndarray, Boxes | None] | None = None
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -321,26 +316,16 @@ class WholeImages(Dataset):
     def __getitem__(self, number: tuple[int, int] | int) -> dict[str, Any]:
         index, window = self.parts[number[1] if isinstance(number, tuple) else number]
         sample = self.samples[index]
-        pixels, truth, all_of_it = self._read(index, window)
+        pixels, truth = sample.read(window)
         size = pixels.shape[1], pixels.shape[2]
         new = [max(1, round(side * factor_of(sample.size, self.data))) for side in size]
         item = {"image": network_input(pixels, self.data, new), "index": index, "size": size, "whole": sample.size}
         item["window"] = [edge for side in window for edge in (side.start, side.stop)]
         if truth is None:
             return item
-        whole = None if all_of_it is None else objects_of(all_of_it, sample.size, sample.size)
+        first = window[0].start == window[1].start == 0
+        whole = objects_of(sample.target(), sample.size, sample.size) if first else None
         return item | {"objects": objects_of(truth, size, new, self.data.instances == "masks"), "truth": whole}
-
-    def _read(self, index: int, window: Window) -> tuple[np.ndarray, Boxes | None, Boxes | None]:
-        """The pixels and objects of a tile, and with the first one the objects of the whole image."""
-        sample, first = self.samples[index], window[0].start == window[1].start == 0
-        if sample.windowed:
-            return sample.image(window), sample.target(window), sample.target() if first else None
-        if self._decoded is None or self._decoded[0] != index:
-            self._decoded = index, sample.image(), sample.target()
-        _, pixels, truth = self._decoded
-        part = None if truth is None else truth.within(window)
-        return pixels[:, window[0], window[1]], part, truth if first else None
 
 
 def augmentation(augment: Augment) -> v2.Transform:

@@ -55,14 +55,14 @@ class Crops(Dataset):
 
     def views(self, sample: Sample) -> dict[str, Any]:
         """What is seen of a sample."""
-        image, valid, _ = self.view(_reader(sample), sample.size)
+        image, valid, _ = self.view(sample)
         return {"image": image, "valid": valid}
 
-    def view(self, read: Any, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    def view(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
         """A crop (C, H, W), where it is valid (1, H, W), and from where (2, PLACES, PLACES) rows and columns it is."""
         for _ in range(TRIES):
-            rows, columns = self._place(size)
-            image, valid = _seen(read, size, (rows, columns), self.data)
+            rows, columns = self._place(sample.size)
+            image, valid = _seen(sample, (rows, columns), self.data)
             if valid.float().mean() >= 0.5 and image.std() >= FLAT:
                 break
         places = torch.stack(torch.meshgrid(_centres(rows), _centres(columns), indexing="ij"))
@@ -82,9 +82,8 @@ class Views(Crops):
     """Two crops of each image: besides the first one "other", and "places" and "other_places" of both."""
 
     def views(self, sample: Sample) -> dict[str, Any]:
-        read = _reader(sample)
-        image, valid, places = self.view(read, sample.size)
-        other, _, others = self.view(read, sample.size)
+        image, valid, places = self.view(sample)
+        other, _, others = self.view(sample)
         return {"image": image, "valid": valid, "other": other, "places": places, "other_places": others}
 
 
@@ -120,8 +119,7 @@ class Windows(Dataset):
     def __getitem__(self, item: tuple[int, int] | int) -> dict[str, Any]:
         number = item[1] if isinstance(item, tuple) else item
         index, window = self.parts[number]
-        sample = self.samples[index]
-        image, valid = _seen(_reader(sample), sample.size, window, self.data)
+        image, valid = _seen(self.samples[index], window, self.data)
         return {"image": image, "valid": valid, "index": index, "item": number, "shown": number in self.shown}
 
 
@@ -139,14 +137,6 @@ class Whole(Dataset):
         return {"image": _resized(image, self.side), "index": index}
 
 
-def _reader(sample: Sample) -> Any:
-    """Of windows of a sample, which is decoded once where it is not read by windows."""
-    if sample.windowed:
-        return sample.image
-    image = sample.image()
-    return lambda window: image[:, window[0], window[1]]
-
-
 def _start(side: int, extent: int) -> int:
     low, high = sorted((0, side - extent))
     return int(torch.randint(low, high + 1, (1,)).item())
@@ -162,10 +152,12 @@ def _normalised(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) 
     return (torch.from_numpy(np.ascontiguousarray(unit_range(image))) - low) / scale
 
 
-def _seen(read: Any, size: tuple[int, int], window: Window, data: Any) -> tuple[Tensor, Tensor]:
+def _seen(sample: Sample, window: Window, data: Any) -> tuple[Tensor, Tensor]:
     """A window, which may reach beyond the image, normalised and resized (C, H, W), and where it is valid (1, H, W)."""
-    rows, columns = (slice(max(part.start, 0), min(part.stop, side)) for part, side in zip(window, size, strict=True))
-    image = _normalised(read((rows, columns)), data.mean, data.std)
+    rows, columns = (
+        slice(max(part.start, 0), min(part.stop, side)) for part, side in zip(window, sample.size, strict=True)
+    )
+    image = _normalised(sample.image((rows, columns)), data.mean, data.std)
     valid = image.isfinite().all(0, keepdim=True)
     image = torch.where(image.isfinite(), image, 0.0)
     edges = [columns.start - window[1].start, window[1].stop - columns.stop]

@@ -30,8 +30,7 @@ def seen(task: Segmenter, sample: Sample, spec: Recipe, asked: Asked) -> list[Se
     scaled = factors(sample.size, spec.data)
     cells = _cells(sample, spec, scaled, asked)
     windows = [window for window, _ in cells]
-    pixels = None if sample.windowed else sample.image()
-    images = [network_input(_part(sample, pixels, window), spec.data, scaled) for window in windows]
+    images = [network_input(sample.image(window), spec.data, scaled) for window in windows]
     with torch.no_grad():
         logits = [task(image[None].to(task.device))[0].float().cpu() for image in images]
     regions: list[Tensor | None] = [None] * len(images)
@@ -106,10 +105,6 @@ def _cells(
             "at once: give a smaller region, X,Y,X2,Y2"
         )
     return windows
-
-
-def _part(sample: Sample, pixels: np.ndarray | None, window: Window) -> np.ndarray:
-    return sample.image(window) if pixels is None else pixels[:, window[0], window[1]]
 
 
 def _resized(mask: np.ndarray, size: torch.Size) -> Tensor:

@@ -99,8 +99,9 @@ class TrainingCrops(Dataset):
             for start, extent, side in zip(starts, shape, sample.size, strict=True)
         )
         inside = rows, columns
-        image = network_input(sample.image(inside), self.data, (1.0, 1.0))
-        mask = torch.from_numpy(np.ascontiguousarray(sample.target(inside)))
+        pixels, target = sample.read(inside)
+        image = network_input(pixels, self.data, (1.0, 1.0))
+        mask = torch.from_numpy(np.ascontiguousarray(target))
         top, left = (side.start - start for side, start in zip(inside, starts, strict=True))
         below, right = shape[0] - top - mask.shape[0], shape[1] - left - mask.shape[1]
         image = _resized(F.pad(image, (left, right, top, below)), list(self.size))
@@ -136,14 +137,12 @@ class WholeImages(Dataset):
     - index: of the image; window: the part's (top, bottom, left, right) in it;
     - extent: native (height, width) of what `image` shows; inner: where the part is in it, as `window`.
 
-    Large images are divided, so that the probabilities of all classes fit into memory; a file that is not read by
-    windows is kept decoded for its next part.
+    Large images are divided, so that the probabilities of all classes fit into memory.
     """
 
     def __init__(self, samples: Sequence[Sample], data: Data) -> None:
         self.samples, self.data = samples, data
         self.parts = [(i, window) for i, sample in enumerate(samples) for window in self._windows(sample)]
-        self._decoded: tuple[int, np.ndarray, np.ndarray | None] | None = None
 
     def _windows(self, sample: Sample) -> list[Window]:
         divided = self.data.resize == "none"
@@ -165,25 +164,18 @@ class WholeImages(Dataset):
             for inner, margin, side in zip(window, margins, sample.size, strict=True)
         )
         seen = rows, columns
-        pixels, mask = self._read(index, seen, window)
+        inner = [
+            slice(own.start - around.start, own.stop - around.start) for own, around in zip(window, seen, strict=True)
+        ]
+        pixels, mask = sample.read(seen)
         part = {
             "image": network_input(pixels, self.data, factors(sample.size, self.data)),
             "index": index,
             "window": [edge for side in window for edge in _edges(side)],
             "extent": tuple(around.stop - around.start for around in seen),
-            "inner": [e - around.start for inner, around in zip(window, seen, strict=True) for e in _edges(inner)],
+            "inner": [edge for side in inner for edge in _edges(side)],
         }
-        return part if mask is None else part | {"mask": torch.from_numpy(np.ascontiguousarray(mask))}
-
-    def _read(self, index: int, seen: Window, window: Window) -> tuple[np.ndarray, np.ndarray | None]:
-        """The pixels of what is seen, and the mask of the window inside it."""
-        sample = self.samples[index]
-        if sample.windowed:
-            return sample.image(seen), sample.target(window)
-        if self._decoded is None or self._decoded[0] != index:
-            self._decoded = index, sample.image(), sample.target()
-        _, image, mask = self._decoded
-        return image[:, seen[0], seen[1]], None if mask is None else mask[window]
+        return part if mask is None else part | {"mask": torch.from_numpy(np.ascontiguousarray(mask[tuple(inner)]))}
 
 
 def _edges(part: slice) -> tuple[int, int]:

@@ -362,6 +362,23 @@ def test_many_windows_open_each_file_once(root, opened):
     assert sorted(Path(file.name).parent.name for file in opened) == ["images", "masks"]
 
 
+def test_a_crop_reads_the_image_and_the_mask_once(tmp_path, monkeypatch):
+    save(tmp_path / "images/a.tif", bands(), nodata=0)
+    save(tmp_path / "masks/a.tif", numbers())
+    scene, read, whole = only(tmp_path), [], rasterio.io.DatasetReader.read
+    window = slice(2, 9), slice(1, 8)
+    wanted = scene.image(window), scene.target(window)
+
+    def read_and_note(file, *words, **more):
+        read.append(Path(file.name).parent.name)
+        return whole(file, *words, **more)
+
+    monkeypatch.setattr(rasterio.io.DatasetReader, "read", read_and_note)
+    for one, other in zip(scene.read(window), wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert sorted(read) == ["images", "masks"]
+
+
 def test_files_of_a_thread_are_its_own(root):
     scene = only(root)
 

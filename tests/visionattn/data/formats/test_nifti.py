@@ -147,7 +147,26 @@ def test_a_compressed_volume_is_unpacked_once(pair, monkeypatch):
     assert sorted(loaded) == ["images", "masks"]
 
 
-def test_the_cache_keeps_to_its_size(tmp_path, monkeypatch):
+def test_a_compressed_volume_is_mapped_from_then_on(pair, monkeypatch):
+    opened, whole = [], gzip.open
+    monkeypatch.setattr(gzip, "open", lambda path, *mode: opened.append(Path(path).parent.name) or whole(path, *mode))
+    wanted = [sample.read() for sample in scan(nifti(pair))[0]]
+    assert sorted(opened) == ["images", "masks"]
+    monkeypatch.setattr(_volumes, "_CACHE", _volumes._Cache())  # as in another process
+    for sample, values_and_mask in zip(scan(nifti(pair))[0], wanted, strict=True):
+        for one, other in zip(sample.read(), values_and_mask, strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert len(opened) == 2
+    assert not any(map(_volumes._bytes, _volumes._CACHE.kept.values()))
+    save(pair / "images/p1.nii.gz", values()[::-1])
+    turned = scan(nifti(pair))[0]
+    assert any(not np.array_equal(sample.image(), image) for sample, (image, _) in zip(turned, wanted, strict=True))
+    assert len(opened) == 3
+
+
+def test_without_a_place_to_unpack_to_volumes_stay_in_memory_up_to_a_size(tmp_path, monkeypatch):
+    (tmp_path / "no folder").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no folder"))
     monkeypatch.setattr(_volumes, "_CACHE", _volumes._Cache())
     monkeypatch.setattr(_volumes, "CACHE_BYTES", 3 * values().nbytes)
     for k in range(5):
