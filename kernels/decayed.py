@@ -77,7 +77,8 @@ def _factors(height: int, width: int, dtype: torch.dtype, device: torch.device) 
     for axis, length in enumerate((height, width)):
         line = torch.arange(length, device=device)
         steps = (line[:, None] - line).abs()
-        steps = steps.repeat_interleave(width, 0) if axis == 0 else steps.repeat(height, 1)
+        steps = steps[:, None].expand(-1, width, -1) if axis == 0 else steps.expand(height, -1, -1)
+        steps = steps.flatten(0, 1)
         here.append(steps == 0)
         distances.append(steps)
     missing = (height + width + 7) // 8 * 8 - height - width  # fused attention takes no other numbers of channels
