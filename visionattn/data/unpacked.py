@@ -73,7 +73,7 @@ def unpacked(files: Sequence[Path], unpack: Callable[[], np.ndarray], *asked: An
         path = cache_folder() / "unpacked" / f"{key.hex()}.npy"
         if (known := _mapped(path)) is not None:
             return known
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(0o700, parents=True, exist_ok=True)  # of patients, perhaps
         lock = FileLock(path.with_suffix(".lock"))
         alone = lock.acquire(LONGEST)
     except (OSError, RuntimeError) as error:
