@@ -37,9 +37,10 @@ def recipes() -> str:
     schema = json.loads((resources.files("visionattn.recipe") / "schema.json").read_text())
     lines = [
         "# Recipes",
-        "A recipe is a YAML file that says what differs from these defaults; `visionattn new TASK` writes one with every "
-        "key. `extends: NAME` starts from another recipe, `${recipe}` is the folder of the file, and any key is overridden "
-        "on the command line: `train.epochs=20`. A wrong key is answered with its line and the nearest right one.",
+        "A recipe is a YAML file that says what differs from these defaults; `visionattn new TASK` writes one with "
+        "every key. `extends: NAME` starts from another recipe, `${recipe}` is the folder of the file, and any key is "
+        "overridden on the command line: `train.epochs=20`. A wrong key is answered with its line and the nearest "
+        "right one.",
     ]
     for task, reference in schema["discriminator"]["mapping"].items():
         whole = _resolved(schema, {"$ref": reference})
@@ -128,7 +129,11 @@ def _escaped(text: str) -> str:
 def commands() -> str:
     """What each command says of itself."""
     listed = re.findall(r"^    (\w+) +\S", _help([]), flags=re.MULTILINE)
-    lines = ["# Commands", "Exit status: 0 done, 1 the answer is no, 2 the request was wrong, with a message why.", _help([], True)]
+    lines = [
+        "# Commands",
+        "Exit status: 0 done, 1 the answer is no, 2 the request was wrong, with a message why.",
+        _help([], True),
+    ]
     for name in listed:
         lines += [f"## {name}", _help([name], True)]
         if name == "benchmark":
@@ -161,7 +166,8 @@ def models() -> str:
     for family, members in families.items():
         rows = [
             f"| `{m.name}` | {m.parameters / 1e6:.1f} | {m.gmacs:.2f} | {'x'.join(map(str, m.input_size))} | "
-            f"{', '.join(map(str, m.strides))} | {'yes' if m.pretrained else 'no'} | {m.licence or 'none'} | {m.paper} |"
+            f"{', '.join(map(str, m.strides))} | {'yes' if m.pretrained else 'no'} | "
+            f"{m.licence or 'none'} | {m.paper} |"
             for m in members
         ]
         head = "| name | million parameters | GMAC | input | strides | weights | their licence | paper |"
@@ -184,8 +190,8 @@ def kernels() -> str:
     lines = [
         "# Kernels",
         "Each pattern of attention is one function. Behind it stand forms of the same function: `reference`, the "
-        "definition in a few lines; `plain`, a few large operators, for GPUs and compilers; for some a faster exact form "
-        "on CPUs, and one of Triton. `backend=` names one, `auto` is the default. A Triton kernel is used after "
+        "definition in a few lines; `plain`, a few large operators, for GPUs and compilers; for some a faster exact "
+        "form on CPUs, and one of Triton. `backend=` names one, `auto` is the default. A Triton kernel is used after "
         "it has proved itself on the very GPU and versions of this machine, on small problems against the reference; "
         "`visionattn doctor --kernels` tries all of them at once, and says what is used, and why not.",
     ]

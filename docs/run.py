@@ -1,4 +1,4 @@
-"""Runs what a page of these docs tells people to run, in a folder of its own, and holds what it shows to what is printed.
+"""Runs what a page of these docs tells people to run, in a folder of its own, and compares what it shows and prints.
 
     python docs/run.py docs/walks/engineer.md           # compares
     python docs/run.py --write docs/walks/engineer.md   # writes what was printed into the page
@@ -67,7 +67,10 @@ def _shell(commands: str, page: Path) -> str:
     lines = [line for line in commands.replace("\\\n", " ").splitlines() if line and "pip install" not in line]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-ec", "\n".join(lines)], capture_output=True, text=True, env=os.environ | {"PATH": path, "DOCS": str(Path(__file__).parent)}
+        ["bash", "-ec", "\n".join(lines)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": path, "DOCS": str(Path(__file__).parent)},
     )
     if done.returncode:
         raise RuntimeError(f"{page}: {commands}\nended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
@@ -76,9 +79,15 @@ def _shell(commands: str, page: Path) -> str:
 
 def differences(shown: str, printed: str) -> list[str]:
     """Lines of either that the other lacks, numbers and spaces apart."""
-    ours, theirs = ([" ".join(NUMBER.sub("#", line).split()) for line in text.splitlines()] for text in (shown, printed))
+    ours, theirs = (
+        [" ".join(NUMBER.sub("#", line).split()) for line in text.splitlines()] for text in (shown, printed)
+    )
     ours, theirs = (list(filter(None, lines)) for lines in (ours, theirs))
-    return [] if ours == theirs else [f"- {x}" for x in ours if x not in theirs] + [f"+ {x}" for x in theirs if x not in ours]
+    return (
+        []
+        if ours == theirs
+        else [f"- {x}" for x in ours if x not in theirs] + [f"+ {x}" for x in theirs if x not in ours]
+    )
 
 
 def main() -> int:

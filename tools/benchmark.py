@@ -196,15 +196,19 @@ def _model(name: str, size: tuple[int, int]) -> torch.nn.Module:
 
 
 def take_turns(calls: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Milliseconds of each call, one of each in every round, after one round that is not counted."""
+    """Milliseconds of each call, one of each in every round, after one round that is not counted.
+
+    Of one thread of a CPU those that the process took, so that other load does not count.
+    """
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
             _wait(device)
-            start = time.perf_counter()
+            start = clock()
             call()
             _wait(device)
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (clock() - start))
     return {name: values[1:] for name, values in times.items()}
 
 

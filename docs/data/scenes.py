@@ -3,7 +3,7 @@
     python scenes.py
 
 writes scenes/images/*.tif (two bands: height above the sea in m, slope in degrees; 12 scenes of about 90 m a pixel),
-scenes/masks/*.tif (0 slope, 1 valley, 2 ridge: how a place lies to the mean of the 2 km around it, which no single pixel
+scenes/masks/*.tif (0 slope, 1 valley, 2 ridge: how a place lies to the mean of the 2 km around it, which no pixel alone
 tells), scenes/summits.geojson (a box around each summit), and country.tif, the whole of it.
 """
 

@@ -96,8 +96,8 @@ def split(samples: list[Sample], classes: list[str], section: Data) -> tuple[Dat
             raise UserError("data: no validation images; add a val split, or set data.val_fraction, for example to 0.2")
         splits["train"], splits["val"] = _held_out(splits["train"], classes, section, fraction)
     splits = {name: splits[name] for name in SPLITS if name in splits}
-    if section.labels is not None:
-        splits["train"] = _few(splits["train"], section.labels, section.split_seed)
+    if section.labelled is not None:
+        splits["train"] = _few(splits["train"], section.labelled, section.split_seed)
     return Dataset(classes, splits), problems + _crossing(splits)
 
 

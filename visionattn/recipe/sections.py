@@ -161,7 +161,7 @@ class Data(Section):
     fold: Count | None = Field(None, description="validate on this fold of train and val pooled, train on the others")
     folds: Annotated[int, Field(ge=2)] = 5
     split_seed: Count = Field(0, description="seed of every split that is drawn")
-    labels: Positive | None = Field(
+    labelled: Positive | None = Field(
         None, description="train on so many images of each class only, or of masks, objects or several labels in all"
     )
 

@@ -156,7 +156,9 @@ def test_published_weights_take_other_bands_by_name(task, monkeypatch):
         made = started(make_segmenter("resnet18", "fpn", 4, 4, pretrained=True), spec, {})
     else:
         made = started(make_detector("resnet18", "fcos", 3, 4, pretrained=True), spec, {})
-    assert "published weights of resnet18; bands: blue from blue, green from green, red from red, nir from" in made.start
+    assert (
+        "published weights of resnet18; bands: blue from blue, green from green, red from red, nir from" in made.start
+    )
     old, new = published["conv1.weight"], backbone(made).conv1.weight
     factor = new[0, 3, 0, 0] / old[0, 0, 0, 0]
     torch.testing.assert_close(new[:, 1:], old.flip(1) * factor)

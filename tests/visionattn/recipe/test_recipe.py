@@ -12,7 +12,7 @@ import pytest
 from visionattn import recipe
 from visionattn.errors import UserError
 from visionattn.recipe import part_of
-from visionattn.recipe.sections import Section
+from visionattn.recipe.sections import Data, Section
 from visionattn.recipe.template import template
 
 ROOT = Path(__file__).parents[3]
@@ -187,3 +187,21 @@ def test_the_shipped_schema_is_the_code_s(tmp_path):
 def test_values_that_cannot_be_meant_are_refused(override, words):
     with pytest.raises(UserError, match=words):
         recipe.load("segmentation/quickstart", [override])
+
+
+def kinds_of(schema: dict, value: dict) -> set[str]:
+    """The JSON types that a key takes."""
+    value = schema["$defs"][value["$ref"].rpartition("/")[2]] | value if "$ref" in value else value
+    inner = [kinds_of(schema, kind) for kind in value.get("anyOf", [])]
+    typed = {value["type"]} if "type" in value else {type(one).__name__ for one in value.get("enum", [])}
+    return typed.union(*inner)
+
+
+def test_no_format_gives_a_key_of_all_formats_another_meaning():
+    shared, schema = Data.model_json_schema(), recipe.json_schema()
+    of_formats = [kind for kind in schema["$defs"].values() if "format" in kind.get("properties", {})]
+    assert len(of_formats) > 20
+    for kind in of_formats:
+        for key, value in shared["properties"].items():
+            own = kinds_of(schema, kind["properties"].get(key, {})) - {"null"}
+            assert own <= kinds_of(shared, value), f"{kind['title']}.{key}: {own}"

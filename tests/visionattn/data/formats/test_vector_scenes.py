@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from visionattn import recipe
 from visionattn.data import formats
 from visionattn.data.boxes import pixels_of
 from visionattn.data.formats import Found, vector_scenes
 from visionattn.data.object_masks import Polygons
+from visionattn.data.splits import split
 from visionattn.errors import UserError
 
 pytest.importorskip("rasterio")
@@ -152,6 +154,18 @@ def test_one_file_for_all_scenes(tmp_path, crs):
         "train/a": ("train", [1], [[10, 20, 30, 40]]),
         "train/b": ("train", [0], [[5, 6, 20, 30]]),
     }
+
+
+def test_a_file_of_labels_and_few_of_them_are_two_things(tmp_path):
+    for i in range(6):
+        scene(tmp_path / f"{i}.tif")
+        vectors(tmp_path / f"labels/{i}.geojson", [box(10, 20, 30, 40)], ["oak"])
+    keys = {"format": "geotiff", "root": str(tmp_path), "labels": str(tmp_path / "labels"), "image_size": 64}
+    spec = recipe.of_mapping({"task": "detection", "model": {"name": "biformer_tiny"}, "data": {**keys, "labelled": 2}})
+    found = formats.find(spec.data)
+    dataset, problems = split(found.samples, found.classes, spec.data)
+    assert problems == []
+    assert {name: len(samples) for name, samples in dataset.splits.items()} == {"train": 2, "val": 2}
 
 
 def test_a_folder_of_labels(tmp_path):
