@@ -1,4 +1,4 @@
-"""TransNeXt beside the structure that its authors' PyTorch code has: neighbours by unfold, biases gathered from a table.
+"""TransNeXt beside the structure that the authors' code has: neighbours by unfold, biases gathered from a table.
 
 `python benchmarks/transnext.py [--model transnext_micro] [--sizes 224 512] [--batch 1] [--rounds 5]` prints time of the
 process on one thread, one call of each in turn (median), and the peak of the resident set above what was there before,

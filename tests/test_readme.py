@@ -1,4 +1,4 @@
-"""What the README tells people to run, run: on small made data, and with overrides that shorten the training."""
+"""What the README and the guide tell people to run, run: on small made data, with a shortened training."""
 
 import json
 import re
@@ -20,6 +20,8 @@ from visionattn.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = ("images", "masks", "boxes", "labels", "after", "backbones", "explain", "machines")
+GUIDE = "".join((ROOT / "docs" / "guide" / f"{page}.md").read_text() for page in PAGES)
 SHORT = ["train.epochs=1", "trainer.enable_progress_bar=false", "evaluate.bootstrap=10"]
 SMALL = [
     "model.args={depth: [1, 1, 1, 1], embed_dim: [16, 16, 32, 32], head_dim: 16, n_win: 2, topks: [1, 2, 4, -2]}",
@@ -27,8 +29,8 @@ SMALL = [
 ]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = GUIDE) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def visionattn(command: str, *more: str) -> int:
@@ -38,7 +40,7 @@ def visionattn(command: str, *more: str) -> int:
 
 
 def test_the_main_job_is_one_command(tmp_path, monkeypatch, capsys):
-    *setup, job = blocks("bash")[0].strip().split(" && ")
+    *setup, job = blocks("bash", README)[0].strip().split(" && ")
     assert setup == ["python3 -m venv .venv", ". .venv/bin/activate", 'pip install -e ".[quickstart]"']
     monkeypatch.chdir(tmp_path)
     assert visionattn(job, *SHORT) == 0
@@ -50,13 +52,13 @@ def test_the_main_job_is_one_command(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_main_job_reaches_95_percent(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert visionattn(blocks("bash")[0].strip().split(" && ")[-1]) == 0
+    assert visionattn(blocks("bash", README)[0].strip().split(" && ")[-1]) == 0
     accuracy = re.search(r"accuracy\s+\S+ \[.*?\]\s+(0\.\d+) \[", capsys.readouterr().out)  # the test split's column
     assert float(accuracy[1]) >= 0.95
 
 
 def test_the_test_command_is_the_one_that_ci_runs():
-    *setup, job = blocks("bash")[1].strip().split(" && ")
+    *setup, job = blocks("bash", README)[1].strip().split(" && ")
     assert setup == ["python3 -m venv .venv", ". .venv/bin/activate", 'pip install -e ".[dev]"']
     assert job in (ROOT / ".ci" / "run").read_text().splitlines()
 
@@ -69,7 +71,7 @@ def test_the_commands_on_your_own_images_work(tmp_path, monkeypatch, pictures):
     shutil.copytree(pictures / "test" / "upright", "more")
     text = blocks("yaml")[0]
     Path("scenes.yaml").write_text(text)
-    check, dry_run, fit, resume, evaluate, predict, calibrate, explain = blocks("bash")[2].strip().splitlines()
+    check, dry_run, fit, resume, evaluate, predict, calibrate, explain = blocks("bash")[0].strip().splitlines()
     run = re.search(r"runs/\S+", resume)[0]
     assert visionattn(check) == 0
     assert visionattn(dry_run, *SHORT, *SMALL, "data.image_size=32") == 0
@@ -98,7 +100,7 @@ def test_the_commands_on_masks_work(tmp_path, monkeypatch):
         Image.fromarray(mask).save(f"lesions/masks/{i}.png")
         Image.fromarray(picture).save(f"new_lesions/{i}.png")
     Path("lesions.yaml").write_text(blocks("yaml")[1])
-    check, fit, predict = blocks("bash")[3].strip().splitlines()
+    check, fit, predict = blocks("bash")[1].strip().splitlines()
     assert visionattn(check, "data.batch_size=4") == 0
     small = ["data.image_size=32", "data.batch_size=4", f"model.{SMALL[0].removeprefix('model.')}"]
     assert visionattn(fit, "--run", re.search(r"runs/\S+", predict)[0], *SHORT, *small) == 0
@@ -123,7 +125,7 @@ def test_the_commands_on_boxes_work(tmp_path, monkeypatch):
     content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cell"}]}
     Path("cells/labels.json").write_text(json.dumps(content))
     Path("cells.yaml").write_text(blocks("yaml")[2])
-    check, fit, predict, predict_coco = blocks("bash")[4].strip().splitlines()
+    check, fit, predict, predict_coco = blocks("bash")[2].strip().splitlines()
     small = [f"model.{SMALL[0].removeprefix('model.')}", "data.image_size=64", "model.detector_args={fpn_channels: 32}"]
     assert visionattn(check, *small) == 0
     assert visionattn(fit, "--run", re.search(r"runs/\S+", predict)[0], *SHORT, *small) == 0
@@ -135,7 +137,7 @@ def test_the_commands_on_boxes_work(tmp_path, monkeypatch):
 
 def test_the_commands_after_the_training_work(tmp_path, monkeypatch, pictures, run):
     monkeypatch.chdir(tmp_path)
-    export, predict, publish = blocks("bash")[6].strip().splitlines()
+    export, predict, publish = blocks("bash")[4].strip().splitlines()
     shutil.copytree(run, re.search(r"runs/\S+", export)[0])
     shutil.copytree(pictures / "test", "new_scenes")
     assert visionattn(export) == 0
@@ -145,13 +147,20 @@ def test_the_commands_after_the_training_work(tmp_path, monkeypatch, pictures, r
     assert timm.create_model("local-dir:scenes_hub", pretrained=True).num_classes == 2
 
 
-def test_the_recipes_in_the_readme_are_valid():
-    names = [recipe.loads(text, "README.md").model.name for text in blocks("yaml")]
+def test_the_readme_shows_what_the_guide_explains():
+    for language, first in (("yaml", 0), ("python", 0), ("bash", 2)):
+        guide = {re.sub(r"\s*#.*", "", line) for block in blocks(language) for line in block.splitlines()}
+        for block in blocks(language, README)[first:]:
+            assert {re.sub(r"\s*#.*", "", line) for line in block.splitlines()} <= guide
+
+
+def test_the_recipes_in_the_guide_are_valid():
+    names = [recipe.loads(text, "guide").model.name for text in blocks("yaml")]
     assert names == ["biformer_tiny", "emcad_pvt_v2_b0", "biformer_tiny", "biformer_tiny"]
 
 
-def test_the_python_in_the_readme_runs(tmp_path, monkeypatch, pictures):
-    """Every block, in order; the recipe that it names is the README's own, narrowed."""
+def test_the_python_in_the_guide_runs(tmp_path, monkeypatch, pictures):
+    """Every block, in order; the recipe that it names is the guide's own, narrowed."""
     monkeypatch.chdir(tmp_path)
     for source, name in (
         ("", "scenes"),
@@ -162,7 +171,7 @@ def test_the_python_in_the_readme_runs(tmp_path, monkeypatch, pictures):
         shutil.copytree(pictures / source, name)
     Path("more/00.png").rename("more/0.png")
     overrides = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in SMALL)}
-    spec = recipe.loads(blocks("yaml")[0], "README.md", overrides | {"data.image_size": 32, "evaluate.bootstrap": 10})
+    spec = recipe.loads(blocks("yaml")[0], "guide", overrides | {"data.image_size": 32, "evaluate.bootstrap": 10})
     Path("scenes.yaml").write_text(recipe.dump(spec))
     torch.save({"model": timm.create_model("biformer_tiny").state_dict()}, "biformer_tiny_best.pth")
     names = {}
@@ -177,8 +186,8 @@ def test_the_python_in_the_readme_runs(tmp_path, monkeypatch, pictures):
     assert len(names["record"]) == 14
 
 
-def test_every_command_the_readme_names_exists():
-    for name in set(re.findall(r"`visionattn (\w+)", README)):
+def test_every_command_that_is_named_exists():
+    for name in set(re.findall(r"`visionattn (\w+)", README + GUIDE)):
         with pytest.raises(SystemExit) as left:
             main([name, "--help"])
         assert left.value.code == 0
