@@ -3,7 +3,7 @@
 `python benchmarks/pretraining.py digits|ucmerced|isic [--data DIR] [--seeds 5] [--objective mim] [-o DIR]` prints and
 writes a table: for each seed the test result of a network that starts from the pretrained one, of one from scratch that
 is trained as many epochs, and of one from scratch that is trained as long as both trainings together.
-`... cost` prints CPU seconds an image of each objective and of a classifier of the same network.
+`... cost` prints CPU seconds an image, and memory, of each objective and of a classifier of the same network.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from visionattn import recipe
 from visionattn.data.sample import Dataset
 from visionattn.recipe import part_of
 from visionattn.runs.fit import prepare
+from visionattn.tools.benchmark import peak_memory
 
 NETWORK = {"depth": [1, 1, 2, 1], "embed_dim": [32, 64, 128, 256], "n_win": 4}
 EPOCHS = {"mim": 60, "vicreg": 30}  # of pretraining, which take about as long: vicreg has two views of an image
@@ -126,30 +127,32 @@ def study(name: str, data: Path | None, seeds: int, objective: str, out: Path) -
         print(f"{kind}: {statistics.mean(values):.4f} +- {spread:.4f} ({metric}, {len(values)} seeds)")
 
 
-def cost(steps: int = 6) -> None:
-    """CPU seconds an image of a training step, without loading: of a classifier, and of each objective."""
+COSTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "supervised": ("quickstart", {}),
+    "mim": ("pretraining/quickstart", {"probe": None}),
+    "vicreg": ("pretraining/quickstart", {"probe": None, "objective.name": "vicreg"}),
+}
+
+
+def cost(rounds: int = 6) -> None:
+    """CPU seconds an image of a training step, without loading, and memory: of a classifier and of each objective."""
     torch.set_num_threads(1)
     seconds: dict[str, list[float]] = {}
-    recipes = {
-        "supervised": recipe.load("quickstart"),
-        "mim": recipe.load("pretraining/quickstart", {"probe": None}),
-        "vicreg": recipe.load("pretraining/quickstart", {"probe": None, "objective.name": "vicreg"}),
-    }
-    made = {name: _steps(spec) for name, spec in recipes.items()}
-    for _ in range(steps):  # in turn, so that what else the machine does is the same for all
+    made = {name: _step(name) for name in COSTS}
+    for _ in range(rounds):  # in turn, so that what else the machine does is the same for all
         for name, step in made.items():
             began = time.process_time()
             images = step()
             seconds.setdefault(name, []).append((time.process_time() - began) / images)
     usual = statistics.median(seconds["supervised"])
     for name, values in seconds.items():
-        median = statistics.median(values)
-        print(f"{name}: {1000 * median:.3f} ms of a CPU an image, {median / usual:.2f} of supervised")
+        median, peak = statistics.median(values), peak_memory("cpu", _step, name)
+        print(f"{name}: {1000 * median:.3f} ms of a CPU an image, {median / usual:.2f} of supervised, {peak:.0f} MiB")
 
 
-def _steps(spec: recipe.Recipe) -> Any:
-    """A training step of a recipe on one batch, again and again."""
-    spec, dataset, task = prepare(spec)
+def _step(name: str) -> Any:
+    """A training step of a recipe on one batch, again and again; it gives how many images that is."""
+    spec, dataset, task = prepare(recipe.load(*COSTS[name]))
     batch = _batch(spec, dataset)
     optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad])
     task.train()
@@ -162,7 +165,6 @@ def _steps(spec: recipe.Recipe) -> Any:
         optimizer.step()
         return len(batch["image"])
 
-    step()
     return step
 
 

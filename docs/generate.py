@@ -1,6 +1,7 @@
-"""Pages of the reference, made when the site is built: every recipe key, command, model, family and kernel."""
+"""What is made when the site is built: the reference (recipe keys, commands, models, families, kernels), and tables."""
 
 import contextlib
+import csv
 import io
 import json
 import os
@@ -30,6 +31,33 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     }.items():
         files.append(File.generated(config, f"reference/{name}.md", content=text))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """What mkdocs calls: `<!-- table: NAME -->` becomes that of `benchmarks/NAME.csv` and where it was measured."""
+    return re.sub(r"<!-- table: (\S+) -->", lambda found: measured(ROOT / "benchmarks" / found[1]), markdown)
+
+
+def measured(stem: Path) -> str:
+    """Of models: time, that of a GMAC over the first model's, and memory."""
+    about = json.loads(stem.with_suffix(".json").read_text())
+    with stem.with_suffix(".csv").open() as file:
+        rows = list(csv.DictReader(file))
+    lines = [
+        "| images | pass | model | ms | faster than its peer | a GMAC's time over the peer's | MiB |",
+        "|---" * 7 + "|",
+    ]
+    for row in rows:
+        first = next(other for other in rows if (other["case"], other["step"]) == (row["case"], row["step"]))
+        cost = float(row["ms_per_gmac"]) / float(first["ms_per_gmac"])
+        lines.append(
+            f"| {row['batch']} of {row['case'].rpartition(', ')[2]} | {row['step']} | `{row['candidate']}` | "
+            f"{float(row['median_ms']):.0f} | {float(row['speedup']):.2f} | {cost:.2f} | {float(row['peak_mib']):.0f} |"
+        )
+    command = re.sub(r"\S*/(?=visionattn )|--out \S+", "", about["command"]).strip()
+    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("visionattn", "torch", "timm"))
+    where = f"{about['device']}, threads: {about['threads']}; {versions}. `{command}`"
+    return "\n".join([*lines, "", where])
 
 
 def recipes() -> str:

@@ -4,7 +4,7 @@
 
 writes scenes/images/*.tif (two bands: height above the sea in m, slope in degrees; 12 scenes of about 90 m a pixel),
 scenes/masks/*.tif (0 slope, 1 valley, 2 ridge: how a place lies to the mean of the 2 km around it, which no pixel alone
-tells), scenes/summits.geojson (a box around each summit), and country.tif, the whole of it.
+tells), summits.geojson (a box around each summit), and country.tif, the whole of it.
 """
 
 import json
@@ -48,5 +48,5 @@ for row, column in tops.tolist():
     ring = [[x - r, y - r], [x + r, y - r], [x + r, y + r], [x - r, y + r], [x - r, y - r]]
     shape = {"type": "Polygon", "coordinates": [ring]}
     found.append({"type": "Feature", "properties": {"class": "summit"}, "geometry": shape})
-Path("scenes/summits.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": found}))
+Path("summits.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": found}))
 print(f"12 scenes, {len(found)} summits; ridges {(mask == 2).mean():.0%}, valleys {(mask == 1).mean():.0%}")

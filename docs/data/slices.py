@@ -22,7 +22,7 @@ for time, volume in enumerate(volumes):
     head = ndimage.binary_opening(smooth > 0.25 * np.quantile(smooth, 0.99), iterations=2)
     parts, count = ndimage.label(head)
     head = parts == 1 + np.argmax(ndimage.sum_labels(head, parts, range(1, count + 1)))
-    mask = head.astype(np.uint8) + (head & (smooth > 1.6 * np.median(smooth[head])))
+    mask = head.astype(np.uint8) + (head & (smooth > 1.2 * np.median(smooth[head])))
     for slab in range(4):
         part, name = slice(6 * slab, 6 * slab + 6), f"P{slab + 1}_{time}.nii.gz"
         nibabel.save(nibabel.Nifti1Image(volume[:, :, part], scan.affine), f"slices/images/{name}")
