@@ -253,6 +253,8 @@ class Run:
     ) -> Fitted:
         """Measure on labelled images how far the probabilities can be trusted, and keep it in the checkpoint.
 
+        Runs of all folds are calibrated together, each on the images that it was validated on, and keep it each.
+
         Args:
             data: other labelled samples, laid out as those of the recipe.
             split: train, val or test; unset: val where there is one.
@@ -260,8 +262,14 @@ class Run:
             ood: "knn" tells images that are like none of those trained on.
         """
         if self._others:
-            raise UserError("several runs are calibrated one by one")
-        fitted = calibrating.calibrate(self.path, None if data is None else _path(data, "data"), split, conformal, ood)
+            if data is not None or split is not None or ood is not None:
+                raise UserError(
+                    "folds are calibrated together on what each was validated on, without data, split or ood"
+                )
+            fitted = calibrating.calibrate_folds([self.path, *self._others], conformal)
+        else:
+            data = None if data is None else _path(data, "data")
+            fitted = calibrating.calibrate(self.path, data, split, conformal, ood)
         self.__dict__.pop("trained", None)
         return fitted
 

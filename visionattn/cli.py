@@ -242,8 +242,15 @@ def _add_calibrate(commands: argparse._SubParsersAction) -> None:
         "measure on held-out images how far a model's probabilities can be trusted, and keep it in its checkpoint",
         "runs/scenes-20261121-120000 --conformal 0.1",
         "runs/scenes-20261121-120000 --data other_patients --ood knn",
+        "runs/fold0 runs/fold1 runs/fold2",
     )
-    command.add_argument("model", type=Path, metavar="RUN|CHECKPOINT")
+    command.add_argument(
+        "models",
+        nargs="+",
+        type=Path,
+        metavar="RUN|CHECKPOINT",
+        help="several: all folds, each on what it has not seen",
+    )
     command.add_argument("--data", type=Path, help="other labelled images (default: those that fit validated on)")
     command.add_argument("--split", help="train, val or test (default: val where there is one)")
     command.add_argument("--conformal", type=float, help="share of the truth that sets may miss, such as 0.1")
@@ -252,10 +259,10 @@ def _add_calibrate(commands: argparse._SubParsersAction) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    from visionattn.runs.calibrate import calibrate
+    from visionattn.api import Run
 
     options = {name: getattr(arguments, name) for name in ("data", "split", "conformal", "ood")}
-    fitted = calibrate(arguments.model, **options)
+    fitted = Run(*arguments.models).calibrate(**options)
     for name, value in fitted.model_dump(exclude_none=True).items():
         print(f"{name:<12}{value:.6g}" if isinstance(value, float) else f"{name:<12}{value}")
 

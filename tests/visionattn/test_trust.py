@@ -252,3 +252,29 @@ def test_calibrated_masks_are_the_same_masks(masked):
     assert fitted.images == 6
     assert fitted.temperature > 0
     assert result["overall"]["calibration_error"] < 0.2
+
+
+def test_folds_are_calibrated_together_on_what_each_has_not_seen(run, pictures, tmp_path, refused):
+    few = {"data.folds": 2, "train.epochs": 1, "evaluate.bootstrap": 0, "evaluate.explain": False}
+    folds = [visionattn.fit(run / "recipe.yaml", few | {"data.fold": k}, run=tmp_path / f"{k}").path for k in (0, 1)]
+    rows = [row for fold in folds for row in visionattn.load(fold).evaluate(split="val").tables["predictions.csv"]]
+    believed = np.log([[float(row[f"p:{name}"]) for name in ("level", "upright")] for row in rows])
+    truth = np.array([row["label"] for row in rows]) == "upright"
+    assert len({row["name"] for row in rows}) == len(rows) == 72
+
+    def of_truth(temperature: float) -> np.ndarray:
+        powers = np.exp(believed / temperature)
+        return (powers / powers.sum(1, keepdims=True))[range(len(truth)), truth.astype(int)]
+
+    assert "has no data.fold" in refused("calibrate", run, run)
+    assert "the runs are of the folds 0, 0, expected each of 0 to 1 once" in refused("calibrate", folds[0], folds[0])
+    fitted = visionattn.load(*folds).calibrate(conformal=0.2)
+    best = min(np.geomspace(0.05, 20, 2001), key=lambda t: -np.log(of_truth(t)).mean())
+    assert fitted.temperature == pytest.approx(best, rel=0.01)
+    assert fitted.least == pytest.approx(np.sort(of_truth(fitted.temperature))[72 - 59], rel=1e-3)
+    assert (fitted.images, fitted.source) == (72, "val of 2 folds")
+    assert all(visionattn.load(fold).recipe.evaluate.fitted == fitted for fold in folds)
+    together = visionattn.load(*folds)
+    assert together.recipe.evaluate.fitted == fitted.model_copy(update={"temperature": 1.0})
+    one = together.predict(pictures / "test" / "level" / "00.png")[0]
+    assert set(one.set) == {name for name, value in one.probabilities.items() if value >= fitted.least}

@@ -4,6 +4,8 @@ What is fitted goes into the recipe inside the checkpoint, as evaluate.fitted; f
 are compared with, stand beside it.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,15 @@ from visionattn import recipe
 from visionattn.data.loaders import SplitDataModule
 from visionattn.data.sample import Dataset
 from visionattn.environment import silence
-from visionattn.errors import UserError
+from visionattn.errors import UserError, listed
 from visionattn.models.weights import load_checkpoint
 from visionattn.recipe import Recipe, part_of
 from visionattn.recipe.sections import Calibrated, Fitted
-from visionattn.runs.checkpoints import AtomicCheckpointIO, load_trained
+from visionattn.runs.checkpoints import AtomicCheckpointIO, Trained, load_trained
 from visionattn.runs.evaluate import labelled, lone_trainer
 from visionattn.tasks.base import Evidence, Task, refuse_in_vain
 
-__all__ = ["asked", "calibrate", "fit_trust", "keep_trust"]
+__all__ = ["asked", "calibrate", "calibrate_folds", "fit_trust", "keep_trust"]
 
 MOST = 2000  # training images that others are compared with
 
@@ -102,6 +104,69 @@ def keep_trust(task: Task, spec: Recipe, checkpoint: Path) -> None:
     content["visionattn"] |= {"recipe": recipe.dump(spec)}
     content |= {} if task.bank is None else {"bank": task.bank}
     AtomicCheckpointIO().save_checkpoint(content, checkpoint)
+
+
+def calibrate_folds(models: Sequence[Path], conformal: float | None = None) -> Fitted:
+    """Fit one temperature, and least probabilities, for runs of all folds together, each on what it has not seen.
+
+    It goes into the checkpoint of each; their mean promises the same.
+
+    Args:
+        models: run directories or checkpoints, one of each `data.fold`.
+        conformal: share of the truth that sets may miss; None: as the first recipe says.
+
+    Raises:
+        UserError: they are not all folds of the same samples, or these cannot say it.
+    """
+    silence()
+    members = [load_trained(model) for model in models]
+    _refuse_no_folds(models, members)
+    first: Any = members[0].recipe.evaluate
+    given = {"calibration": "temperature", "conformal": first.conformal if conformal is None else conformal}
+    evaluate = first.model_copy(update=given | {"ood": None} if hasattr(first, "ood") else given)
+    trust, modules = part_of(members[0].recipe.task, "trust"), [labelled(one, None, "val", ())[0] for one in members]
+    parts = [module.dataset.splits["val"] for module in modules]
+    samples, starts = [sample for part in parts for sample in part], [0, *accumulate(map(len, parts[:-1]))]
+    refuse_in_vain(evaluate, samples)
+
+    def evidence(fitted: Fitted | None) -> list[Evidence]:
+        seen: list[Evidence] = []
+        for trained, module, start in zip(members, modules, starts, strict=True):
+            trained.task.fitted = fitted
+            own = _evidence(lone_trainer(trained.recipe), trained.task, module, "val")
+            seen += [one._replace(index=one.index + start) for one in own]
+        return seen
+
+    pooled = evidence(None)
+    images = len({samples[one.index].case for one in pooled})
+    fitted = Fitted(images=images, source=f"val of {len(members)} folds", temperature=trust.temperature(pooled))
+    if evaluate.conformal:
+        fitted = trust.completed(fitted, evidence(fitted), samples, evaluate)
+    for trained in members:
+        own: Any = trained.recipe.evaluate
+        known = fitted.model_copy(update={"unfamiliar": own.fitted and own.fitted.unfamiliar})
+        spec = trained.recipe.model_copy(update={"evaluate": own.model_copy(update=given | {"fitted": known})})
+        keep_trust(trained.task, spec, trained.checkpoint)
+    return fitted
+
+
+def _refuse_no_folds(models: Sequence[Path], members: Sequence[Trained]) -> None:
+    """Raises UserError where models are not of each fold of the same samples."""
+    split = ("root", "format", "folds", "split_seed")
+    first: Any = members[0].recipe
+    if not isinstance(first.evaluate, Calibrated):
+        raise UserError(
+            f"{models[0]}: a model for {first.task} has no probabilities of classes that could be calibrated"
+        )
+    for model, trained in zip(models, members, strict=True):
+        data: Any = trained.recipe.data
+        other = [name for name in split if getattr(data, name) != getattr(first.data, name)]
+        if trained.recipe.task != first.task or data.fold is None or other:
+            why = "has no data.fold" if data.fold is None else f"has another {other[0] if other else 'task'}"
+            raise UserError(f"{model} {why}: runs are calibrated together where they are the folds of one data set")
+    folds = sorted(trained.recipe.data.fold for trained in members if trained.recipe.data.fold is not None)
+    if folds != list(range(first.data.folds)):
+        raise UserError(f"the runs are of the folds {listed(folds)}, expected each of 0 to {first.data.folds - 1} once")
 
 
 def calibrate(

@@ -19,7 +19,7 @@ from visionattn.models import adapters
 from visionattn.models.ensemble import Ensemble, Member
 from visionattn.models.weights import load_checkpoint
 from visionattn.recipe import Recipe, part_of
-from visionattn.recipe.sections import Calibrated
+from visionattn.recipe.sections import Calibrated, Fitted
 from visionattn.report.evaluation import RENAMED
 from visionattn.tasks.base import Task
 
@@ -139,10 +139,19 @@ def load_ensemble(paths: Sequence[Path]) -> Trained:
                 raise UserError(f"{paths[0]} and {path} cannot be averaged: {what} {own} and {its}")
     task, evaluate = first.task, first.recipe.evaluate
     task.network = Ensemble([_member(trained) for trained in all_trained], _facts(first)["labels an image"] != "one")
-    task.fitted = task.bank = None
-    of_one = [name for name in ("calibration", "conformal", "ood", "fitted") if name in type(evaluate).model_fields]
-    averaged = evaluate.model_copy(update=dict.fromkeys(of_one))
+    task.bank, task.fitted = None, _common(all_trained)
+    of_one = ("ood",) if task.fitted else ("calibration", "conformal", "ood")
+    kept = {name: None for name in of_one if name in type(evaluate).model_fields}
+    averaged = evaluate.model_copy(update=kept | {"fitted": task.fitted})
     return first._replace(recipe=first.recipe.model_copy(update={"evaluate": averaged}))
+
+
+def _common(members: Sequence[Trained]) -> Fitted | None:
+    """What was fitted for all of them together, of the mean of their probabilities; None where there is no such."""
+    first, *others = (one.task.fitted and one.task.fitted.model_copy(update={"unfamiliar": None}) for one in members)
+    if first is None or any(other != first for other in others):
+        return None
+    return first.model_copy(update={"temperature": 1.0})
 
 
 def _member(trained: Trained) -> Member:
