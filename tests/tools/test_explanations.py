@@ -272,7 +272,8 @@ def test_layers_with_maps():
 
 
 DATA = "image_size: 64, classes: [ground, water, crops], mean: [0.4, 0.4, 0.4], std: [0.2, 0.2, 0.2]"
-LEVELS = "{finest: 8, coarsest: 16, sizes: [64, 128]}"
+LEVELS = "finest: 8, coarsest: 16, sizes: [64, 128]"
+QUERIES = ", queries: 20, layers: 2"
 BIFORMER = (
     "{name: biformer_tiny, args: {depth: [1, 1, 1, 1], embed_dim: [16, 16, 32, 32], head_dim: 16, n_win: 2, "
     "topks: [1, 2, 4, -2]}"
@@ -363,25 +364,35 @@ def test_slices_become_a_volume_on_its_own_grid(tmp_path):
     np.testing.assert_allclose(np.sort(np.abs(written.get_fdata()).sum((0, 1))), total, rtol=1e-5)
 
 
-@pytest.mark.parametrize("detector", ["fcos", "faster_rcnn"])
+@pytest.mark.parametrize(
+    "detector",
+    [
+        "fcos",
+        "faster_rcnn",
+        "rt_detr",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mask_rcnn", "d_fine")),
+    ],
+)
 def test_a_found_object_is_followed_by_its_place(detector, tmp_path):
+    levels = LEVELS + (QUERIES if detector in ("rt_detr", "d_fine") else "")
     trained = untrained(
-        f"task: detection\nmodel: {BIFORMER}, detector: {detector}, detector_args: {LEVELS}}}\n"
+        f"task: detection\nmodel: {BIFORMER}, detector: {detector}, detector_args: {{{levels}}}}}\n"
         f"data: {{format: coco, root: ., annotations: a.json, resize: fit, {DATA}}}\nevaluate: {{max_objects: 20}}\n"
     )
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)).save(tmp_path / "a.png")
     samples, _ = formats.unlabelled([tmp_path / "a.png"], trained.recipe.data, 3)
     wanted = Wanted(("gradient", "layercam"), target="water")
-    if detector == "faster_rcnn":
-        with pytest.raises(UserError, match="objects are explained of fcos and retinanet"):
-            list(explained(trained, samples, wanted))
-        return
     found = list(explained(trained, samples, wanted))
     asked = Asked("water")
     (part,) = part_of("detection", "explain").seen(trained.task, samples[0], trained.recipe, asked)
-    raw = trained.task.network.predicted([part.image])
-    best = trained.task.network.head.scores(raw)[0, :, 1].max().item()
-    assert [one.score for one in found] == pytest.approx([best, best], rel=1e-4)
+    network = trained.task.network
+    with torch.no_grad():
+        places = network.head.places(network.predicted([part.image]), part.image.shape[1:])
+        best, place = places.scores[:, 1].max(0)
+        raw = network.predicted([part.image, part.image * 0])
+        here, elsewhere = places.follow(int(place))(raw)[1][:, 1]  # of another image the same place, region or query
+    assert here == pytest.approx(best.item(), rel=1e-4) != elsewhere.item()
+    assert [one.score for one in found] == pytest.approx([best.item()] * 2, rel=1e-4)
     assert re.fullmatch(r"water at -?\d+, -?\d+, -?\d+, -?\d+", found[0].target)
     assert found[0].map.shape == (96, 128)
     assert found[0].map.any()

@@ -6,7 +6,7 @@ centre of place (i, j) of a map is ((j + 0.5) stride, (i + 0.5) stride) in pixel
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -24,7 +24,18 @@ from torchvision.ops import (
     sigmoid_focal_loss,
 )
 
-__all__ = ["FCOS", "FLOOR", "OCTAVES", "DenseHead", "Detections", "Objects", "RetinaNet", "group_norm", "inside"]
+__all__ = [
+    "FCOS",
+    "FLOOR",
+    "OCTAVES",
+    "DenseHead",
+    "Detections",
+    "Objects",
+    "Places",
+    "RetinaNet",
+    "group_norm",
+    "inside",
+]
 
 IGNORED = 0.5  # of an anchor inside a region that is not labelled: nothing is learned there
 OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))  # of RetinaNet's anchors, in `sizes`
@@ -63,6 +74,21 @@ class Detections(NamedTuple):
     labels: Tensor
     scores: Tensor
     masks: Tensor | None = None
+
+
+class Places(NamedTuple):
+    """What objects of an image come from, whatever else its image may show: places, regions or queries.
+
+    Attributes:
+        scores: (N, K) in 0..1, before duplicates are removed.
+        boxes: (N, 1, 4) in pixels, or (N, K, 4) where each class has its own.
+        follow: a number -> what tells of other pixels, from what the head's `forward` gives, the logits and the scores
+            (B, K) there.
+    """
+
+    scores: Tensor
+    boxes: Tensor
+    follow: Callable[[int], Callable[[Any], tuple[Tensor, Tensor]]]
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -175,6 +201,15 @@ class DenseHead(nn.Module, ABC):
         anchors = self.anchors(raw["shapes"], raw["logits"].device)
         triples = zip(sizes, self.scores(raw), raw["boxes"], strict=True)
         return [self._found(scores, boxes, anchors, size) for size, scores, boxes in triples]
+
+    def places(self, raw: dict[str, Any], size: Sequence[int]) -> Places:
+        """Of an image of (h, w) pixels."""
+        anchors = self.anchors(raw["shapes"], raw["logits"].device)
+
+        def follow(place: int) -> Callable[[Any], tuple[Tensor, Tensor]]:
+            return lambda raw: (raw["logits"][:, place], self.scores(raw)[:, place])
+
+        return Places(self.scores(raw)[0], self.decode(raw["boxes"][0], anchors)[:, None], follow)
 
     def _found(self, scores: Tensor, boxes: Tensor, anchors: Tensor, size: Sequence[int]) -> Detections:
         flat = scores.flatten()

@@ -7,20 +7,22 @@ of other detectors: after a short training there are many (on BCCD, 10 epochs, A
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_convert, clip_boxes_to_image
 
-from visionattn.models.dense_heads import FCOS, FLOOR, Detections, Objects, group_norm, inside
+from visionattn.models.dense_heads import FCOS, FLOOR, Detections, Objects, Places, group_norm, inside
 from visionattn.models.extras import imported
 
 __all__ = ["DFINE", "LEAST_VERSION", "RTDETR", "Projections"]
 
 LEAST_VERSION = "5.6"  # of transformers
 NOTHING = -20.0  # logit of what is surely no object
+PREFERRED = 1e4  # more than logits differ by
 SIDES = 0.01, 0.99  # of an image: the smallest and largest box that a query starts from
 
 
@@ -136,12 +138,52 @@ class SetHead(nn.Module):
     def found(self, maps: Sequence[Tensor], sizes: Sequence[Any]) -> list[Detections]:
         """What is found in each image, the surest first."""
         results: dict[int, Detections] = {}
-        for members, of_canvas, canvas in self._alike(maps, sizes):
-            layers, _ = self._decoded(of_canvas)
-            boxes = box_convert(layers[-1]["pred_boxes"], "cxcywh", "xyxy") * boxes_of(canvas, maps[0])
-            for i, scores, xyxy in zip(members, layers[-1]["logits"].sigmoid(), boxes, strict=True):
+        for members, of_canvas, _ in self._alike(maps, sizes):
+            logits, boxes = self.said(of_canvas)
+            for i, scores, xyxy in zip(members, logits.sigmoid(), boxes, strict=True):
                 results[i] = self._found(scores, xyxy, sizes[i])
         return [results[i] for i in range(len(sizes))]
+
+    def said(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Of queries logits (B, Q, classes) and boxes (B, Q, 4) in pixels, of maps that are not padded."""
+        last = self._decoded(list(maps))[0][-1]
+        canvas = [side * self.strides[0] for side in maps[0].shape[2:]]
+        return last["logits"], box_convert(last["pred_boxes"], "cxcywh", "xyxy") * boxes_of(canvas, maps[0])
+
+    def places(self, maps: Sequence[Tensor], size: Sequence[int]) -> Places:
+        """The queries of an image of (h, w) pixels, which in others too come from the same places of the maps."""
+        looks: list[Tensor] = []
+        with self._asked(looks.append):
+            logits, boxes = self.said(self._own(maps, size))
+        order = looks[0][0].amax(-1).topk(logits.shape[1]).indices
+
+        def prefer(said: Tensor) -> Tensor:
+            bonus = PREFERRED * torch.arange(len(order), 0, -1, device=said.device, dtype=said.dtype)
+            return said + said.new_zeros(said.shape[1]).scatter(0, order, bonus)[:, None]
+
+        def follow(query: int) -> Callable[[Any], tuple[Tensor, Tensor]]:
+            def decoded(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+                with self._asked(prefer):
+                    logits = self.said(self._own(maps, size))[0][:, query]
+                return logits, logits.sigmoid()
+
+            return decoded
+
+        return Places(logits[0].sigmoid(), boxes[0][:, None], follow)
+
+    def _own(self, maps: Sequence[Tensor], size: Sequence[int]) -> list[Tensor]:
+        """The maps of images of one size without what these are padded by."""
+        ((_, own, _),) = self._alike(maps, [size] * len(maps[0]))
+        return own
+
+    @contextmanager
+    def _asked(self, answer: Callable[[Tensor], Any]) -> Iterator[None]:
+        """Meanwhile this answers, unless with None, what places of the maps look like (B, P, classes)."""
+        hook = self.network.enc_score_head.register_forward_hook(lambda _, inputs, said: answer(said))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _found(self, scores: Tensor, boxes: Tensor, size: Sequence[int]) -> Detections:
         flat = scores.flatten()

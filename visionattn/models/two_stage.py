@@ -6,7 +6,7 @@ torchvision's parts. What torchvision does not know is added here: regions that 
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign, nms
 from torchvision.ops.poolers import initLevelMapper
 
-from visionattn.models.dense_heads import FLOOR, OCTAVES, Detections, Objects, RetinaNet, inside
+from visionattn.models.dense_heads import FLOOR, OCTAVES, Detections, Objects, Places, RetinaNet, inside
 
 __all__ = ["FasterRCNN", "MaskRCNN"]
 
@@ -163,6 +163,21 @@ class FasterRCNN(nn.Module):
             parts = list(shapes.split([len(label) for label in labels]))
         return [Detections(*of_image) for of_image in zip(boxes, [n - 1 for n in labels], scores, parts, strict=True)]
 
+    def places(self, maps: Sequence[Tensor], size: Sequence[int]) -> Places:
+        """The regions that are proposed of an image of (h, w) pixels, which are looked at in others too."""
+        *_, (regions,) = self._propose(maps, [size])
+        logits, codes = self._looked_at(maps, [regions])
+        boxes = self.regions.box_coder.decode(codes, [regions])
+
+        def follow(place: int) -> Callable[[Any], tuple[Tensor, Tensor]]:
+            def looked_at(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+                logits, _ = self._looked_at(maps, [regions[place][None]] * len(maps[0]))
+                return logits[:, 1:], logits.softmax(-1)[:, 1:]
+
+            return looked_at
+
+        return Places(logits.softmax(-1)[:, 1:], boxes[:, 1:], follow)
+
     def round_trip(self, objects: Objects, size: Sequence[int]) -> float:
         """The largest error, in pixels, of the objects of an image after they are coded and decoded."""
         xyxy = objects.xyxy
@@ -185,15 +200,20 @@ class FasterRCNN(nn.Module):
         self, maps: Sequence[Tensor], sizes: Sequence[Any]
     ) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor]]:
         """The anchors of each image, what is said of all of them together, and the proposals of each image."""
-        maps, padded = list(maps), [side * self.strides[0] for side in maps[0].shape[-2:]]
-        images = ImageList(maps[0].new_empty(len(maps[0]), 0, *padded), [tuple(size) for size in sizes])
-        anchors = self.proposals.anchor_generator(images, maps)
+        maps, sizes = list(maps), [tuple(size) for size in sizes]
+        anchors = [self.anchors(maps)] * len(sizes)
         objectness, deltas = self.proposals.head(maps)
         counts = [x[0].numel() for x in objectness]
         sure, codes = _in_one(objectness, 1), _in_one(deltas, 4)
         boxes = self.proposals.box_coder.decode(codes.detach().float(), anchors).view(len(sizes), -1, 4)
-        proposed, _ = self.proposals.filter_proposals(boxes, sure.detach().float(), images.image_sizes, counts)
+        proposed, _ = self.proposals.filter_proposals(boxes, sure.detach().float(), sizes, counts)
         return anchors, sure, codes, proposed
+
+    def anchors(self, maps: Sequence[Tensor]) -> Tensor:
+        """(A, 4) in pixels, of all places of the maps of an image."""
+        padded = [side * self.strides[0] for side in maps[0].shape[-2:]]
+        image = ImageList(maps[0].new_empty(1, 0, *padded), [(padded[0], padded[1])])
+        return self.proposals.anchor_generator(image, list(maps))[0]
 
     def _looked_at(self, maps: Sequence[Tensor], regions: list[Tensor]) -> Any:
         pooled = self.regions.box_roi_pool(_named(maps), regions, [])
