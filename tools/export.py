@@ -6,10 +6,7 @@ its metadata.
 
 import hashlib
 import json
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +27,7 @@ from visionattn.models.ensemble import Ensemble
 from visionattn.recipe import Recipe, part_of
 from visionattn.runs.checkpoints import Trained
 from visionattn.tasks.graph import Graph
+from visionattn.tools._apart import apart
 from visionattn.tools._exporters import EXPORTERS, Exporter, Ran, run_onnx, stamp
 from visionattn.tools._precision import PRECISIONS, compared
 from visionattn.tools._script import script_of
@@ -119,7 +117,7 @@ def _files_of(
         stamp(small, known | {"precision": name})
         items = (evaluated([sample], spec, side)[0] for sample in some)
         pairs = [(inputs([item], spec, side), item) for item in items]
-        checks[small.name] = compared(run_onnx(small), run_onnx(path), pairs, graph.OUTPUTS, part, spec)
+        checks[small.name] = compared(run_onnx(small), run_onnx(path), pairs, graph, part, spec)
     return checks
 
 
@@ -265,22 +263,22 @@ def written(
     Raises:
         UserError: its results are not the network's.
     """
-    free = len(images) > 1
-    try:
-        of_size = images[0][:1].repeat(2, 1, 1, 1)
-        size = of_size.shape[2], of_size.shape[3]
-        with _within(LONGEST) if free else nullcontext():
-            exporter.write(graph, _traced(size, of_size.shape[1]) if free else of_size, path, about, free)
-    except UserError:
-        raise
-    except _OutOfTime:
-        raise UserError(
-            f"the exporter has found no graph for all sizes in {LONGEST:g} seconds; nothing was kept{_else(free)}"
-        ) from None
-    except Exception as error:  # exporters raise nearly anything
-        raise UserError(
-            f"the network cannot be exported so: {_reason(error)}; nothing was kept{_else(free)}"
-        ) from error
+    free, of_size = len(images) > 1, images[0][:1].repeat(2, 1, 1, 1)
+    if free:
+        traced = _traced((of_size.shape[2], of_size.shape[3]), of_size.shape[1])
+        try:
+            apart(lambda: _write(exporter, graph, traced, path, about, free), LONGEST)
+        except TimeoutError:
+            raise UserError(
+                f"the exporter has found no graph for all sizes in {LONGEST:g} seconds; nothing was kept{_else(free)}"
+            ) from None
+        except ChildProcessError as error:
+            raise UserError(
+                f"the exporter has crashed in its search for a graph for all sizes ({error}); nothing was kept"
+                f"{_else(free)}"
+            ) from None
+    else:
+        _write(exporter, graph, of_size, path, about, free)
     if exporter.load is None:
         return {"images": 0}
     run, worst = exporter.load(path), 0.0
@@ -291,27 +289,15 @@ def written(
     return {"largest_relative_error": worst, "batches": list(BATCHES), "sizes": sizes, "images": len(images[0])}
 
 
-class _OutOfTime(BaseException):
-    """Not an Exception, of which exporters catch any, to try another way."""
-
-
-@contextmanager
-def _within(seconds: float) -> Iterator[None]:
-    """Raises _OutOfTime where what is inside takes longer; where signals do not reach it nothing is limited."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
-        yield
-        return
-
-    def end(*_: Any) -> None:
-        raise _OutOfTime
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again, should a destructor have swallowed it
+def _write(exporter: Exporter, graph: Graph, images: Tensor, path: Path, about: dict[str, Any], free: bool) -> None:
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        exporter.write(graph, images, path, about, free)
+    except UserError:
+        raise
+    except Exception as error:  # exporters raise nearly anything
+        raise UserError(
+            f"the network cannot be exported so: {_reason(error)}; nothing was kept{_else(free)}"
+        ) from error
 
 
 def _else(free: bool) -> str:
@@ -342,6 +328,8 @@ def error_of(run: Ran, graph: Graph, images: Tensor, instead: str = "") -> float
     except Exception as error:  # each runtime raises its own
         raise UserError(f"the exported file does not run {at}: {_reason(error)}; nothing was kept{instead}") from None
     worst = 0.0
+    if all(one.shape == other.shape for one, other in zip(found, expected, strict=True)):
+        found = graph.matched(found, expected)
     for name, one, other in zip(graph.OUTPUTS, found, expected, strict=True):
         wrong = float(np.abs(one - other).max() / np.abs(other).max()) if one.shape == other.shape else np.inf
         if not wrong <= LARGEST_ERROR:
