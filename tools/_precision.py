@@ -16,6 +16,7 @@ from torch import Tensor
 from visionattn.errors import UserError
 from visionattn.models.extras import imported
 from visionattn.recipe import Recipe
+from visionattn.tasks.graph import Graph
 from visionattn.tools._exporters import Ran
 
 __all__ = ["PRECISIONS", "compared"]
@@ -43,7 +44,7 @@ def compared(
     run: Ran,
     whole: Ran,
     inputs: Sequence[tuple[Tensor, dict[str, Any]]],
-    names: Sequence[str],
+    graph: Graph,
     part: ModuleType,
     spec: Recipe,
 ) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def compared(
     Args:
         run, whole: what runs each.
         inputs: images (1, C, H, W) with the items of the evaluation set that they are of.
-        names: of the outputs.
+        graph: what both compute.
         part: the task's `export`.
 
     Raises:
@@ -64,9 +65,12 @@ def compared(
         outputs = {}
         for one in (run, whole):
             began = time.perf_counter()
-            outputs[one] = dict(zip(names, one(image), strict=True))
+            outputs[one] = one(image)
             seconds[one].append(time.perf_counter() - began)
-        small, large = outputs[run], outputs[whole]
+        small, large = (
+            dict(zip(graph.OUTPUTS, values, strict=True))
+            for values in (graph.matched(outputs[run], outputs[whole]), outputs[whole])
+        )
         change = np.abs(small["probabilities"] - large["probabilities"]).max()
         rows.append(
             (part.agreement(small, large, spec), change, part.right(small, item, spec), part.right(large, item, spec))

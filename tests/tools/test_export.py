@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -30,6 +32,7 @@ from visionattn.tasks.graph import Graph
 from visionattn.tasks.segmentation import deployed as segmentation
 from visionattn.tasks.segmentation import export as of_segmenters
 from visionattn.tools import export
+from visionattn.tools._exporters import EXPORTERS
 from visionattn.tools._precision import compared
 
 
@@ -122,7 +125,7 @@ def test_a_smaller_file_that_loses_too_much_is_refused():
     for labelled, what in ((True, "right"), (False, "equal")):
         inputs = [(torch.full((1, 1, 2, 2), k / 20), {"label": torch.tensor(1)} if labelled else {}) for k in range(20)]
         with pytest.raises(UserError, match=rf"5.0% of {what} decisions are lost on 20 images, more than 1%"):
-            compared(small, whole, inputs, ("probabilities", "logits"), of_classifiers, spec)
+            compared(small, whole, inputs, Graph(torch.nn.Identity(), [0.0], [1.0]), of_classifiers, spec)
 
 
 def test_what_calibration_has_found_is_in_the_graph_and_in_the_table(run, pictures, tmp_path, monkeypatch):
@@ -238,6 +241,21 @@ def test_the_search_for_a_graph_for_all_sizes_ends(run, tmp_path, monkeypatch):
     assert not (tmp_path / "any").exists()
 
 
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), r"crashed in its search .*\(SIGSEGV\); nothing was kept; give"),
+        (lambda: os._exit(3), r"crashed in its search .*\(exit status 3\)"),
+        (lambda: 1 // 0, r"cannot be exported so: ZeroDivisionError.*; nothing was kept; give the sizes"),
+    ],
+)
+def test_a_search_that_crashes_is_refused_with_what_ended_it(end, message, tmp_path):
+    exporter = EXPORTERS["pt2"]._replace(write=lambda *arguments: end())
+    graph = Graph(torch.nn.Identity(), [0.0], [1.0])
+    with pytest.raises(UserError, match=message):
+        export.written(exporter, graph, [torch.rand(1, 1, 32, 32)] * 2, tmp_path / "model.pt2", {})
+
+
 @pytest.mark.slow
 def test_one_file_for_all_sizes(run, odd, tmp_path):
     exported = visionattn.load(run).export(out=tmp_path / "any", size="any")
@@ -308,7 +326,12 @@ def test_masks_alone_are_those_of_the_run(resize, tta, blots, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("resize", "name"), [("fit", "fcos"), pytest.param("none", "retinanet", marks=pytest.mark.slow)]
+    ("resize", "name"),
+    [
+        ("fit", "fcos"),
+        pytest.param("fit", "faster_rcnn", marks=pytest.mark.slow),
+        *(pytest.param("none", name, marks=pytest.mark.slow) for name in ("retinanet", "rt_detr")),
+    ],
 )
 def test_objects_alone_are_those_of_the_run(resize, name, blots, tmp_path):
     loaded = detector(blots, tmp_path / "run", resize, name)
@@ -346,10 +369,3 @@ def test_dense_predictions_of_a_file_are_those_of_predict(task, blots, odd, tmp_
         assert (
             np.array(Image.open(path)) == np.array(Image.open(tmp_path / f"alone_{out}" / path.name))
         ).mean() > 0.999
-
-
-def test_detectors_that_look_twice_are_refused():
-    network = SimpleNamespace(head=torch.nn.Identity())
-    spec = SimpleNamespace(model=SimpleNamespace(detector="faster_rcnn"))
-    with pytest.raises(UserError, match=r"faster_rcnn is not exported.*: fcos, retinanet"):
-        of_detectors.graph(SimpleNamespace(network=network), spec, 1.0)

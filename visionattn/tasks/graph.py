@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,3 +34,7 @@ class Graph(nn.Module):
 
     def normalised(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std
+
+    def matched(self, found: list[np.ndarray], expected: list[np.ndarray]) -> list[np.ndarray]:
+        """Outputs (B, ...) in the order of others of the same images, which some graphs give in any."""
+        return found

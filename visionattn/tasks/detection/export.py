@@ -4,12 +4,11 @@ import math
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from visionattn.errors import UserError, listed
-from visionattn.models.dense_heads import CANDIDATES, FLOOR, DenseHead
-from visionattn.models.detectors import DETECTORS
+from visionattn.errors import UserError
+from visionattn.models.dense_heads import CANDIDATES, FLOOR
 from visionattn.models.networks import arguments_of
+from visionattn.tasks.detection.graphs import GRAPHS
 from visionattn.tasks.detection.recipe import Recipe
 from visionattn.tasks.detection.task import DetectorTask, detector_args
 from visionattn.tasks.graph import Graph
@@ -19,36 +18,20 @@ __all__ = ["HUB_TASK", "agreement", "contract", "graph", "made_by", "right", "si
 HUB_TASK = "object-detection"  # what Hugging Face calls it
 
 
-class _Graph(Graph):
-    OUTPUTS = ("probabilities", "boxes", "logits")
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        network, head = self.network, self.network.head
-        raw = head(network.decoder(network.neck(network.encoder(self.normalised(images)))))
-        anchors = head.anchors(raw["shapes"], images.device)
-        boxes = head.decode(raw["boxes"].movedim(0, 2), anchors[..., None])  # of all images at once: (P, 4, B)
-        return head.scores(raw), boxes.movedim(2, 0), raw["logits"]
-
-
 def graph(task: DetectorTask, spec: Recipe, temperature: float) -> Graph:
-    """Images -> probabilities (B, P, K) of P places, their boxes (B, P, 4) in pixels, and logits.
+    """Images -> probabilities (B, N, K) of N places, queries or objects, and their boxes (B, N, 4) in pixels.
 
     Raises:
-        UserError: a detector that looks at regions one by one, or at queries, or whose views are fused.
+        UserError: a detector whose views are fused.
     """
     network: Any = task.network
-    if not isinstance(network.head, DenseHead):
-        dense = [name for name, kind in DETECTORS.items() if issubclass(kind.head, DenseHead)]
-        raise UserError(
-            f"model.detector {spec.model.detector} is not exported: what it looks at depends on what it has found; "
-            f"those that are: {listed(dense)}"
-        )
     if spec.evaluate.tta or spec.evaluate.scales != [1.0]:
         raise UserError(
             "evaluate.tta and evaluate.scales: views of a detector are fused by what is not exported; export a run "
             "without them"
         )
-    return _Graph(network, spec.data.mean, spec.data.std)
+    kind = next(kind for head, kind in GRAPHS.items() if isinstance(network.head, head))
+    return kind(network, spec.data.mean, spec.data.std)
 
 
 def made_by(spec: Recipe) -> tuple[str, dict[str, Any]]:
