@@ -1,12 +1,15 @@
 """What exports of whole networks are worth: errors in ONNX Runtime, sizes that one file serves, time beside eager.
 
-    python benchmarks/exports.py biformer_tiny va_davit_tiny --time
+    python benchmarks/exports.py biformer_tiny va_davit_tiny --out benchmarks/exports-cpu.csv
 
 prints a row of Markdown for each model, with random weights, as it is made, on one thread: times, or without --time
-whether one file is right at three sizes.
+whether one file is right at three sizes. Each model has a process of its own and ten minutes.
 """
 
 import argparse
+import csv
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,8 +28,9 @@ from visionattn.tools import export
 from visionattn.tools._exporters import EXPORTERS, Ran, run_onnx
 from visionattn.tools._precision import PRECISIONS
 
-ANY = ["any size: error, or why not"]
+ANY = ["one size: MB", "any size: error, or why not", "any size: MB"]
 TIMED = ["eager, ms", "ONNX, ms", "int8, ms", "int8: equal classes"]
+LONGEST = 600  # seconds that a model may take
 SECONDS = 5.0
 IMAGES = 64  # of noise, by which int8 is compared
 
@@ -59,7 +63,13 @@ def row(name: str, timed: bool, **arguments: Any) -> list[str]:
         cells = [name, "{} x {}".format(*size), one, f"{seconds:.0f}"]
         if timed:
             return cells + _times(graph, path, torch.rand(1, channels, *size))
-        return [*cells, _tried(graph, Path(folder, "any.onnx"), export.three_sizes(size), channels)]
+        free = Path(folder, "any.onnx")
+        found = _tried(graph, free, export.three_sizes(size), channels)
+        return [*cells, _megabytes(path), found, _megabytes(free)]
+
+
+def _megabytes(path: Path) -> str:
+    return f"{path.stat().st_size / 1e6:.1f}" if path.exists() else ""
 
 
 def _tried(graph: Graph, path: Path, sizes: Sequence[tuple[int, int]], channels: int) -> str:
@@ -99,12 +109,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+", metavar="NAME")
     parser.add_argument("--time", action="store_true")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="also written there, after what is there")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    if len(arguments.models) == 1:
+        torch.set_num_threads(1)
+        csv.writer(sys.stdout).writerow(row(arguments.models[0], arguments.time))
+        return
     head = columns(arguments.time)
     print("|", " | ".join(head), "|\n|", " | ".join("---" for _ in head), "|", flush=True)
+    options = ["--time"] if arguments.time else []
     for name in arguments.models:
-        print("|", " | ".join(row(name, arguments.time)), "|", flush=True)
+        command = [sys.executable, __file__, name, *options]
+        try:
+            output = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST).stdout
+            cells = next(csv.reader(output.splitlines()[-1:]), [name, "", "crashed"])
+        except subprocess.TimeoutExpired:
+            cells = [name, "", f"no end in {LONGEST} s"]
+        print("|", " | ".join(cells), "|", flush=True)
+        if arguments.out:
+            new = not arguments.out.exists()
+            with arguments.out.open("a", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows([head, cells] if new else [cells])
 
 
 if __name__ == "__main__":
