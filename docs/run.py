@@ -67,7 +67,7 @@ def _shell(commands: str, page: Path) -> str:
     lines = [line for line in commands.replace("\\\n", " ").splitlines() if line and "pip install" not in line]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-ec", "\n".join(lines)],
+        ["bash", "-eo", "pipefail", "-c", "\n".join(lines)],
         capture_output=True,
         text=True,
         env=os.environ | {"PATH": path, "DOCS": str(Path(__file__).parent)},
