@@ -25,7 +25,8 @@ def apart(work: Callable[[], None], seconds: float) -> None:
         ChildProcessError: its process has ended, by this signal.
     """
     if "fork" not in multiprocessing.get_all_start_methods():
-        return work()
+        work()
+        return
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_report, args=(work, sender), daemon=True)
