@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionattn.kernels._check import known, precise, transforms
+from visionattn.kernels._function import Function
 
 __all__ = ["attend", "can_keep", "crop", "exact_lse", "forget", "keep", "packed", "rows", "slice_step", "together"]
 
@@ -62,7 +63,7 @@ def together(move: Callable[[Tensor], Tensor], *maps: Tensor) -> list[Tensor]:
     slices = [maps[i] for i in order]
     if not slice_step(*slices):
         return [move(x.unsqueeze(-3))[0] for x in maps]
-    moved = move(_Packed.apply(*slices)).unbind(0)
+    moved = move(_Packed.run(*slices)).unbind(0)
     return [moved[order.index(i)] for i in range(len(maps))]
 
 
@@ -71,7 +72,7 @@ def packed(*maps: Tensor) -> Tensor:
     else a copy."""
     if torch.compiler.is_compiling() or transforms() or slice_step(*maps) <= 0:
         return torch.stack(maps, -3)
-    return _Packed.apply(*maps)
+    return _Packed.run(*maps)
 
 
 def slice_step(first: Tensor, *others: Tensor) -> int:
@@ -86,7 +87,7 @@ def slice_step(first: Tensor, *others: Tensor) -> int:
     return int(step) if alike else 0
 
 
-class _Packed(torch.autograd.Function):
+class _Packed(Function):
     """A view of all slices, which autograd takes for a new tensor; the gradients of the slices are views too."""
 
     @staticmethod
@@ -111,10 +112,10 @@ def rows(x: Tensor, index: Tensor, back: Tensor | None = None) -> Tensor:
     back: [N], the one of the M rows that gives each row of x its gradient; None where that is a sum over all that are
     copies of it.
     """
-    return x.index_select(1, index) if back is None else _Rows.apply(x, index, back)
+    return x.index_select(1, index) if back is None else _Rows.run(x, index, back)
 
 
-class _Rows(torch.autograd.Function):
+class _Rows(Function):
     """Backward is the same again, where PyTorch would add."""
 
     @staticmethod

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from visionattn.kernels import _record
 from visionattn.kernels._check import check_alike, check_tensor, precise
 from visionattn.kernels._dispatch import Forms, dispatch
+from visionattn.kernels._function import Function
 from visionattn.kernels._plain import together
 
 __all__ = ["channel_attention", "cross_covariance_attention", "linear_attention"]
@@ -49,14 +50,15 @@ def _cross_on_cpu(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tenso
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k, v = together(_groups, q, k, v)
-    products = _GroupProducts.apply(q.flatten(0, 1), k.flatten(0, 1)).view(*q.shape[:2], q.shape[3], k.shape[3])
+    products = _GroupProducts.run(q.flatten(0, 1), k.flatten(0, 1)).view(*q.shape[:2], q.shape[3], k.shape[3])
     return _mix_groups(products * scale, v)
 
 
 def _cross_plain(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     q, k, v = together(_groups, q, k, v)
-    q, k = (torch.nn.functional.normalize(x, dim=2, eps=EPSILON) for x in (q, k))
-    return _mix_groups((q.mT @ k) * temperature, v)
+    products = _GroupProducts.run(q.flatten(0, 1), k.flatten(0, 1)).view(*q.shape[:2], q.shape[3], k.shape[3])
+    of_q, of_k = (_norm(x, 2) for x in (q, k))
+    return _mix_groups(products / of_q[..., :, None] / of_k[..., None, :] * temperature, v)
 
 
 def _linear_reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -72,7 +74,7 @@ def _linear_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _linear_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = together(_groups, q, k, v)
-    products = _GroupProducts.apply(k.flatten(0, 1), v.flatten(0, 1)).view(*k.shape[:2], k.shape[3], v.shape[3])
+    products = _GroupProducts.run(k.flatten(0, 1), v.flatten(0, 1)).view(*k.shape[:2], k.shape[3], v.shape[3])
     return (q @ (products / k.shape[2]).to(q.dtype)).transpose(1, 2)
 
 
@@ -81,7 +83,7 @@ def _groups(x: Tensor) -> Tensor:
     return x.permute(2, 0, 3, 1, 4).contiguous()
 
 
-class _GroupProducts(torch.autograd.Function):
+class _GroupProducts(Function):
     """[n, L, D], [n, L, D] -> [n, D, D] in float32 at least: those of many tokens are too large for 16 bits."""
 
     @staticmethod
@@ -113,14 +115,16 @@ def _cosines(q: Tensor, k: Tensor) -> Tensor:
     Dividing the products by the norms saves the two normalised maps.
     """
     if _large(q):
-        return _Cosines.apply(q, k)
+        return _Cosines.run(q, k)
     q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))  # group by group, as all that follows reads
     return _products(q, k) / _norm(q)[..., :, None] / _norm(k)[..., None, :]
 
 
-def _norm(x: Tensor) -> Tensor:
+def _norm(x: Tensor, dim: int = 1) -> Tensor:
     """Norms over the tokens: [B, L, N, D] -> [B, N, D]"""
-    return torch.linalg.vector_norm(x, dim=1, dtype=precise(x)).clamp_min(EPSILON)
+    x = x.to(precise(x))
+    norm = torch.linalg.vector_norm(x, dim=dim) if torch.is_grad_enabled() else x.square().sum(dim).sqrt()  # faster
+    return norm.clamp_min(EPSILON)
 
 
 def _large(x: Tensor) -> bool:
@@ -135,7 +139,7 @@ def _large(x: Tensor) -> bool:
 def _products(q: Tensor, k: Tensor) -> Tensor:
     """[B, L, N, D], [B, L, N, D] -> products of the channels over the tokens, in float32 at least: [B, N, D, D]"""
     if _large(q):
-        return _Products.apply(q, k)
+        return _Products.run(q, k)
     products = _by_group(q.to(precise(q))).mT @ _by_group(k.to(precise(q)))
     return products.unflatten(0, (q.shape[0], q.shape[2]))
 
@@ -143,7 +147,7 @@ def _products(q: Tensor, k: Tensor) -> Tensor:
 def _mix(weights: Tensor, v: Tensor) -> Tensor:
     """[B, N, D, D], [B, L, N, D] -> channels mixed by the weights: [B, L, N, D]"""
     if _large(v):
-        return _Mix.apply(weights, v)
+        return _Mix.run(weights, v)
     mixed = _by_group(v) @ weights.to(v.dtype).flatten(0, 1).mT
     return mixed.unflatten(0, (v.shape[0], v.shape[2])).transpose(1, 2)
 
@@ -156,7 +160,7 @@ def _by_group(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
-class _Products(torch.autograd.Function):
+class _Products(Function):
     @staticmethod
     def forward(q: Tensor, k: Tensor) -> Tensor:
         return _products_by_image(q, k)
@@ -172,7 +176,7 @@ class _Products(torch.autograd.Function):
         return _mix_by_image(grad, k), _mix_by_image(grad.mT, q)
 
 
-class _Mix(torch.autograd.Function):
+class _Mix(Function):
     @staticmethod
     def forward(weights: Tensor, v: Tensor) -> Tensor:
         return _mix_by_image(weights, v)
@@ -188,7 +192,7 @@ class _Mix(torch.autograd.Function):
         return _products_by_image(grad, v).to(weights.dtype), _mix_by_image(weights.mT, grad)
 
 
-class _Cosines(torch.autograd.Function):
+class _Cosines(Function):
     @staticmethod
     def forward(q: Tensor, k: Tensor) -> Tensor:
         return _products_by_image(q, k) / _norm(q)[..., :, None] / _norm(k)[..., None, :]

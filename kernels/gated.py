@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import check_alike, check_tensor, precise
 from visionattn.kernels._dispatch import Forms, dispatch
+from visionattn.kernels._function import Function
 
 __all__ = ["gated_positional_attention"]
 
@@ -61,11 +62,11 @@ def _attend_by_position(logits: Tensor, v: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or logits.numel() * logits.element_size() <= BUDGET:
         mixed = logits.softmax(-1).to(v.dtype) @ values
     else:
-        mixed = _ByPosition.apply(logits, values)
+        mixed = _ByPosition.run(logits, values)
     return mixed.unflatten(2, (b, dim)).permute(2, 1, 0, 3)
 
 
-class _ByPosition(torch.autograd.Function):
+class _ByPosition(Function):
     """softmax(logits) @ values, some rows at a time, in backward again: [H, N, N], [H, N, C] -> [H, N, C]"""
 
     @staticmethod

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import check_int, check_maps, check_tensor, known, precise
 from visionattn.kernels._dispatch import Forms, dispatch
+from visionattn.kernels._function import Function
 from visionattn.kernels._plain import attend, crop, exact_lse, together
 from visionattn.kernels._tiles import Tiles, as_rows, cached, chunks, join, map_size, split
 
@@ -118,7 +119,7 @@ def _on_cpu(
     blocks = _blocks(q, k, block_size, halo_size)
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, tables))
     saved_weights = _new_weights(q, blocks) if trained else None
-    output, lse = _Halo.apply(q, k, v, tables, saved_weights, blocks, scale, return_lse)
+    output, lse = _Halo.run(q, k, v, tables, saved_weights, blocks, scale, return_lse)
     return (output, lse) if return_lse else output
 
 
@@ -153,7 +154,7 @@ def _plain(
     q = q.flatten(4, 5).flatten(0, 2)  # [B * T, heads, Q, dim]
     tables, bias = _tables(rel_height, rel_width), None
     if tables is not None:
-        bias = _Distances.apply(q @ tables.flatten(0, 1).T, width, side)
+        bias = _Distances.run(q @ tables.flatten(0, 1).T, width, side)
     output, lse = attend(q, k, v, bias, scale, return_lse)
 
     def join(x: Tensor) -> Tensor:
@@ -163,7 +164,7 @@ def _plain(
     return join(output) if lse is None else (join(output), join(lse[..., None])[..., 0].movedim(-1, 1))
 
 
-class _Distances(torch.autograd.Function):
+class _Distances(Function):
     """Of products [n, heads, Q, 2 * R] of queries with the rows of both tables the sums for their keys: [n, heads, Q,
     K], in rows that fused attention can read."""
 
@@ -263,7 +264,7 @@ def _new_weights(q: Tensor, blocks: _Blocks) -> Tensor | None:
     return q.new_empty(shape, dtype=dtype) if math.prod(shape) * dtype.itemsize <= SAVED else None
 
 
-class _Halo(torch.autograd.Function):
+class _Halo(Function):
     """Chunk by chunk of blocks: rows of q, k and v are copied, then matmul, softmax, matmul."""
 
     @staticmethod

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from visionattn.kernels._check import check_alike, check_tensor, per_axis, precise, transforms
 from visionattn.kernels._dispatch import Forms, dispatch
+from visionattn.kernels._function import Function
 from visionattn.kernels._plain import attend, exact_lse, keep, packed, rows
 from visionattn.kernels._tiles import map_size
 
@@ -160,13 +161,8 @@ def _tiles_of_axes(
     return [_axis_tiles(*axis, most[len(size)]) for axis in axes]
 
 
-def _tiles(
-    size: Axes,
-    kernel_size: Axes,
-    dilation: Axes,
-    stride: Axes,
-    device: torch.device,
-    most: dict[int, int] = SMALL,
+def _make_tiles(
+    size: Axes, kernel_size: Axes, dilation: Axes, stride: Axes, most: dict[int, int], device: torch.device
 ) -> _Tiles:
     axes = _tiles_of_axes(size, kernel_size, dilation, stride, most)
 
@@ -182,6 +178,11 @@ def _tiles(
         kinds=flat("kinds", tuple(len(axis.places) for axis in axes)),
         places=flat("places", tables).clamp(max=math.prod(tables)),
     )
+
+
+@keep
+def _tiles(size: Axes, kernel_size: Axes, dilation: Axes, stride: Axes, device: torch.device) -> _Tiles:
+    return _make_tiles(size, kernel_size, dilation, stride, SMALL, device)
 
 
 class _Chunk(NamedTuple):
@@ -234,7 +235,7 @@ def _table(bias: Tensor | None, tiles: _Tiles, q: Tensor, kernel_size: Axes) -> 
 
 # Bytes of moved rows that a call of the plain body may hold, for training until its backward pass: they are about eight
 # times its map, of some forty that a block holds. Of more, images are computed in parts, and again in backward.
-GATHERED = 2**30
+GATHERED = {"cpu": 2**24, "cuda": 2**30}
 
 
 class _Tables(NamedTuple):
@@ -256,7 +257,7 @@ class _Tables(NamedTuple):
 def _tables(
     size: Axes, kernel_size: Axes, dilation: Axes, stride: Axes, heads: int, dtype: torch.dtype, device: torch.device
 ) -> _Tables:
-    tiles = _tiles(size, kernel_size, dilation, stride, device, LARGE)
+    tiles = _make_tiles(size, kernel_size, dilation, stride, LARGE, device)
     (count, q_size), k_size, total = tiles.queries.shape, tiles.keys.shape[1], math.prod(size)
     head = torch.arange(heads, device=device)
     slots = torch.arange(count * q_size, device=device)
@@ -329,7 +330,7 @@ def _plain(
         return _compiled(q, k, v, bias, kernel_size, dilation, stride, scale, return_lse)
     tables = _tables(q, tuple(q.shape[1:-2]), kernel_size, dilation, stride, q.shape[-2], q.dtype)
     tiles, q_size, k_size = tables.sizes
-    fit = max(1, GATHERED // (tiles * (q_size + 2 * k_size) * q.shape[-1] * q.element_size()))
+    fit = max(1, GATHERED.get(q.device.type, 2**30) // (tiles * (q_size + 2 * k_size) * q.shape[-1] * q.element_size()))
     if len(q) <= fit or transforms():
         return _attend_in_tiles(q, k, v, bias, tables, scale, return_lse)
     attend_part: Callable[..., Any] = _attend_in_tiles
@@ -346,8 +347,8 @@ def _plain(
 def _attend_in_tiles(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, tables: _Tables, scale: float, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
-    queries, keys, values = _Moved.apply(packed(q, k, v).flatten(1, -2), tables)
-    output, lse = attend(queries, keys, values, _BiasOfTiles.apply(bias.flatten(1), tables), scale, return_lse)
+    queries, keys, values = _Moved.run(packed(q, k, v).flatten(1, -2), tables)
+    output, lse = attend(queries, keys, values, _BiasOfTiles.run(bias.flatten(1), tables), scale, return_lse)
 
     def join(x: Tensor) -> Tensor:
         x = rows(x.transpose(1, 2).flatten(1, 2), tables.of_queries, tables.of_outputs)
@@ -356,7 +357,7 @@ def _attend_in_tiles(
     return join(output) if lse is None else (join(output), join(lse[..., None])[..., 0].movedim(-1, 1))
 
 
-class _Moved(torch.autograd.Function):
+class _Moved(Function):
     """Rows [B, N * 3 * heads, dim] of a packed projection -> tiles of queries [B, heads * T, Q, dim], and of keys and
     values with K. The gradient of a key is the sum over its copies, in a fixed order."""
 
@@ -385,7 +386,7 @@ class _Moved(torch.autograd.Function):
         return torch.stack(joined, 2).view(batch, length, dim), None
 
 
-class _BiasOfTiles(torch.autograd.Function):
+class _BiasOfTiles(Function):
     """[heads, places] -> [1, heads * T, Q, K], -inf outside of the windows, in rows that fused attention can read. The
     gradient is summed in a fixed order, where PyTorch would add in any."""
 
@@ -474,7 +475,28 @@ def _compiled(
     return join(output) if lse is None else (join(output), join(lse[..., None])[..., 0].movedim(-1, 1))
 
 
-class _Neighborhood(torch.autograd.Function):
+def _on_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    kernel_size: Axes,
+    dilation: Axes,
+    stride: Axes,
+    scale: float,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Without gradients by the plain body, which on small maps takes half of the time, on others 0.8 to 1.0 of it, as
+    long as its moved rows of an image are few. Its gradients take 1.0 to 1.7 times as long, or several maps of memory.
+    """
+    arguments = (q, k, v, bias, kernel_size, dilation, stride, scale, return_lse)
+    trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
+    if trained or 8 * q.element_size() * math.prod(q.shape[1:]) > GATHERED["cpu"]:
+        return _Neighborhood.run(*arguments)
+    return _plain(*arguments)
+
+
+class _Neighborhood(Function):
     """Tile by tile: rows of q, k and v are copied, then matmul, softmax, matmul; backward does the same again.
 
     Against fused attention on the same tiles: 5 to 15 % slower forward on a CPU, but it has the gradient of the bias.
@@ -492,7 +514,7 @@ class _Neighborhood(torch.autograd.Function):
         scale: float,
         return_lse: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        tiles = _tiles(map_size(q), kernel_size, dilation, stride, q.device)
+        tiles = _tiles(q, map_size(q), kernel_size, dilation, stride)
         table = _table(bias, tiles, q, kernel_size)
         output = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_empty(q.shape[:-1], dtype=table.dtype) if return_lse else None
@@ -515,7 +537,7 @@ class _Neighborhood(torch.autograd.Function):
     def backward(ctx, grad: Tensor, grad_lse: Tensor | None = None) -> tuple:
         q, k, v, bias = ctx.saved_tensors
         kernel_size, dilation, stride, scale = ctx.parameters
-        tiles = _tiles(map_size(q), kernel_size, dilation, stride, q.device)
+        tiles = _tiles(q, map_size(q), kernel_size, dilation, stride)
         table = _table(bias, tiles, q, kernel_size)
         grad_table = torch.zeros_like(table)
         grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=table.dtype, device=x.device) for x in (q, k, v))
@@ -640,5 +662,5 @@ def neighborhood_attention(
     #   kernel_size, dilation, stride   tuples of ints, one for each axis of the map (1 to 3 axes), checked as above
     #   scale        float, multiplies q . k
     #   return_lse   False: return output, shaped like q; True: return (output, lse), lse (B, heads, *map)
-    forms = Forms(_reference, _Neighborhood.apply, _plain)
+    forms = Forms(_reference, _on_cpu, _plain)
     return dispatch("neighborhood", backend, forms, q, k, v, bias, kernel_size, dilation, stride, scale, return_lse)

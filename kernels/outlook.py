@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import check_int, check_map, check_tensor, precise
 from visionattn.kernels._dispatch import Forms, dispatch
+from visionattn.kernels._function import Function
 
 __all__ = ["outlook_attention"]
 
@@ -45,7 +46,7 @@ def _reference(
 def _plain(logits: Tensor, v: Tensor, kernel_size: int, stride: int, padding: int, scale: float) -> Tensor:
     """Neighbours by one copy of a view of the padded map, a matmul, and the copy's transpose on each axis."""
     if v.device.type not in ("cpu", "cuda"):  # some of which have no such transpose
-        return _Outlook.apply(logits, v, kernel_size, stride, padding, scale)
+        return _Outlook.run(logits, v, kernel_size, stride, padding, scale)
     b, height, width, heads, dim = v.shape
     h, w = logits.shape[1:3]
     rows, columns = ((n - 1) * stride + kernel_size for n in (h, w))  # of the padded map, all that is in windows
@@ -66,7 +67,7 @@ def _plain(logits: Tensor, v: Tensor, kernel_size: int, stride: int, padding: in
     return F.pad(mixed, (0, 0, 0, 0, -padding, -right, -padding, -below))
 
 
-class _Outlook(torch.autograd.Function):
+class _Outlook(Function):
     """Band by band: copies of slices, matmuls, additions to slices; backward does the same again, keeping nothing.
 
     Nearly half of the forward time of timm's form on a CPU is torch.softmax over rows of 9: `_softmax` avoids it.
@@ -202,5 +203,5 @@ def outlook_attention(
     expected = (b, *windows, heads, kernel_size**2, kernel_size**2)
     check_tensor("logits", logits, expected, v)
     scale = dim**-0.5 if scale is None else scale
-    forms = Forms(_reference, _Outlook.apply, _plain)
+    forms = Forms(_reference, _Outlook.run, _plain)
     return dispatch("outlook", backend, forms, logits, v, kernel_size, stride, padding, scale)

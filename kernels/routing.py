@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import autocasting, check_maps, check_tensor, precise, transforms
 from visionattn.kernels._dispatch import Forms, dispatch, takes_plain
+from visionattn.kernels._function import Function
 from visionattn.kernels._plain import attend, keep, together
 from visionattn.kernels._tiles import Tiles, as_rows, cached, chunks, join, split
 
@@ -78,7 +79,7 @@ def _on_cpu(
     regions = [cached(_make_regions, q)(x.shape[1:3], grid, x.device) for x in (q, k)]
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, route_weights))
     saved_weights = _new_weights(q, routes, *regions) if trained else None
-    return _Routed.apply(q, k, v, routes, route_weights, saved_weights, *regions, scale)
+    return _Routed.run(q, k, v, routes, route_weights, saved_weights, *regions, scale)
 
 
 def _plain(
@@ -153,7 +154,7 @@ def _fit(k: Tensor, v: Tensor, selected: int, logits: int, size: int) -> int:
     return size // (4 * k.shape[3] * selected * (k.shape[4] + v.shape[4] + logits))
 
 
-class _Routed(torch.autograd.Function):
+class _Routed(Function):
     """Chunk by chunk of regions: rows of q, and of k and v those of the routed regions, are copied, then matmul,
     softmax, matmul, and rows copied back. Backward copies again, so that nothing copied is saved."""
 

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from visionattn.kernels._check import check_maps, check_tensor, known, per_axis, precise
 from visionattn.kernels._dispatch import Forms, dispatch
+from visionattn.kernels._function import Function
 from visionattn.kernels._plain import attend, crop, exact_lse, keep, together
 from visionattn.kernels._tiles import Tiles, as_rows, cached, chunks, join, map_size, split
 
@@ -111,7 +112,7 @@ def _on_cpu(
     windows = _windows(q, (window, shift, dilated))
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
     saved_weights = _new_weights(q, windows) if trained else None
-    output, lse = _Window.apply(q, k, v, bias, mask, saved_weights, windows, scale, return_lse)
+    output, lse = _Window.run(q, k, v, bias, mask, saved_weights, windows, scale, return_lse)
     return (output, lse) if return_lse else output
 
 
@@ -316,7 +317,7 @@ def _logits(q: Tensor, k: Tensor, bias: Tensor | None, chunk: _Chunk, i: slice, 
     return logits.flatten(0, 2).baddbmm_(q.flatten(0, 2), k.flatten(0, 2).mT, alpha=scale).view(logits.shape)
 
 
-class _Window(torch.autograd.Function):
+class _Window(Function):
     """Chunk by chunk of windows: rows of q, k and v are copied, then matmul, softmax, matmul, and rows copied back; as
     fast as fused attention would be without the copies, in windows of 49 tokens on a CPU."""
 

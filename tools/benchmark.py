@@ -6,6 +6,7 @@
     visionattn benchmark models nat_mini --train --count
 
 Time: candidates take turns in one process, so that other load meets all of them; median and quartiles over the rounds.
+With one thread on a CPU (--threads 1) it is time of the process, which other load does not take part in.
 Roofline: the share of the speed that the device allows, for the pattern's multiply-adds (three times as many with the
 backward pass) and for reading and writing each map once.
 Memory: on CUDA the peak of the allocator during one call; on a CPU the growth of the resident set during the first call
@@ -202,6 +203,7 @@ def take_turns(calls: dict[str, Callable[[], Any]], rounds: int, device: str) ->
     """
     clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in calls}
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     for _ in range(rounds + 1):
         for name, call in calls.items():
             _wait(device)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionattn.backbones.layers import Mlp, conv_norm, linear
@@ -30,6 +31,21 @@ def test_inference_gives_the_numbers_of_training_mode(shape, dtype):
             actual = call(x)
         tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@torch.no_grad()
+def test_compiled_layers_are_kept_whole_and_exported_ones_are_not():
+    torch.compiler.reset()
+    _, _, mlp = modules()
+    images = [torch.randn(2, tokens, 16) for tokens in (700, 9000, 2000)]
+    for module, call in (modules()[0], modules()[1], mlp):
+        backend = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(call, fullgraph=True, backend=backend)
+        for x in images:
+            torch.testing.assert_close(compiled(x), call(x))
+        assert "visionattn.linears" in str(backend.graphs[-1].code)
+        assert len(backend.graphs) <= 3
+        assert "visionattn" not in str(torch.export.export(module, (images[1],)).graph)
 
 
 def watched(module: nn.Module, called: list) -> None:
