@@ -287,9 +287,7 @@ def _fast(x: Tensor, *weights: Tensor | None) -> Tensor:
 
 def _linears(x: Tensor, weights: list[Any]) -> Tensor:
     *hidden, weight, bias = weights
-    if (
-        hidden
-    ):  # in chunks that stay in the cache: images of DaViT's first stages take half of the time, and little memory
+    if hidden:  # in chunks that stay in the cache: of DaViT's first stages in half of the time, and little memory
         count = x.shape[:-1].numel() * hidden[0].shape[0] * x.element_size() // CHUNK
         if count > 1:
             parts = x.flatten(0, -2).chunk(count)
