@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
 from visionattn.api import load
 from visionattn.cli import main
+from visionattn.runs.sharding import blocks_of
 
 SEGMENTATION = """\
 task: segmentation
@@ -224,6 +226,49 @@ def test_a_run_whose_second_process_was_killed_resumes(launcher, recipe_file, tm
     assert (run / "report.html").is_file()
 
 
+@pytest.mark.slow
+def test_shared_out_parameters_train_resume_and_predict_as_whole_ones(recipe_file, pictures, tmp_path):
+    """A narrow va_davit_giant by FSDP, interrupted, beside the same by DDP."""
+    narrow = "{embed_dims: [16, 16, 32, 32], num_heads: [1, 1, 2, 2], depths: [1, 1, 3, 1]}"
+    words = [
+        f"model={{name: va_davit_giant, args: {narrow}}}",
+        "optim.clip_grad=1",
+        "optim.schedule=plateau",
+        "data.batch_size=4",
+    ]
+    sharded = ["trainer.devices=2", "trainer.strategy=fsdp"]
+    whole = visionattn("fit", recipe_file, *TWO, *words, "--run=ddp", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    done = visionattn("fit", recipe_file, *sharded, *words, "train.epochs=1", "--run=fsdp", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "fsdp"
+    saved = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(saved.replace("train: {epochs: 1,", "train: {epochs: 2,"))
+    done = visionattn("fit", "--resume", run, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(rows(run), rows(tmp_path / "ddp"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    states = [torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True) for name in ("fsdp", "ddp")]
+    ours, theirs = (state["state_dict"] for state in states)
+    assert ours.keys() == theirs.keys()
+    for key, values in ours.items():
+        torch.testing.assert_close(values, theirs[key], rtol=1e-3, atol=1e-4)
+    assert main(["evaluate", str(run), "--split", "test", "-o", str(tmp_path / "alone")]) == 0
+    alone = json.loads((tmp_path / "alone" / "metrics.json").read_text())
+    assert alone["overall"] == pytest.approx(metrics(run)["overall"], abs=1e-5)
+    assert main(["predict", str(run), str(pictures / "test"), "-o", str(tmp_path / "told.csv")]) == 0
+    assert len((tmp_path / "told.csv").read_text().splitlines()) == 1 + 24
+
+
+def test_parameters_are_shared_out_by_blocks_and_what_does_not_go_with_it_is_refused(recipe_file, refused):
+    network = timm.create_model("va_davit_giant", embed_dims=(8,) * 4, num_heads=(1,) * 4, depths=(1, 1, 3, 2))
+    names = {module: name for name, module in network.named_modules()}
+    assert {"stages.2.blocks.1", "stages.2.blocks.2", "stages.3.blocks.1"} < {names[b] for b in blocks_of(network)}
+    for words, about in (("train.ema=0.9", "train.ema"), ("model.adapter={lora: {rank: 2}}", "model.adapter")):
+        message = refused("fit", recipe_file, "trainer.devices=2", "trainer.strategy=fsdp", words)
+        assert f"trainer.strategy fsdp does not go with {about}" in message
+
+
 def test_processes_that_torchrun_starts_share_a_run(recipe_file, tmp_path):
     command = [sys.executable, *TORCHRUN, "-m", "visionattn"]
     words = ["fit", str(recipe_file), *TWO, "train.epochs=1"]
@@ -269,3 +314,33 @@ def test_each_of_two_processes_predicts_its_share(recipe, tmp_path):
     assert names == sorted(path.relative_to(two) for path in two.rglob("*.png"))
     assert all(np.array_equal(Image.open(one / name), Image.open(two / name)) for name in names)
     assert {p.name: p.read_text() for p in one.glob("*.csv")} == {p.name: p.read_text() for p in two.glob("*.csv")}
+
+
+@pytest.mark.slow
+def test_scenes_are_shared_out_and_each_is_written_once(tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    rng, place = np.random.default_rng(0), rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000)
+    for split, count in (("train", 4), ("val", 1), ("test", 5)):
+        for i in range(count):
+            mask = rng.integers(0, 2, (1, 40, 48), np.uint8)
+            for kind, bands in (("images", np.repeat(60 + 120 * mask, 4, axis=0)), ("masks", mask)):
+                path = tmp_path / "data" / kind / split / f"{i}.tif"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                about = {"count": len(bands), "height": 40, "width": 48, "dtype": "uint8", "transform": place}
+                with rasterio.open(path, "w", driver="GTiff", crs="EPSG:32633", **about) as sink:
+                    sink.write(bands)
+    recipe = tmp_path / "scenes.yaml"
+    recipe.write_text(SEGMENTATION.replace("image_mask", "geotiff").replace("ROOT", str(tmp_path / "data")))
+    run, images = tmp_path / "run", tmp_path / "data" / "images" / "test"
+    assert main(["fit", str(recipe), "--run", str(run), "train.epochs=1"]) == 0
+    assert main(["predict", str(run), str(images), "-o", str(tmp_path / "one")]) == 0
+    command = [sys.executable, *TORCHRUN, "-m", "visionattn", "predict", str(run), str(images), "-o", "two"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr  # a second process would be refused to write what there is
+    scenes = sorted(path.name for path in (tmp_path / "one").glob("*.tif"))
+    assert len(scenes) == 5
+    assert sorted(path.name for path in (tmp_path / "two").glob("*.tif")) == scenes
+    for name in scenes:
+        with rasterio.open(tmp_path / "one" / name) as one, rasterio.open(tmp_path / "two" / name) as two:
+            assert np.array_equal(one.read(), two.read())
+            assert one.transform == two.transform == place

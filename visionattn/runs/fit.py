@@ -32,6 +32,7 @@ from visionattn.runs.checkpoints import epoch_of, load_weights, provenance
 from visionattn.runs.directory import RunDirectory
 from visionattn.runs.evaluate import evaluate_split
 from visionattn.runs.processes import forget_handover, from_first, is_first, offer
+from visionattn.runs.sharding import FullySharded
 from visionattn.runs.trainer import check_limits, check_trainer, make_trainer, on_cuda
 from visionattn.tasks.base import Task
 
@@ -181,6 +182,8 @@ def _train(directory: RunDirectory, spec: Recipe, dataset: Dataset) -> Path:
     with directory.locked() if is_first() else nullcontext():
         trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
         forget_handover()
+        if isinstance(trainer.strategy, FullySharded):
+            task = make_task(spec, dataset)  # whole again
         _evaluate(task, data, trainer, directory)
         if trainer.is_global_zero:
             directory.finish(time.monotonic() - began)

@@ -243,7 +243,8 @@ class Task(pl.LightningModule):
             checkpoint |= {"state_dict": plain, "unmerged": checkpoint["state_dict"]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = checkpoint.pop("unmerged", checkpoint["state_dict"])
+        if "unmerged" in checkpoint:
+            checkpoint["state_dict"] = checkpoint.pop("unmerged")
 
 
 def refuse_names(spec: Recipe) -> None:
