@@ -9,8 +9,10 @@ files Pillow gives the upper 8 bits only. What Pillow does not read may be a TIF
 """
 
 import io
+import json
 import logging
 import os
+import struct
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +22,15 @@ from unicodedata import normalize
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
+from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from visionattn.data.bands import read_bands, shape_of
 from visionattn.data.jpeg import decoded_jpeg
+from visionattn.data.kept import keep, key_of, recall
 from visionattn.data.remarks import names_its_file
 from visionattn.data.sample import Sample, Window
+from visionattn.data.threads import in_order
 from visionattn.data.unpacked import read_part
 from visionattn.errors import UserError, listed
 
@@ -42,6 +47,7 @@ __all__ = [
     "files_below",
     "given_files",
     "header",
+    "headers",
     "identities",
     "image_samples",
     "is_data",
@@ -58,6 +64,7 @@ SUFFIXES = {".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".
 WHITE_IS_ZERO = 0  # TIFF 6.0, PhotometricInterpretation
 SUBFILE, PREVIEW, MASK = 254, 1, 4  # TIFF 6.0, NewSubfileType and two of its bits
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
+PNG_START, PNG_TEXTS = 8, {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}  # bytes; PNG 3, 11.3
 TRANSPOSED = {5, 6, 7, 8}  # EXIF orientations that swap height and width
 Place = tuple[int, int]  # of a folder: device and number
 NO_DATA = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN"}  # what file servers and systems leave among the files
@@ -156,7 +163,7 @@ def header(path: Path) -> Header:
         with Image.open(path) as image:
             _refuse_pages(image, path)
             width, height = image.size
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            orientation = _exif(image, path).get(ExifTags.Base.Orientation, 1)
             orientation = orientation if orientation in range(2, 9) else 1
             size = (width, height) if orientation in TRANSPOSED else (height, width)
             return Header(size, 3 if image.mode == "P" else len(image.getbands()), orientation)
@@ -166,6 +173,56 @@ def header(path: Path) -> Header:
         if isinstance(error, Image.UnidentifiedImageError) and (shape := shape_of(path)):
             return Header(shape[:2], shape[2], 1)
         raise UserError(f"{path}: not a readable image ({str(error) or type(error).__name__})") from None
+
+
+def _exif(image: Image.Image, path: Path) -> Image.Exif:
+    """Pillow decodes PNG files for it, since it may stand behind the pixels: here those that have something there."""
+    decoded = isinstance(image, PngImageFile) and _text_behind_pixels(path)
+    return image.getexif() if decoded else Image.Image.getexif(image)
+
+
+def _text_behind_pixels(path: Path) -> bool:
+    """Whether a PNG file has what may say EXIF's orientation behind its pixels."""
+    with path.open("rb") as file:
+        file.seek(PNG_START)
+        pixels = False
+        while len(start := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", start)
+            pixels |= kind == b"IDAT"
+            if pixels and kind in PNG_TEXTS:
+                return True
+            file.seek(length + 4, os.SEEK_CUR)
+    return False
+
+
+def headers(paths: Iterable[Path]) -> tuple[dict[Path, Header], dict[Path, str]]:
+    """Of each file its header, or what is wrong with it; a header is kept until its file has changed."""
+    keys = {path: key_of([path], "header") for path in paths}
+    kept = recall(keys.values(), _header_of_text)
+    known = {path: kept[key] for path, key in keys.items() if key in kept}
+    wrong: dict[Path, str] = {}
+    fresh: dict[bytes, Header] = {}
+
+    def read(path: Path) -> Header | str:
+        try:
+            return header(path)
+        except UserError as error:
+            return str(error)
+
+    unknown = [path for path in keys if path not in known]
+    for path, found in zip(unknown, in_order(read, unknown), strict=True):
+        if isinstance(found, str):
+            wrong[path] = found
+        else:
+            known[path] = found
+            fresh |= {key: found} if (key := keys[path]) else {}
+    keep(fresh, json.dumps)
+    return known, wrong
+
+
+def _header_of_text(text: str) -> Header:
+    size, bands, orientation = json.loads(text)
+    return Header((size[0], size[1]), bands, orientation)
 
 
 @names_its_file

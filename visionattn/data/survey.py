@@ -5,13 +5,10 @@ Memory is that of a few images, or of a few blocks of large scenes.
 
 import hashlib
 import logging
-import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +17,7 @@ from visionattn.data.ground import same_ground
 from visionattn.data.images import match_channels
 from visionattn.data.kept import keep, keys_of, reading_as_text, reading_of_text, recall
 from visionattn.data.sample import IGNORE, Dataset, Reading, Sample, Window, blocks, unit_range
+from visionattn.data.threads import in_order
 from visionattn.errors import UserError, listed, plural
 from visionattn.progress import progress
 
@@ -36,11 +34,8 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
-R = TypeVar("R")
 BLOCK = 2048  # pixels of a side: larger scenes are read in blocks
 PLACES = 64  # positions kept of each class and image, for crops around rare classes
-AHEAD = 256  # samples that wait to be read
 TOGETHER = 2000  # readings that are kept at once
 SOME = 2000  # samples that are read of a set that is too large to be read whole
 
@@ -90,19 +85,7 @@ def _read_all(samples: Sequence[Sample], classes: int) -> Iterator[Reading]:
             return Reading(str(error), counts=_zeros(sample, classes))
 
     if samples:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
-            yield from progress(_in_order(pool, read, samples), "reading images", len(samples))
-
-
-def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-    """Results in the order of the items, of which only some wait at a time."""
-    waiting: deque[Future[R]] = deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) == AHEAD:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+        yield from progress(in_order(read, samples), "reading images", len(samples))
 
 
 def _zeros(sample: Sample, classes: int) -> np.ndarray:
@@ -173,7 +156,8 @@ def _sums(image: np.ndarray) -> tuple[np.ndarray, int]:
 
 def _pieces(sample: Sample, labelled: bool) -> Iterator[tuple[Window, np.ndarray, Any]]:
     """Windows that cover the sample, with image and target there: the whole unless it is large and read by windows."""
-    for window in blocks(sample.size, BLOCK) if sample.windowed else [None]:
+    windows: Iterable[Window | None] = blocks(sample.size, BLOCK) if sample.windowed else [None]
+    for window in windows:
         image, target = sample.read(window) if labelled else (sample.image(window), None)
         if labelled and target is None:
             raise UserError(f"{sample.name}: no label")

@@ -45,9 +45,10 @@ def read_part(
         size: (H, W) of the image.
         decode: `decode(path, *asked)` gives the whole of it.
     """
-    if window is None or [(side.start, side.stop) for side in window] == [(0, length) for length in size]:
+    if window is None:
         return decode(path, *asked)
-    if max(size) > LARGE:
+    divided = [(side.start, side.stop) for side in window] != [(0, length) for length in size]
+    if divided and max(size) > LARGE:
         return unpacked([path], partial(decode, path, *asked), decode.__name__, *asked)[window]
     return last_made([path], partial(decode, path, *asked), decode.__name__, *asked)[window]
 

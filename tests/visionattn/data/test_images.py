@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from visionattn.data.images import (
     ImageFile,
     array_to_image,
     given_files,
     header,
+    headers,
     image_samples,
     match_channels,
     named_files,
@@ -55,6 +57,36 @@ def deep_colour_png(path: Path, pixels: np.ndarray) -> Path:
     parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
     return path
+
+
+def turned_behind_its_pixels(path: Path) -> Path:
+    """A PNG with EXIF's orientation 6 after its pixels, as the standard allows."""
+    saved(path.parent, COLOUR, path.name)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(content)) + b"eXIf" + content + struct.pack(">I", zlib.crc32(b"eXIf" + content))
+    end = path.read_bytes().index(b"IEND") - 4
+    path.write_bytes(path.read_bytes()[:end] + chunk + path.read_bytes()[end:])
+    return path
+
+
+def test_headers_are_read_without_pixels_and_again_only_of_changed_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    decoded, opened, load, open_file = [], [], PngImageFile.load, Image.open
+    monkeypatch.setattr(PngImageFile, "load", lambda image: decoded.append(image.filename) or load(image))
+    monkeypatch.setattr(Image, "open", lambda path: opened.append(Path(path).name) or open_file(path))
+    plain = saved(tmp_path, COLOUR, "plain.png")
+    turned, broken = turned_behind_its_pixels(tmp_path / "turned.png"), tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    wanted = {plain: ((2, 3), 3, 1), turned: ((3, 2), 3, 6)}
+    for _ in range(2):
+        known, wrong = headers([plain, turned, broken])
+        assert (known, list(wrong)) == (wanted, [broken])
+    assert (decoded, sorted(opened)) == ([str(turned)], ["broken.png", "broken.png", "plain.png", "turned.png"])
+    assert read_image(turned).shape == (3, 3, 2)
+    saved(tmp_path, np.zeros((5, 7), np.uint8), "plain.png")
+    assert headers([plain])[0] == {plain: ((5, 7), 1, 1)}
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "bmp"])

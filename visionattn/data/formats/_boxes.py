@@ -8,7 +8,6 @@ import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -18,7 +17,7 @@ import numpy as np
 
 from visionattn.data.boxes import Boxes, BoxSection
 from visionattn.data.formats import Found
-from visionattn.data.images import SUFFIXES, TRANSPOSED, Header, ImageFile, header, is_data
+from visionattn.data.images import SUFFIXES, TRANSPOSED, Header, ImageFile, headers, is_data
 from visionattn.data.labels import class_order
 from visionattn.data.object_masks import Drawn, Polygons, Shape, turn_boxes
 from visionattn.data.sample import Sample, Window
@@ -249,18 +248,17 @@ def _with_own_names(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
 
 
 def _with_headers(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
-    def read(entry: Entry) -> Entry | str:
+    known, wrong = headers(entry.path for entry in entries)
+    right, problems = [], []
+    for entry in entries:
         if not entry.path.is_file():
-            return f"{entry.where}: there is no image {entry.path}"
-        try:
-            read = replace(entry, header=header(entry.path))
-            return _in_pixels(read) if read.relative else read
-        except UserError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(8) as pool:
-        read_ones = list(pool.map(read, entries))
-    return [e for e in read_ones if isinstance(e, Entry)], [e for e in read_ones if isinstance(e, str)]
+            problems.append(f"{entry.where}: there is no image {entry.path}")
+        elif entry.path in wrong:
+            problems.append(wrong[entry.path])
+        else:
+            read = replace(entry, header=known[entry.path])
+            right.append(_in_pixels(read) if read.relative else read)
+    return right, problems
 
 
 def _in_pixels(entry: Entry) -> Entry:

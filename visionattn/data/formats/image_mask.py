@@ -4,7 +4,6 @@ A palette mask is read by its numbers, not its colours, unless `data.colors` is 
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,9 +13,9 @@ from PIL import Image, ImageOps
 from pydantic import Field
 
 from visionattn.data.formats import Found, Kind
-from visionattn.data.images import SUFFIXES, ImageFile, header, named_files
+from visionattn.data.images import SUFFIXES, ImageFile, headers, named_files
 from visionattn.data.labels import ColouredMaskSection, Labels
-from visionattn.data.pairs import Pair, PairSection, find_pairs
+from visionattn.data.pairs import PairSection, find_pairs
 from visionattn.data.remarks import names_its_file
 from visionattn.data.sample import Sample, Window
 from visionattn.data.unpacked import read_part
@@ -79,11 +78,16 @@ def find(section: Section) -> Found:
     """
     pairs, problems = find_pairs(section, SUFFIXES)
     labels = Labels.of(section)
-    with ThreadPoolExecutor(8) as pool:
-        headers = list(pool.map(_header_of_pair, pairs))
-    problems += [header for header in headers if isinstance(header, str)]
-    readable = [(pair, *header) for pair, header in zip(pairs, headers, strict=True) if not isinstance(header, str)]
-    channels = section.channels or max((channels for *_, channels in readable), default=1)
+    known, wrong = headers(path for pair in pairs for path in (pair.image, pair.mask))
+    readable = []
+    for pair in pairs:
+        if error := wrong.get(pair.image) or wrong.get(pair.mask):
+            problems.append(error)
+        elif (size := known[pair.image].size) != (other := known[pair.mask].size):
+            problems.append("{} is {}x{}, but {} is {}x{}".format(pair.image, *size, pair.mask, *other))
+        else:
+            readable.append((pair, size))
+    channels = section.channels or max((known[pair.image].channels for pair, _ in readable), default=1)
     samples: list[Sample] = [
         ImageMask(
             name=pair.name,
@@ -96,20 +100,9 @@ def find(section: Section) -> Found:
             mask_path=pair.mask,
             labels=labels,
         )
-        for pair, size, _ in readable
+        for pair, size in readable
     ]
     return Found(samples, section.class_names, problems)
-
-
-def _header_of_pair(pair: Pair) -> tuple[tuple[int, int], int] | str:
-    """(H, W) and channels of an image, or what is wrong with the pair."""
-    try:
-        image, mask = header(pair.image), header(pair.mask)
-    except UserError as error:
-        return str(error)
-    if image.size != mask.size:
-        return "{} is {}x{}, but {} is {}x{}".format(pair.image, *image.size, pair.mask, *mask.size)
-    return image.size, image.channels
 
 
 def unlabelled(paths: Sequence[Path], section: Section, channels: int) -> tuple[list[Sample], list[str]]:
@@ -118,13 +111,10 @@ def unlabelled(paths: Sequence[Path], section: Section, channels: int) -> tuple[
 
 def mask_samples(paths: Sequence[Path], channels: int) -> tuple[list[Sample], list[str]]:
     """Image files without masks, called by their path below the given folder without its ending."""
+    files = named_files(paths)
+    known, wrong = headers(files.values())
     samples: list[Sample] = []
-    problems = []
-    for name, path in named_files(paths).items():
-        try:
-            size = header(path).size
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        samples.append(ImageMask(name, name, name, channels, size, path=path))
-    return samples, problems
+    for name, path in files.items():
+        if path in known:
+            samples.append(ImageMask(name, name, name, channels, known[path].size, path=path))
+    return samples, list(wrong.values())

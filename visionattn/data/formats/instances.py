@@ -5,8 +5,8 @@ without such tables all objects are of one class.
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 from unicodedata import normalize
@@ -19,7 +19,7 @@ from visionattn.data.formats import Found, Kind, image_mask
 from visionattn.data.formats._boxes import class_names
 from visionattn.data.formats._tables import read_rows
 from visionattn.data.formats.image_mask import read_mask
-from visionattn.data.images import SUFFIXES, ImageFile, header
+from visionattn.data.images import SUFFIXES, ImageFile, headers
 from visionattn.data.pairs import PairSection, files_by_name, folders
 from visionattn.data.sample import Sample, Window
 from visionattn.data.splits import split_named
@@ -130,10 +130,7 @@ def find(section: Section) -> Found:
         UserError: a folder is missing, classes that are not known, or several classes without tables.
     """
     problems: list[str] = []
-    with ThreadPoolExecutor(8) as pool:
-        checked = list(pool.map(_checked, _images(section, problems)))
-    problems += [problem for problem in checked if isinstance(problem, str)]
-    images = [image for image in checked if not isinstance(image, str)]
+    images = _checked(list(_images(section, problems)), problems)
     tables = {image.name: _table(image.numbered) for image in images if image.numbered}
     names = {name: image for image, table in tables.items() if table for name in table.values()}
     untold = [image for image in images if tables.get(image.name) is None]
@@ -186,16 +183,22 @@ def _images(section: Section, problems: list[str]) -> Iterator[InstanceImage]:
         problems += [f"{path}: there is no image for it in {images}" for path in unused]
 
 
-def _checked(image: InstanceImage) -> InstanceImage | str:
-    """With its size and channels, or what is wrong."""
-    try:
-        mine = header(image.path)
-        for path in [image.numbered] if image.numbered else image.masks[:1]:
-            if (size := header(path).size) != mine.size:
-                return "{} is {}x{}, but {} is {}x{}".format(image.path, *mine.size, path, *size)
-    except UserError as error:
-        return str(error)
-    return replace(image, size=mine.size, channels=mine.channels)
+def _checked(images: Sequence[InstanceImage], problems: list[str]) -> list[InstanceImage]:
+    """With their sizes and channels."""
+    labels = [(image.numbered,) if image.numbered else image.masks[:1] for image in images]
+    known, wrong = headers([*(image.path for image in images), *chain.from_iterable(labels)])
+    right = []
+    for image, of_it in zip(images, labels, strict=True):
+        if errors := [wrong[path] for path in (image.path, *of_it) if path in wrong]:
+            problems.append(errors[0])
+            continue
+        mine = known[image.path]
+        if differ := [path for path in of_it if known[path].size != mine.size]:
+            size = known[differ[0]].size
+            problems.append("{} is {}x{}, but {} is {}x{}".format(image.path, *mine.size, differ[0], *size))
+        else:
+            right.append(replace(image, size=mine.size, channels=mine.channels))
+    return right
 
 
 def _table(numbered: Path) -> dict[int, str] | None:

@@ -8,7 +8,6 @@ shuffled and shared out as single files are.
 import json
 import tarfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -23,6 +22,7 @@ from visionattn.data.kept import keep, key_of, recall
 from visionattn.data.labels import ClassSection, class_order
 from visionattn.data.sample import Sample
 from visionattn.data.splits import split_of_file
+from visionattn.data.threads import in_order
 from visionattn.errors import UserError, listed
 from visionattn.recipe.sections import FilePath
 
@@ -112,13 +112,19 @@ def _contents(names: dict[Path, Path], section: Section) -> tuple[dict[Path, lis
     """The samples of each tar file, from what is kept where it has not changed since, and what is wrong with others."""
     asked = section.image, section.label, section.label_key, section.group_key
     keys = {path: key_of([path], "tar", *asked) for path in names}
-    known = recall(keys.values(), lambda text: [_Labelled(*entry) for entry in json.loads(text)])
-    unknown = {path: name.as_posix() for path, name in names.items() if keys[path] not in known}
-    with ThreadPoolExecutor(8) as pool:
-        read = dict(zip(unknown, pool.map(lambda item: _labelled(*item, section), unknown.items()), strict=True))
-    keep({key: read[path][0] for path in read if (key := keys[path]) and not read[path][1]}, json.dumps)
-    content = {path: read[path][0] if path in read else known[keys[path]] for path in names}
-    return content, [problem for _, problems in read.values() for problem in problems]
+    kept = recall(keys.values(), lambda text: [_Labelled(*entry) for entry in json.loads(text)])
+    known = {path: kept[key] for path, key in keys.items() if key in kept}
+    unknown = [path for path in names if path not in known]
+    wrong: list[str] = []
+    fresh: dict[bytes, list[_Labelled]] = {}
+    read = in_order(lambda path: _labelled(path, names[path].as_posix(), section), unknown)
+    for path, (entries, problems) in zip(unknown, read, strict=True):
+        known[path] = entries
+        wrong += problems
+        if (key := keys[path]) and not problems:
+            fresh[key] = entries
+    keep(fresh, json.dumps)
+    return {path: known[path] for path in names}, wrong
 
 
 def _labelled(path: Path, name: str, section: Section) -> tuple[list[_Labelled], list[str]]:

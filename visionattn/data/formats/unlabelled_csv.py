@@ -1,7 +1,6 @@
 """`format: csv` without labels: a table of images."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +8,7 @@ from pydantic import Field
 
 from visionattn.data.formats import Found, Kind, image_mask
 from visionattn.data.formats._tables import read_rows, splits_of
-from visionattn.data.images import ImageFile, existing, header
+from visionattn.data.images import ImageFile, existing, headers
 from visionattn.data.sample import Sample
 from visionattn.errors import UserError, listed
 from visionattn.recipe.sections import FilePath, Positive
@@ -43,14 +42,15 @@ def find(section: Section) -> Found:
         )
     if twice := sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []:
         raise UserError(f"data.root: {section.root}: listed more than once: {listed(twice)}")
-    with ThreadPoolExecutor(8) as pool:
-        headers = list(pool.map(header, paths))
-    channels = section.channels or max(1 if it.bands <= 2 else 3 for it in headers)
+    known, wrong = headers(paths)
+    if wrong:
+        raise UserError(listed(list(wrong.values()), "\n"))
+    channels = section.channels or max(1 if it.bands <= 2 else 3 for it in known.values())
     splits = splits_of(section.root, rows, section.split_column)
     groups = [row[section.group_column] if section.group_column else row[section.path_column] for row in rows]
     samples: list[Sample] = [
-        ImageFile(name, name, group, channels, it.size, split, path=path)
-        for name, group, it, split, path in zip(names, groups, headers, splits, paths, strict=True)
+        ImageFile(name, name, group, channels, known[path].size, split, path=path)
+        for name, group, split, path in zip(names, groups, splits, paths, strict=True)
     ]
     return Found(samples, [], [])
 

@@ -1,14 +1,13 @@
 """`format: unlabelled`: image files in any subfolders, without labels."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from visionattn.data.formats import Found, Kind, image_mask
-from visionattn.data.images import SUFFIXES, Header, ImageFile, files_below, header
+from visionattn.data.images import SUFFIXES, ImageFile, files_below, headers
 from visionattn.data.sample import Sample
 from visionattn.data.splits import GroupSection, split_named
 from visionattn.errors import UserError
@@ -48,22 +47,14 @@ class Section(UnlabelledSection):
 def find(section: Section) -> Found:
     """Every image; only headers are read."""
     files = section.named(sorted({*SUFFIXES, ".npy"}))
-    with ThreadPoolExecutor(8) as pool:
-        headers = dict(zip(files, pool.map(_header, files.values()), strict=True))
-    readable = {name: it for name, it in headers.items() if isinstance(it, Header)}
-    channels = section.channels or max((it.channels for it in readable.values()), default=1)
+    known, wrong = headers(files.values())
+    channels = section.channels or max((it.channels for it in known.values()), default=1)
     samples: list[Sample] = [
-        ImageFile(name=name, case=name, channels=channels, size=it.size, path=files[name], **section.place_of(name))
-        for name, it in readable.items()
+        ImageFile(name=name, case=name, channels=channels, size=known[path].size, path=path, **section.place_of(name))
+        for name, path in files.items()
+        if path in known
     ]
-    return Found(samples, [], [it for it in headers.values() if isinstance(it, str)])
-
-
-def _header(path: Path) -> Header | str:
-    try:
-        return header(path)
-    except UserError as error:
-        return str(error)
+    return Found(samples, [], list(wrong.values()))
 
 
 def unlabelled(paths: Sequence[Path], section: Section, channels: int) -> tuple[list[Sample], list[str]]:
