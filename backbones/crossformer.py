@@ -39,7 +39,7 @@ from visionattn.backbones._twins import unwrap
 from visionattn.backbones.backbone import MapClassifier, create, make_classifier
 from visionattn.backbones.layers import DepthwiseConv, Mlp, check_in_chans, init_linear, linear, pad_to_multiple
 from visionattn.kernels import _record, window_attention
-from visionattn.kernels._check import autocasting
+from visionattn.kernels._check import autocasting, decided
 from visionattn.kernels._packed import unpack
 from visionattn.kernels._plain import keep
 
@@ -155,8 +155,10 @@ class GroupAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        group, longest = self.group_size, max(x.shape[1:3])
-        if min(x.shape[1:3]) <= group:
+        group, one_group = self.group_size, torch.sym_min(*x.shape[1:3]) <= self.group_size
+        one_group = decided(one_group, f"maps of at most {group} places a side are one group, larger ones are cut")
+        longest = max(x.shape[1:3])
+        if one_group:
             group, interval = longest, 1
         else:
             interval = _ceil_div(longest, group) if isinstance(self.interval, str) else self.interval

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import statically_known_false, statically_known_true
 
 __all__ = [
     "allows_tf32",
@@ -15,6 +15,7 @@ __all__ = [
     "check_map",
     "check_maps",
     "check_tensor",
+    "decided",
     "known",
     "per_axis",
     "precise",
@@ -39,6 +40,16 @@ def known(condition: bool) -> bool:
     """Whether a condition on sizes holds. Where a compiler has symbols for sizes, only what holds for all of them is
     known: asked for itself, the condition would have it compile once for each answer."""
     return statically_known_true(condition) if torch.compiler.is_compiling() else bool(condition)
+
+
+def decided(condition: bool, what: str) -> bool:
+    """A condition on sizes by which a network computes one thing or another, so that no exported graph is for all.
+
+    Raises ValueError, which says what depends on it, where an exporter has symbols for sizes.
+    """
+    if torch.compiler.is_exporting() and not (statically_known_true(condition) or statically_known_false(condition)):
+        raise ValueError(f"{what}, so that no graph is for all sizes")
+    return bool(condition)
 
 
 @torch.compiler.assume_constant_result

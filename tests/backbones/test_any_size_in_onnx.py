@@ -7,13 +7,12 @@ import pytest
 import torch
 from test_registry import FAST, create, family, images
 
+from visionattn.errors import UserError
 from visionattn.tasks.graph import Graph
 from visionattn.tools import export
 from visionattn.tools._exporters import EXPORTERS
 
-UNFIT = {
-    "crossformer"
-}  # its graph depends on the map: whether a group covers it, and what is left beside whole regions
+UNFIT = {"crossformer": "maps of at most 4 places a side are one group, larger ones are cut"}  # and why
 SIZES = [(64, 64), (160, 224), (101, 75), (49, 33)]
 
 
@@ -23,14 +22,24 @@ class Classifier(Graph):
         return logits.softmax(1), logits
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(name for name in FAST if family(name) not in UNFIT))
-def test_one_file_is_right_at_any_size(name, tmp_path):
+def graph_of(name):
     torch.manual_seed(0)
     model = create(name, num_classes=10).eval()
     channels = model.default_cfg["input_size"][0]
-    graph = Classifier(model, [0.5] * channels, [0.25] * channels).eval()
+    return Classifier(model, [0.5] * channels, [0.25] * channels).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(name for name in FAST if family(name) not in UNFIT))
+def test_one_file_is_right_at_any_size(name, tmp_path):
     tried = [images(name, *size, batch=3) for size in SIZES]
-    check = export.written(EXPORTERS["onnx"], graph, tried, tmp_path / "model.onnx", {})
+    check = export.written(EXPORTERS["onnx"], graph_of(name), tried, tmp_path / "model.onnx", {})
     assert check["largest_relative_error"] < 1e-3
     assert check["sizes"] == [list(size) for size in SIZES]
+
+
+@pytest.mark.parametrize("name", sorted(name for name in FAST if family(name) in UNFIT))
+def test_what_no_graph_is_for_is_refused_with_what_depends_on_the_size(name, tmp_path):
+    tried = [images(name, *size, batch=1) for size in SIZES[:2]]
+    with pytest.raises(UserError, match=UNFIT[family(name)] + ", so that no graph is for all sizes"):
+        export.written(EXPORTERS["pt2"], graph_of(name), tried, tmp_path / "model.pt2", {})
