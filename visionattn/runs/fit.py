@@ -32,7 +32,7 @@ from visionattn.runs.checkpoints import epoch_of, load_weights, provenance
 from visionattn.runs.directory import RunDirectory
 from visionattn.runs.evaluate import evaluate_split
 from visionattn.runs.processes import forget_handover, from_first, is_first, offer
-from visionattn.runs.sharding import FullySharded
+from visionattn.runs.sharding import FullySharded, refuse_sharded
 from visionattn.runs.trainer import check_limits, check_trainer, make_trainer, on_cuda
 from visionattn.tasks.base import Task
 
@@ -152,6 +152,7 @@ def rehearse(spec: Recipe, dataset: Dataset) -> None:
     kind.refuse_names(spec)
     spec, dataset = kind.resolve(spec, dataset)
     task = kind.make(spec, dataset)
+    refuse_sharded(spec, task)
     validated = kind.evaluation_set(dataset.splits["val"], spec.data)
     check_limits(spec, len(kind.training_set(dataset, spec)), len(validated))
     image = (len(spec.data.mean or ()), *spec.data.side)

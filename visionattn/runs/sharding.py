@@ -17,16 +17,17 @@ from torch.distributed.fsdp import fully_shard
 
 from visionattn.errors import UserError
 from visionattn.recipe import Recipe
+from visionattn.tasks.base import Task
 
 __all__ = ["FullySharded", "blocks_of", "refuse_sharded"]
 
-TRIED = ("classification", "segmentation")  # whose networks are called as a whole
 
-
-def refuse_sharded(spec: Recipe) -> None:
-    """Raises UserError for what does not go with shared out parameters."""
-    if spec.task not in TRIED:
-        raise UserError(f"trainer.strategy fsdp is for {' and '.join(TRIED)}, the recipe's task is {spec.task}")
+def refuse_sharded(spec: Recipe, task: Task) -> None:
+    """Raises UserError for what parameters that are shared out do not go with."""
+    if spec.trainer.get("strategy") != "fsdp":
+        return
+    if not task.calls_whole:
+        raise UserError(f"trainer.strategy fsdp shares out no parameters for task {spec.task}: take ddp")
     others = {"train.ema": spec.train.ema, "train.compile": spec.train.compile, "model.adapter": spec.model.adapter}
     for name in [name for name, value in others.items() if value]:
         raise UserError(f"trainer.strategy fsdp does not go with {name}: leave one of them out")

@@ -15,7 +15,7 @@ from visionattn.recipe import Recipe
 from visionattn.runs import progress
 from visionattn.runs.checkpoints import AtomicCheckpointIO, ModelCheckpoint
 from visionattn.runs.directory import History, RunDirectory
-from visionattn.runs.sharding import FullySharded, refuse_sharded
+from visionattn.runs.sharding import FullySharded
 from visionattn.tasks.base import Task
 
 __all__ = ["check_limits", "check_trainer", "make_trainer", "on_cuda"]
@@ -118,7 +118,6 @@ def _options(spec: Recipe) -> dict[str, Any]:
             "be validated, so no epoch would be the best"
         )
     if options.get("strategy") == "fsdp":
-        refuse_sharded(spec)
         options["strategy"] = FullySharded()
     options["callbacks"] = [_callback(entry) for entry in options.get("callbacks", [])]
     return options

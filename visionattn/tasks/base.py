@@ -91,6 +91,7 @@ class Task(pl.LightningModule):
     """
 
     evaluates_last = False  # besides the best weights
+    calls_whole = False  # the network in training, and none of its parts, so that its parameters can be shared out
     doubting = False
     fitted: Fitted | None = None
     bank: Tensor | None = None

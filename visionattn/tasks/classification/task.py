@@ -73,6 +73,8 @@ class Classifier(Task):
         temperature: that both logits are divided by.
     """
 
+    calls_whole = True
+
     def __init__(
         self,
         network: nn.Module,
