@@ -102,7 +102,8 @@ def find(section: Section) -> Found:
     for path, entries in content.items():
         split, start = split_of_file(names[path]), names[path].as_posix()
         for key, place, length, label, group in entries:
-            title, where = f"{start}/{key}", {"path": path, "place": place, "length": length}
+            title = f"{start}/{key}"
+            where: dict[str, Any] = {"path": path, "place": place, "length": length}
             group = title if group is None else group
             samples.append(InTar(title, title, group, section.channels, split=split, label=numbers[label], **where))
     return Found(samples, classes, problems)
