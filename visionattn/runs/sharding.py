@@ -28,7 +28,11 @@ def refuse_sharded(spec: Recipe, task: Task) -> None:
         return
     if not task.calls_whole:
         raise UserError(f"trainer.strategy fsdp shares out no parameters for task {spec.task}: take ddp")
-    others = {"train.ema": spec.train.ema, "train.compile": spec.train.compile, "model.adapter": getattr(spec.model, "adapter", None)}
+    others = {
+        "train.ema": spec.train.ema,
+        "train.compile": spec.train.compile,
+        "model.adapter": getattr(spec.model, "adapter", None),
+    }
     for name in [name for name, value in others.items() if value]:
         raise UserError(f"trainer.strategy fsdp does not go with {name}: leave one of them out")
 
