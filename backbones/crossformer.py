@@ -45,6 +45,8 @@ from visionattn.kernels._plain import keep
 
 __all__ = ["CrossFormer"]
 
+SMALL = "maps of at most {} places a side are one group, larger ones are cut"
+
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
@@ -155,10 +157,8 @@ class GroupAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        group, one_group = self.group_size, torch.sym_min(*x.shape[1:3]) <= self.group_size
-        one_group = decided(one_group, f"maps of at most {group} places a side are one group, larger ones are cut")
-        longest = max(x.shape[1:3])
-        if one_group:
+        group, longest = self.group_size, max(x.shape[1:3])
+        if any(decided(side <= group, SMALL.format(group)) for side in x.shape[1:3]):
             group, interval = longest, 1
         else:
             interval = _ceil_div(longest, group) if isinstance(self.interval, str) else self.interval

@@ -42,7 +42,7 @@ def known(condition: bool) -> bool:
     return statically_known_true(condition) if torch.compiler.is_compiling() else bool(condition)
 
 
-def decided(condition: bool | torch.SymBool, what: str) -> bool:
+def decided(condition: bool, what: str) -> bool:
     """A condition on sizes by which a network computes one thing or another, so that no exported graph is for all.
 
     Raises ValueError, which says what depends on it, where an exporter has symbols for sizes.
