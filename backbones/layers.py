@@ -274,7 +274,8 @@ CHUNK = 8 * 2**20  # bytes of the hidden layer of an MLP to compute at a time
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x). A plain nn.Linear in float32 on a CPU, without gradients, takes 0.75 to 0.95 of its time."""
-    if not isinstance(layer, nn.Linear) or known(x.numel() < SMALL) or not _can_be_fast(x, layer):
+    small = type(x) is Tensor and known(x.numel() < SMALL)  # which fx does not know of what it traces
+    if small or not isinstance(layer, nn.Linear) or not _can_be_fast(x, layer):
         return layer(x)
     return _fast(x, layer.weight, layer.bias)
 
@@ -334,9 +335,11 @@ class Mlp(timm.layers.Mlp):
             return super().forward(x)
         if not self.training and self.act.approximate == "none" and _can_be_fast(x, self.fc1, self.fc2):
             return _fast(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-        count = x.shape[:-1].numel() * self.fc1.out_features * x.element_size() // CHUNK
         forward = super().forward
-        if torch.compiler.is_compiling() or count < 2:
+        if torch.compiler.is_compiling():  # whose sizes may be symbols
+            return forward(x)
+        count = x.shape[:-1].numel() * self.fc1.out_features * x.element_size() // CHUNK
+        if count < 2:
             return forward(x)
         return torch.cat([forward(part) for part in x.flatten(0, -2).chunk(count)]).view(*x.shape[:-1], -1)
 

@@ -65,5 +65,5 @@ def test_the_keys_that_a_page_names_exist(page):
     known = keys_of(schema, schema)
     free = r"(?:model\.args|model\.decoder_args|model\.detector_args|optim\.args|trainer|run)\."
     named = re.findall(r"\b((?:data|model|optim|loss|train|evaluate|objective|probe)(?:\.\w+)+)\b", page.read_text())
-    others = {"model.json", "train.py", "model.parameters"}  # files and Python
+    others = {"model.json", "model.onnx", "train.py", "model.parameters"}  # files and Python
     assert [key for key in named if key not in known | others and not re.match(free, f"{key}.")] == []
