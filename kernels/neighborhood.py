@@ -475,25 +475,13 @@ def _compiled(
     return join(output) if lse is None else (join(output), join(lse[..., None])[..., 0].movedim(-1, 1))
 
 
-def _on_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    kernel_size: Axes,
-    dilation: Axes,
-    stride: Axes,
-    scale: float,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
+def _on_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *others: Any) -> Any:
     """Without gradients by the plain body, which on small maps takes half of the time, on others 0.8 to 1.0 of it, as
     long as its moved rows of an image are few. Its gradients take 1.0 to 1.7 times as long, or several maps of memory.
     """
-    arguments = (q, k, v, bias, kernel_size, dilation, stride, scale, return_lse)
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
-    if trained or 8 * q.element_size() * math.prod(q.shape[1:]) > GATHERED["cpu"]:
-        return _Neighborhood.run(*arguments)
-    return _plain(*arguments)
+    many = 8 * q.element_size() * math.prod(q.shape[1:]) > GATHERED["cpu"]
+    return (_Neighborhood.run if trained or many else _plain)(q, k, v, bias, *others)
 
 
 class _Neighborhood(Function):

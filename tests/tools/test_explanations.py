@@ -345,6 +345,31 @@ def test_too_many_windows_are_refused(segmenter, tmp_path):
         list(explained(segmenter, samples, Wanted(("gradient",))))
 
 
+class WaterInTheCorner(nn.Module):
+    """Predicts water (class 1) in the first pixel of a window, where that is bright, and ground elsewhere."""
+
+    device = torch.device("cpu")
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(len(images), 3, *images.shape[2:])
+        logits[:, 0] = 1
+        logits[:, 1, 0, 0] = images[:, 0, 0, 0] * 10
+        return logits
+
+
+def test_what_only_a_window_predicts_whose_business_it_is_not_is_explained_as_the_whole(segmenter, tmp_path):
+    """The last row of windows begins at row 86, which belongs to the one before it, up to row 128."""
+    path = scene(tmp_path / "a.tif")
+    with rasterio.open(path, "r+") as sink:
+        pixels = np.zeros((3, 150, 100), np.uint8)
+        pixels[:, 86, 0] = 255
+        sink.write(pixels)
+    samples, _ = formats.unlabelled([path], segmenter.recipe.data, 3)
+    shown = part_of("segmentation", "explain").seen(WaterInTheCorner(), samples[0], segmenter.recipe, Asked("water"))
+    assert [one.place for one in shown] == [(top, left, top + 64, left + 64) for top in (0, 64, 86) for left in (0, 36)]
+    assert sum(int(one.region.sum()) for one in shown) == 150 * 100
+
+
 def test_slices_become_a_volume_on_its_own_grid(tmp_path):
     trained = untrained(
         f"task: segmentation\nmodel: {BIFORMER}, decoder: fpn}}\n"

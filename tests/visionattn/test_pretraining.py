@@ -199,6 +199,8 @@ def test_images_that_are_all_alike_train_without_nan_and_are_reported(unlabelled
         ("model={name: emcad_pvt_v2_b0}", "is a whole segmenter: name its encoder alone"),
         ("probe.root=nowhere", "nowhere is missing"),
         ("model.bands={}", "there is neither model.checkpoint nor model.pretrained: true"),
+        ("trainer.strategy=fsdp", "trainer.strategy fsdp shares out no parameters for task pretraining: take ddp"),
+        ("data.labels=10", "labelled"),
         ("objective.name=moco", "objective.name is 'moco'; allowed: 'mim', 'vicreg' or 'distill'"),
         ("data.group='^nothing'", "finds nothing in this name"),
     ],

@@ -5,6 +5,7 @@ together; samples with masks or boxes are drawn as groups, of which each may be 
 of their objects as 100 draws allow where those are known.
 """
 
+import logging
 import re
 import warnings
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from visionattn.recipe.sections import Data, Section
 
 __all__ = ["OTHER_NAMES", "GroupSection", "draw", "fold", "given_splits", "split", "split_named", "split_of_file"]
 
+log = logging.getLogger(__name__)
 OTHER_NAMES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 GROUP_DRAWS = 100
 
@@ -102,12 +104,17 @@ def split(samples: list[Sample], classes: list[str], section: Data) -> tuple[Dat
 
 
 def _few(samples: list[Sample], count: int, seed: int) -> list[Sample]:
-    """So many samples of each class, or cases in all, drawn by the seed, in their order."""
+    """So many samples of each class, or cases in all, drawn by the seed, in their order; told where there are fewer."""
     kinds: dict[int, list[str]] = {}
     for sample in samples:
         cases = kinds.setdefault(-1 if sample.label is None or np.ndim(sample.label) else int(sample.label), [])
         if not cases or cases[-1] != sample.case:
             cases.append(sample.case)
+    fewest = min(map(len, kinds.values()), default=0)
+    if fewest < count:
+        log.warning(
+            "data.labelled is %d, but there are %d to train on%s", count, fewest, " of a class" * (len(kinds) > 1)
+        )
     draw = np.random.default_rng(seed)
     kept = {cases[i] for cases in kinds.values() for i in draw.permutation(len(cases))[:count]}
     return [sample for sample in samples if sample.case in kept]

@@ -38,19 +38,17 @@ def seen(task: Segmenter, sample: Sample, spec: Recipe, asked: Asked) -> list[Se
         regions = [_resized(mask[window], image.shape[1:]) for window, image in zip(windows, images, strict=True)]
     predicted = _predicted(logits, regions, counted(spec))
     k = class_of(asked, spec.data.class_names, predicted, None)
-    if mask is None:
-        regions = [part.argmax(0) == k for part in logits]
-        if not any(region.any() for region in regions if region is not None):
-            regions = [torch.ones_like(part[0], dtype=torch.bool) for part in logits]
-    shown = []
-    for image, (window, offsets), region in zip(images, cells, regions, strict=True):
-        top, left = (round(offset * factor) for offset, factor in zip(offsets, scaled, strict=True))
-        assert region is not None  # by now
-        own = region.clone()
-        own[:top], own[:, :left] = False, False
-        if own.any():
-            shown.append(_seen(task, image, window, own, k, spec.data.class_names[k]))
-    return shown
+    whole = [_own(part[0], offsets, scaled) for part, (_, offsets) in zip(logits, cells, strict=True)]
+    wanted = [part.argmax(0) == k if region is None else region for part, region in zip(logits, regions, strict=True)]
+    own = [mine & region for mine, region in zip(whole, wanted, strict=True)]
+    if mask is None and not any(map(torch.any, own)):
+        own = whole
+    name = spec.data.class_names[k]
+    return [
+        _seen(task, image, window, region, k, name)
+        for image, window, region in zip(images, windows, own, strict=True)
+        if region.any()
+    ]
 
 
 def chosen(
@@ -62,6 +60,14 @@ def chosen(
         own = members[row["case"]]
         kinds.setdefault(row["kind"], []).append(own[len(own) // 2])
     return kinds
+
+
+def _own(like: Tensor, offsets: tuple[int, int], scaled: tuple[float, float]) -> Tensor:
+    """(h, w) of a window, what is not the business of those before it."""
+    top, left = (round(offset * factor) for offset, factor in zip(offsets, scaled, strict=True))
+    own = torch.ones_like(like, dtype=torch.bool)
+    own[:top], own[:, :left] = False, False
+    return own
 
 
 def _seen(task: Segmenter, image: Tensor, window: Window, region: Tensor, k: int, name: str) -> Seen:
