@@ -2,6 +2,7 @@
 
     python docs/run.py docs/walks/engineer.md           # compares
     python docs/run.py --write docs/walks/engineer.md   # writes what was printed into the page
+    python docs/run.py --keep WALKS docs/walks/*.md     # each page in a folder WALKS/PAGE, which stays
 
 Blocks run in order: `bash` line by line, `python` in one interpreter for the whole page, and a block with a title is
 written to the file of that name. A `text` block is what the block before it prints. Numbers and spaces may differ from
@@ -94,11 +95,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("pages", nargs="+", type=Path)
     parser.add_argument("--write", action="store_true", help="write what was printed into the pages")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="run the pages in new folders of their names in it")
     arguments = parser.parse_args()
     wrong = 0
     for page in (page.resolve() for page in arguments.pages):
         began, text, moved = time.monotonic(), page.read_text(), 0
-        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        with contextlib.ExitStack() as stack:
+            folder = (arguments.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))) / page.stem
+            folder.mkdir(parents=True)
+            stack.enter_context(contextlib.chdir(folder))
             for block, printed in run(page):
                 if arguments.write:
                     text = text[: block.start + moved] + printed + text[block.end + moved :]

@@ -17,7 +17,12 @@ from visionattn import kernels
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ["backbones", "kernels", "recipes", "tools"]
-NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "runs", "wandb", "*.egg-info")
+MADE = {"build", "dist", "runs", "site", "wandb"}  # folders beside the rooms that commands make
+
+
+def not_source(folder: str, names: list[str]) -> set[str]:
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info")(folder, names)
+    return ignored | (MADE.intersection(names) if Path(folder) == ROOT else set())
 
 
 def build(kind: str, source: Path, folder: Path) -> Path:
@@ -35,7 +40,7 @@ def build(kind: str, source: Path, folder: Path) -> Path:
 def checkout(tmp_path_factory) -> Path:
     """What a fresh one holds."""
     copy = tmp_path_factory.mktemp("fresh") / "checkout"
-    return shutil.copytree(ROOT, copy, symlinks=True, ignore=NOT_SOURCE)
+    return shutil.copytree(ROOT, copy, symlinks=True, ignore=not_source)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +83,28 @@ def test_the_source_distribution_holds_every_file_once(checkout, unpacked):
 
 def test_a_wheel_from_the_source_distribution_is_that_of_the_checkout(wheel, unpacked, tmp_path):
     assert contents(build("wheel", unpacked, tmp_path)) == contents(wheel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_what_is_published_is_installed_and_trains(kind, checkout, tmp_path):
+    """In a fresh environment, which has the packages that visionattn needs, and from another folder."""
+    environment = tmp_path / "environment"
+    venv.create(environment)
+    packages = next(environment.glob("lib/*/site-packages"))
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    commands = [
+        ["python", "-m", "pip", "install", "--no-deps", "--no-build-isolation", build(kind, checkout, tmp_path)],
+        ["python", "-c", f"import visionattn as v; assert v.__file__.startswith({str(environment)!r}), v.__file__"],
+        ["python", "-c", "import timm, visionattn; timm.create_model('nat_mini')"],
+        ["visionattn", "list", "biformer*"],
+        ["visionattn", "fit", "quickstart", "train.epochs=1", "trainer.accelerator=cpu", "--run", "run"],
+    ]
+    for program, *arguments in commands:
+        command = [environment / "bin" / program, *arguments]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 @pytest.mark.slow
