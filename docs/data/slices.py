@@ -10,10 +10,9 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
-from nibabel.testing import data_path
 from scipy import ndimage
 
-scan = nibabel.load(Path(data_path) / "example4d.nii.gz")
+scan = nibabel.load(Path(nibabel.__file__).parent / "tests/data/example4d.nii.gz")
 volumes = np.moveaxis(scan.get_fdata(dtype=np.float32), 3, 0)
 for folder in ("slices/images", "slices/masks", "unlabelled"):
     Path(folder).mkdir(parents=True, exist_ok=True)
