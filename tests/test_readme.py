@@ -49,6 +49,11 @@ def test_the_main_job_is_one_command(tmp_path, monkeypatch, capsys):
     assert report.parent.name.startswith("quickstart-")
 
 
+def test_the_site_starts_with_the_same_command():
+    (site,) = blocks("bash", (ROOT / "docs" / "index.md").read_text())
+    assert site.splitlines() == blocks("bash", README)[0].strip().split(" && ")[2:]
+
+
 @pytest.mark.slow
 def test_the_main_job_reaches_95_percent(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -5,7 +5,8 @@
   they prove nothing, since edges that a filter finds do as well on some images; so what counts is how much better a
   map is than edges and than chance.
 - Weights (Adebayo et al. 2018, arXiv 1810.03292): the rank correlation of the map with that of the same network with
-  the weights of its classifier, or all weights, shuffled. Near 1 the map does not show what the network has learned.
+  the weights of its classifier, or all weights, shuffled; the mean of three shuffles. Near 1 the map does not show what
+  the network has learned.
 - Stability: the same with noise of a hundredth of the image's standard deviation added to it.
 """
 
@@ -23,6 +24,7 @@ __all__ = ["checks_of"]
 
 STEPS = 10
 BATCH = 4
+SHUFFLES = 3  # of the weights: a map of a few values is alike by chance once
 BLIND = 0.9  # rank correlation from which a map is the same with a shuffled classifier
 UNLEARNED = 0.5  # and with all weights shuffled
 NOISE = 0.01
@@ -59,8 +61,11 @@ def checks_of(
     if not cache:
         head = getattr(network, "get_classifier", nn.Identity)()
         for name, part in (("shuffled_head", head), ("shuffled_all", network)):
-            with _shuffled(part):
-                cache[name] = _rank_correlation(values, again(image))
+            alike = []
+            for seed in range(SHUFFLES):
+                with _shuffled(part, seed):
+                    alike.append(_rank_correlation(values, again(image)))
+            cache[name] = sum(alike) / SHUFFLES
     return found | cache | {"verdict": _verdict(found | cache)}
 
 
@@ -112,15 +117,21 @@ def _edges(image: Tensor) -> Tensor:
 
 
 def _rank_correlation(one: Tensor, other: Tensor) -> float:
-    """Spearman's, of maps of one size."""
-    ranks = torch.stack([x.detach().flatten().argsort(stable=True).argsort().double() for x in (one, other)])
-    return torch.corrcoef(ranks)[0, 1].item()
+    """Spearman's, of maps of one size; 0 for one that is the same everywhere."""
+    ranks = torch.stack([_ranks(x.detach().flatten()) for x in (one, other)])
+    return torch.corrcoef(ranks)[0, 1].nan_to_num(0).item()
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """(n,) float64: the mean of their ranks for values that are equal."""
+    _, kind, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - counts.double() / 2)[kind]
 
 
 @contextmanager
-def _shuffled(module: nn.Module) -> Iterator[None]:
-    """The numbers of each weight and bias in another order, the same each time."""
-    generator = torch.Generator().manual_seed(0)
+def _shuffled(module: nn.Module, seed: int) -> Iterator[None]:
+    """The numbers of each weight and bias in another order."""
+    generator = torch.Generator().manual_seed(seed)
     kept = [(parameter, parameter.detach().clone()) for parameter in module.parameters()]
     try:
         with torch.no_grad():
