@@ -116,6 +116,7 @@ def country(walks: Path, out: Path) -> None:
         axis.imshow(relief, cmap="gray", extent=extent)
         for ring in shapely.from_wkb(pyogrio.raw.read(walk / file)[2]):
             axis.plot(*ring.exterior.xy, color="white", linewidth=1.2)
+        axis.set(xlim=extent[:2], ylim=extent[2:])
         axis.set_title(title, fontsize=10)
     shown = np.ma.masked_equal(mask, 0)
     axes[1].imshow(shown, cmap=CLASSES, vmin=1, vmax=2, alpha=0.45, extent=extent, interpolation="nearest")

@@ -44,7 +44,7 @@ write("country.tif", bands)
 tops = np.argwhere((height == ndimage.maximum_filter(height, 25)) & (above > 60))
 found = []
 for row, column in tops.tolist():
-    x, y, r = west + (column + 0.5) * step, north - (row + 0.5) * step, 6 * step
+    x, y, r = west + (column + 0.5) * step, north - (row + 0.5) * step, 9 * step
     ring = [[x - r, y - r], [x + r, y - r], [x + r, y + r], [x - r, y + r], [x - r, y - r]]
     shape = {"type": "Polygon", "coordinates": [ring]}
     found.append({"type": "Feature", "properties": {"class": "summit"}, "geometry": shape})

@@ -69,7 +69,7 @@ def test_batches(tree):
     batches = list(data.train_dataloader())
     assert len(batches) == 5  # 23 images: the incomplete batch is left out
     assert batches[0]["image"].shape == (4, 3, 32, 32)
-    assert batches[0]["image"].dtype == torch.float32
+    assert batches[0]["image"].dtype == torch.uint8  # they are normalised on the device
     assert batches[0]["label"].dtype == batches[0]["index"].dtype == torch.int64
     labels = torch.tensor([sample.label for sample in data.dataset.splits["train"]])
     assert all(torch.equal(labels[b["index"]], b["label"]) for b in batches)
@@ -114,7 +114,7 @@ class Watch(pl.LightningModule):
     def training_step(self, batch, batch_idx):
         self.seen.setdefault(self.current_epoch, []).extend(batch["index"].tolist())
         self.shapes.add(("train", *batch["label"].shape))
-        return self.weight * batch["image"].mean()
+        return self.weight * batch["image"].float().mean()
 
     def validation_step(self, batch, batch_idx):
         self.shapes.add(("val", *batch["label"].shape))

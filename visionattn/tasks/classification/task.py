@@ -36,7 +36,7 @@ from visionattn.tasks.classification.labels import (
 from visionattn.tasks.classification.losses import ClassificationLoss, distillation
 from visionattn.tasks.classification.metrics import Scores, measurable
 from visionattn.tasks.classification.recipe import Data, Recipe
-from visionattn.tasks.classification.transforms import Images, eval_transform, mix_transform, train_transform
+from visionattn.tasks.classification.transforms import Images, Normalize, eval_transform, mix_transform, train_transform
 from visionattn.tasks.classification.trust import doubts_of, set_of
 from visionattn.writers import Writer, table
 
@@ -66,6 +66,7 @@ class Classifier(Task):
         labelling: one class an image, or several labels.
         tta: names of views that predictions are averaged over.
         turnable: images may be turned by a quarter.
+        normalize: training images of the loaders -> of the network; None: the task is not trained.
         mix: mixup or cutmix of a training batch, or None.
         auxiliary: weight of the network's own loss, that `network(images, auxiliary=True)` gives besides the logits.
         teacher: whose logits are learned besides the labels, or None.
@@ -82,6 +83,7 @@ class Classifier(Task):
         labelling: Labelling,
         tta: Sequence[str],
         turnable: bool,
+        normalize: Normalize | None = None,
         mix: Any = None,
         auxiliary: float = 0.0,
         teacher: Teacher | None = None,
@@ -91,13 +93,14 @@ class Classifier(Task):
     ) -> None:
         super().__init__(network, **task)
         self.loss, self.labelling, self.mix, self.auxiliary = loss, labelling, mix, auxiliary
-        self.views = views(tta, turnable)
+        self.views, self.normalize = views(tta, turnable), normalize
         self.teacher, self.teacher_weight, self.temperature = teacher, teacher_weight, temperature
         self.facts = {"teacher": teacher.about} if teacher else {}
         self.val_scores = Scores(self.monitored in ("val/auroc", "val/average_precision"))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        image, label = batch["image"], batch["label"]
+        assert self.normalize is not None
+        image, label = self.normalize(batch["image"]), batch["label"]
         if self.mix is not None:
             image, label = self.mix(image, label)
         logits, own = self(image, auxiliary=True) if self.auxiliary else (self(image), 0.0)
@@ -272,6 +275,7 @@ def make(spec: Recipe, dataset: Dataset | None = None) -> Classifier:
         network,
         _loss(spec, dataset, labelling),
         **settings,
+        normalize=Normalize(data.mean, data.std),
         mix=mix_transform(data.augment, len(data.classes)),
         auxiliary=spec.loss.auxiliary,
         frozen=spec.model.freeze,

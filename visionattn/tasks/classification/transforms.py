@@ -1,6 +1,7 @@
 """What happens to an image between the file and the network, by torchvision's transforms v2.
 
-Geometry first, then colour, then numbers. `data.resize` decides the geometry:
+Geometry first, then colour, then numbers; those of training images are normalised on the device, a batch at once, so
+that bytes go there and not floats. `data.resize` decides the geometry:
 
 - crop: in training a random resized crop; else the shorter side to size / crop_pct, then the centre.
 - squash: both sides to the size; in training then a random resized crop of that, unless `crop_scale` is [1, 1].
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import InterpolationMode, v2
 
@@ -26,7 +27,7 @@ from visionattn.errors import UserError
 from visionattn.tasks.classification.policies import policy_of, refuse_policy
 from visionattn.tasks.classification.recipe import AnyData, Augment, Data
 
-__all__ = ["Images", "eval_transform", "mix_transform", "train_transform"]
+__all__ = ["Images", "Normalize", "eval_transform", "mix_transform", "train_transform"]
 
 
 class Images(TorchDataset):
@@ -69,7 +70,7 @@ class Images(TorchDataset):
 
 
 def train_transform(data: AnyData) -> v2.Compose:
-    """(C, H, W) uint8, or float32 in 0..1 -> normalised float32 (C, height, width), with the recipe's augmentation.
+    """(C, H, W) uint8, or float32 in 0..1 -> the same (C, height, width), with the recipe's augmentation.
 
     `data` has `channels`, `mean` and `std` set (see `visionattn.tasks.classification.task.resolve`).
 
@@ -85,21 +86,23 @@ def train_transform(data: AnyData) -> v2.Compose:
         v2.RandomRotation(augment.rotate, InterpolationMode.BILINEAR) if augment.rotate else None,
         v2.ColorJitter(augment.jitter, augment.jitter, augment.jitter) if augment.jitter else None,
         policy_of(augment.policy, min(data.side), data.mean) if augment.policy else None,
-        *_numbers(data),
-        v2.RandomErasing(augment.erasing) if augment.erasing else None,
+        Erasing(augment.erasing, data.mean) if augment.erasing else None,
+        Planes(),
     ]
     return v2.Compose([step for step in steps if step is not None])
 
 
 def eval_transform(data: Data) -> v2.Compose:
-    """As `train_transform`, without anything random."""
+    """(C, H, W) uint8, or float32 in 0..1 -> normalised float32 (C, height, width)."""
     size = list(data.side)
+    assert data.mean is not None  # of a resolved recipe
+    assert data.std is not None
     geometry = {
         "crop": lambda: [CoveringResize([side / data.crop_pct for side in size], _mode(data)), v2.CenterCrop(size)],
         "squash": lambda: [v2.Resize(size, _mode(data), antialias=True)],
         "none": lambda: [v2.CenterCrop(size)],
     }
-    return v2.Compose([*geometry[data.resize](), *_numbers(data)])
+    return v2.Compose([*geometry[data.resize](), Planes(), Normalize(data.mean, data.std)])
 
 
 def mix_transform(augment: Augment, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
@@ -116,19 +119,38 @@ def mix_transform(augment: Augment, classes: int) -> Callable[[Tensor, Tensor], 
     return v2.RandomChoice(mixes) if mixes else None
 
 
-class Normalize(v2.Transform):
-    """(C, H, W) uint8, or float32 in 0..1 -> (x - mean) / std, in one pass."""
+class Normalize(nn.Module):
+    """(..., C, H, W) uint8, or float32 in 0..1 -> (x - mean) / std, in one pass."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         center, spread = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
-        self.scale, self.shift = (1 / spread).float(), (-center / spread).float()
-        self.scale_of_bytes = (1 / (255 * spread)).float()
+        self.register_buffer("scale", (1 / spread).float(), persistent=False)
+        self.register_buffer("scale_of_bytes", (1 / (255 * spread)).float(), persistent=False)
+        self.register_buffer("shift", (-center / spread).float(), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        scale = self.scale_of_bytes if images.dtype == torch.uint8 else self.scale
+        return images.to(torch.float32, copy=True).mul_(scale).add_(self.shift)
+
+
+class Planes(v2.Transform):
+    """The same in the order of (C, H, W): bytes are brought there faster than floats, when a batch is made."""
 
     def transform(self, image: Any, params: dict[str, Any]) -> Any:
-        scale = self.scale_of_bytes if image.dtype == torch.uint8 else self.scale
-        planes = image.contiguous()  # bytes are turned into planes faster than floats, when a batch is made
-        return planes.to(torch.float32, copy=True).mul_(scale).add_(self.shift)
+        return image.contiguous()
+
+
+class Erasing(v2.Transform):
+    """Random erasing (Zhong et al. 2020), by the mean of the data: by 0, once normalised."""
+
+    def __init__(self, probability: float, mean: Sequence[float]) -> None:
+        super().__init__()
+        self.of_floats = v2.RandomErasing(probability, value=list(mean))
+        self.of_bytes = v2.RandomErasing(probability, value=[round(255 * value) for value in mean])
+
+    def transform(self, image: Any, params: dict[str, Any]) -> Any:
+        return (self.of_bytes if image.dtype == torch.uint8 else self.of_floats)(image)
 
 
 class CoveringResize(v2.Transform):
@@ -154,12 +176,6 @@ def _train_geometry(data: Data) -> list[v2.Transform]:
         return [crop]
     squash = v2.Resize(size, _mode(data), antialias=True)
     return [squash] if augment.crop_scale == [1, 1] else [squash, crop]
-
-
-def _numbers(data: Data) -> list[v2.Transform]:
-    assert data.mean is not None  # of a resolved recipe
-    assert data.std is not None
-    return [Normalize(data.mean, data.std)]
 
 
 def _mode(data: Data) -> InterpolationMode:

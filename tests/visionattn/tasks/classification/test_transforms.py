@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from visionattn.data.loaders import seeded
 from visionattn.errors import UserError
 from visionattn.tasks.classification.recipe import DATA, Augment, Data
-from visionattn.tasks.classification.transforms import eval_transform, mix_transform, train_transform
+from visionattn.tasks.classification.transforms import Normalize, eval_transform, mix_transform, train_transform
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([0, 2, 1]), torch.tensor([[1.0, 1, 0], [0, 0, 0], [0, 1, 1]])])
@@ -40,10 +40,10 @@ def test_transforms_give_the_size_asked_for(channels, resize, size):
     keys = {"image_size": size, "resize": resize, "augment": augment} | statistics
     data = DATA["folder"](format="folder", root=Path(), **keys)
     for image in dtypes(channels):
-        for transform in (train_transform(data), eval_transform(data)):
+        for transform, dtype in ((train_transform(data), image.dtype), (eval_transform(data), torch.float32)):
             result = transform(image)
             assert result.shape == (channels, 32, 32 if size == 32 else 36)
-            assert result.dtype == torch.float32
+            assert result.dtype == dtype
 
 
 def settings(**keys) -> Data:
@@ -61,6 +61,25 @@ def test_evaluation_geometry():
     covered = eval_transform(settings(crop_pct=0.8, interpolation="nearest"))(half)  # 40 x 80, its centre
     assert torch.equal(covered, half[:, 4:36, 24:56] * 2 - 1)
     assert eval_transform(settings())(torch.zeros(3, 5, 3)).shape == (3, 32, 32)
+
+
+def test_training_images_are_bytes_that_become_the_numbers_of_evaluation():
+    data = settings(resize="none", image_size=[40, 50], mean=[0.2, 0.5, 0.7], augment=Augment(hflip=0.0))
+    normalize = Normalize(data.mean, data.std)
+    for image in dtypes(3):
+        image = torch.cat([image, image], 2)[:, :40, :50]
+        batch = torch.stack([train_transform(data)(image)] * 2)
+        assert batch.dtype == image.dtype
+        assert torch.equal(normalize(batch)[1], eval_transform(data)(image))
+
+
+def test_erased_pixels_are_the_mean():
+    data = settings(resize="none", image_size=[50, 40], mean=[0.2, 0.5, 0.7], augment=Augment(hflip=0.0, erasing=1.0))
+    for image in dtypes(3):
+        found = Normalize(data.mean, data.std)(train_transform(data)(image))
+        changed = (found != eval_transform(data)(image)).all(0)
+        assert 0.01 < changed.float().mean() < 0.5
+        assert found[:, changed].abs().max() <= (0.5 / 255 / 0.5 + 1e-6 if image.dtype == torch.uint8 else 1e-6)
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original-mstd0.5", "3a"])
