@@ -45,7 +45,7 @@ def isic(data: Path, out: Path) -> tuple[visionattn.Run, list[Path]]:
         "model": model,
         "data": {
             "format": "image_mask", "root": str(data), "image_size": 96, "batch_size": 16, "labelled": 400,
-            "classes": ["skin", "lesion"], "values": [0, 255], "augment": {"vflip": 0.5, "rot90": 0.5},
+            "classes": ["background", "lesion"], "values": [0, 255], "augment": {"vflip": 0.5, "rot90": 0.5},
         },
         "optim": {"lr": 1e-3, "warmup_epochs": 1},
         "train": {"epochs": 12},

@@ -110,9 +110,11 @@ def recall(keys: Iterable[bytes | None], of_text: Callable[[str], T]) -> dict[by
         for first in range(0, len(wanted), AT_ONCE):
             some = wanted[first : first + AT_ONCE]
             marks = ",".join("?" * len(some))
-            for key, text in table.execute(f"SELECT key, reading FROM readings WHERE key IN ({marks})", some):
+            old = []
+            for key, used, text in table.execute(f"SELECT * FROM readings WHERE key IN ({marks})", some):
                 found[key] = of_text(text)
-            table.execute(f"UPDATE readings SET used = ? WHERE used < ? AND key IN ({marks})", [today, today, *some])
+                old += [(today, key)] if used < today else []
+            table.executemany("UPDATE readings SET used = ? WHERE key = ?", old)
     return found
 
 

@@ -51,7 +51,7 @@ def read_through(dataset: Dataset, survey: str = "cached", seed: int = 0) -> Dat
     chosen = _chosen(len(samples), seed) if survey == "sample" else range(len(samples))
     keys = keys_of([samples[i] for i in chosen], classes)
     known = recall(keys, reading_of_text) if survey != "anew" else {}
-    readings = [Reading(size=sample.size, counts=_zeros(sample, classes), unread=True) for sample in samples]
+    readings: dict[int, Reading] = {}
     missing = []
     for i, key in zip(chosen, keys, strict=True):
         if key is not None and key in known:
@@ -68,8 +68,12 @@ def read_through(dataset: Dataset, survey: str = "cached", seed: int = 0) -> Dat
             fresh = {}
     if fresh:
         keep(fresh, reading_as_text)
-    rest = iter(readings)
+    rest = (readings.get(i) or _unread(sample, classes) for i, sample in enumerate(samples))
     return replace(dataset, readings={name: list(islice(rest, len(part))) for name, part in dataset.splits.items()})
+
+
+def _unread(sample: Sample, classes: int) -> Reading:
+    return Reading(size=sample.size, counts=_zeros(sample, classes), unread=True)
 
 
 def _chosen(count: int, seed: int) -> list[int]:

@@ -53,7 +53,7 @@ def find(section: Section) -> Found:
     for split, content in files.items():
         for k, name in enumerate(classes):
             for path in content.get(name, []):
-                title = path.relative_to(root).as_posix()
+                title = path.as_posix().removeprefix(f"{root.as_posix()}/")
                 samples.append(ImageFile(title, title, title, section.channels, split=split, label=k, path=path))
     return Found(samples, classes, [])
 
