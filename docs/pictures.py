@@ -91,7 +91,7 @@ def head(walks: Path, out: Path) -> None:
         "seen": "explained/P1_0-layercam.nii.gz",
     }
     held = {name: np.asarray(nibabel.load(walks / "medical" / file).dataobj)[..., 3].T for name, file in names.items()}
-    figure, axes = plt.subplots(1, 4, figsize=(12, 4.4), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(12, 2.7), layout="constrained")
     masked(axes[0], held["image"], held["truth"], "mask of the data: brain, fluid")
     masked(axes[1], held["image"], held["found"], "predicted")
     for axis, name, title in ((axes[2], "unsure", "how unsure: entropy"), (axes[3], "seen", "what fluid depends on")):

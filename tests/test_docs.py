@@ -46,6 +46,11 @@ def test_words_that_differ_are_told_and_numbers_are_not():
     assert runner.differences("", "something\n") == ["+ something"]
 
 
+def test_the_pictures_that_pages_show_are_those_that_the_script_makes():
+    shown = {name for page in DOCS.rglob("*.md") for name in re.findall(r"pictures/(\w+)\.png", page.read_text())}
+    assert shown == load("pictures").PICTURES.keys() == {file.stem for file in (DOCS / "pictures").iterdir()}
+
+
 def keys_of(schema: dict, kind: dict, depth: int = 4) -> set[str]:
     """All keys below a part of the schema, sections joined by dots."""
     kind = schema["$defs"][kind["$ref"].rpartition("/")[2]] if "$ref" in kind else kind
