@@ -32,14 +32,13 @@ from torch import Tensor, nn
 
 from visionattn.kernels import _proof, _record
 from visionattn.kernels._check import autocasting, transforms
-from visionattn.kernels._plain import can_keep
+from visionattn.kernels._plain import can_keep, capturing
 
 __all__ = ["Forms", "bodies", "describe_backends", "dispatch", "set_backend", "takes_plain"]
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 
 TRITON_DEVICES = {"cuda"}
-_taken: set[_proof.Kind] = set()  # kinds of calls that have run on Triton in this process
 
 
 class Forms(NamedTuple):
@@ -52,6 +51,7 @@ class Forms(NamedTuple):
 
 
 _default = "auto"  # what backend="auto" means now
+_compiled: set[tuple[str, _proof.Kind]] = set()  # kinds of calls that took Triton in this process, by "auto" or by name
 _ran: dict[tuple[str, str, str], None] = {}  # pattern, body and why it was not a faster one, of all calls so far
 
 
@@ -142,8 +142,8 @@ def _choose(pattern: str, backend: str, forms: Forms, arguments: tuple) -> tuple
     if backend == "auto" and type(arguments[0]) not in (Tensor, nn.Parameter):
         return ours, "the tensors are fake, or of a class of their own"
     reason = _no_triton(pattern, device) or _sibling(pattern).unsupported(*arguments)
-    if reason is None and backend == "auto":
-        reason = _unproved(pattern, forms, arguments)
+    if reason is None:
+        reason = _unproved(pattern, forms, arguments) if backend == "auto" else _uncompiled(pattern, arguments)
     if reason is None:
         return "triton", ""
     if backend == "triton":
@@ -163,7 +163,7 @@ def _unproved(pattern: str, forms: Forms, arguments: tuple) -> str | None:
         return None if mode == "trust" else _unproved_when_compiled(*_proof.facts_of(pattern, arguments))
     kind = _proof.kind_of(pattern, arguments)
     if not can_keep(arguments[0].detach()):  # fake, or being captured, when no kernel can be compiled
-        return None if kind in _taken else "it has not run before the capture"
+        return None if ("auto", kind) in _compiled else "it has not run before the capture"
     if mode == "check":
         verdict = _proof.prove(
             kind,
@@ -173,7 +173,20 @@ def _unproved(pattern: str, forms: Forms, arguments: tuple) -> str | None:
         )
         if not verdict.is_taken:
             return str(verdict)
-    _taken.add(kind)
+    _compiled.add(("auto", kind))
+    return None
+
+
+def _uncompiled(pattern: str, arguments: tuple) -> str | None:
+    """Why a kernel asked for by name cannot run while a CUDA graph is captured, where Triton must not compile."""
+    if torch.compiler.is_compiling():
+        return None
+    if can_keep(arguments[0]):
+        _compiled.add(("triton", _proof.kind_of(pattern, arguments)))
+    elif capturing(arguments[0]):
+        kind = _proof.kind_of(pattern, arguments)
+        if not {("auto", kind), ("triton", kind)} & _compiled:
+            return "a CUDA graph is being captured, which lets no kernel be compiled: make such a call before it"
     return None
 
 

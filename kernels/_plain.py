@@ -17,7 +17,7 @@ from torch import Tensor
 from visionattn.kernels._check import known, precise, transforms
 from visionattn.kernels._function import Function
 
-__all__ = ["attend", "can_keep", "crop", "exact_lse", "forget", "keep", "packed", "rows", "slice_step", "together"]
+__all__ = ["attend", "can_keep", "capturing", "crop", "exact_lse", "forget", "keep", "packed", "rows", "slice_step", "together"]
 
 HEADS = 65535  # that one launch of fused attention can have on CUDA; windows and tiles count as heads
 KEPT = 64  # index tables of a kind
@@ -28,7 +28,12 @@ def can_keep(x: Tensor) -> bool:
     """Whether a table for x may be kept: not where x is traced, transformed or fake, nor what CUDA graphs own."""
     if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms():
         return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not capturing(x)
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether what is done with x goes into a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def keep(make: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from visionattn.kernels import _attention_triton, _dispatch, _proof, bodies, set_backend, window
+from visionattn.kernels import _attention_triton, _dispatch, _plain, _proof, bodies, set_backend, window
 from visionattn.kernels._window_triton import problems, unsuited
 from visionattn.tools import benchmark
 
@@ -76,7 +76,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.delenv("VISIONATTN_KERNELS", raising=False)
     monkeypatch.setattr(_dispatch, "TRITON_DEVICES", {"cpu"})
     monkeypatch.setattr(_dispatch, "_ran", {})
-    monkeypatch.setattr(_dispatch, "_taken", set())
+    monkeypatch.setattr(_dispatch, "_compiled", set())
     monkeypatch.setattr(_attention_triton, "FEW", 0)
     monkeypatch.setattr(_proof, "_known", {})
     speedup = [2.0]
@@ -346,21 +346,46 @@ def test_compiled_code_reads_verdicts_and_tries_nothing(machine, faster, expecte
     assert ("visionattn doctor --kernels" in why) == (faster is None)
 
 
+@pytest.fixture
+def capture(monkeypatch):
+    """A function that says whether a CUDA graph is being captured from now on."""
+
+    def say(is_capturing: bool):
+        for module in (_plain, _dispatch):
+            monkeypatch.setattr(module, "capturing", lambda x: is_capturing)
+
+    return say
+
+
 @pytest.mark.parametrize("mode", ["check", "trust"])
-def test_captured_code_takes_what_has_run_before(machine, monkeypatch, mode):
+def test_captured_code_takes_what_has_run_before(machine, monkeypatch, capture, mode):
     monkeypatch.setenv("VISIONATTN_KERNELS", mode)
     calls = machine(right)
-    can_keep = _dispatch.can_keep
-    monkeypatch.setattr(_dispatch, "can_keep", lambda x: False)
+    capture(True)
     call()
     assert body() == "on_cpu"
     assert not calls
-    monkeypatch.setattr(_dispatch, "can_keep", can_keep)
+    capture(False)
     call()
-    monkeypatch.setattr(_dispatch, "can_keep", lambda x: False)
+    capture(True)
     tried = len(calls)
     call()
     assert len(calls) == tried + 1
+
+
+def test_triton_by_name_is_refused_in_a_capture_that_would_compile_it(machine, capture):
+    calls = machine(off_by_one)
+    capture(True)
+    with pytest.raises(ValueError, match="cannot run this window call: a CUDA graph is being captured, .* before it;"):
+        call(backend="triton")
+    assert not calls
+    capture(False)
+    call(backend="triton")
+    capture(True)
+    call(backend="triton")
+    assert len(calls) == 2
+    call()  # by "auto" it is not proved
+    assert body() == "on_cpu"
 
 
 def test_float32_is_tried_as_exactly_as_torch_is_told(machine, fp32_precision):
