@@ -84,21 +84,21 @@ class GatedPositionalAttention(nn.Module):
 
     def position_logits(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """(heads, H, H) and (heads, W, W), queries first, to be added: linear in the step and in its square."""
-        of_right, of_down, of_square, bias = (x[:, None, None] for x in self._position_weights())
-        (down, down_squared), (right, right_squared) = (_steps(bias, length, bias.dtype) for length in (height, width))
-        rows = torch.addcmul(torch.addcmul(bias, of_square, down_squared), of_down, down)
-        return rows, torch.addcmul(of_square * right_squared, of_right, right)
+        weight, bias = self._position_weights()
+        of_rows, of_columns = (_steps(bias, length, axis, bias.dtype) for axis, length in ((1, height), (0, width)))
+        rows = torch.addmm(bias[:, None], weight, of_rows).unflatten(1, (height, height))
+        return rows, (weight @ of_columns).unflatten(1, (width, width))
 
-    def _position_weights(self) -> list[Tensor]:
-        """For each input of `pos_proj` its weights (heads,), and the bias.
+    def _position_weights(self) -> tuple[Tensor, Tensor]:
+        """Weight (heads, 3) and bias of `pos_proj`.
 
         Whatever stands in the layer's place, or watches it, is called, on unit vectors.
         """
         if is_plain(self.pos_proj, nn.Linear):
-            return [*self.pos_proj.weight.T, self.pos_proj.bias]
+            return self.pos_proj.weight, self.pos_proj.bias
         units = torch.eye(4, 3, device=self.gating_param.device, dtype=self.gating_param.dtype)
-        *sums, bias = self.pos_proj(units)
-        return [*(x - bias for x in sums), bias]
+        sums = self.pos_proj(units)
+        return (sums[:3] - sums[3]).T, sums[3]
 
     def forward(self, x: Tensor) -> Tensor:
         q, k = unpack(linear(self.qk, x).unflatten(-1, (2, self.num_heads, -1)))
@@ -108,11 +108,13 @@ class GatedPositionalAttention(nn.Module):
 
 
 @keep
-def _steps(length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """From each position (rows) to each (columns), and squared."""
+def _steps(length: int, axis: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(3, length * length): from each position of an axis to each, what `pos_proj` sees of it: the steps to the right
+    (axis 0) or down (1), the other being 0, and their squares."""
     position = torch.arange(length, device=device, dtype=dtype)
-    steps = position - position[:, None]
-    return steps, steps**2
+    steps = (position - position[:, None]).flatten()
+    none = torch.zeros_like(steps)
+    return torch.stack([none, steps, steps**2] if axis else [steps, none, steps**2])
 
 
 @register_notrace_module

@@ -122,8 +122,10 @@ def _cosines(q: Tensor, k: Tensor) -> Tensor:
 
 def _norm(x: Tensor, dim: int = 1) -> Tensor:
     """Norms over the tokens: [B, L, N, D] -> [B, N, D]"""
-    x = x.to(precise(x))
-    norm = torch.linalg.vector_norm(x, dim=dim) if torch.is_grad_enabled() else x.square().sum(dim).sqrt()  # faster
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        norm = torch.linalg.vector_norm(x, dim=dim, dtype=precise(x))
+    else:
+        norm = x.to(precise(x)).square().sum(dim).sqrt()  # which takes a CPU less time
     return norm.clamp_min(EPSILON)
 
 

@@ -24,18 +24,37 @@ from visionattn.kernels._function import Function
 __all__ = ["gated_positional_attention"]
 
 BUDGET = 64 * 2**20  # bytes of position weights at a time
+SMALL = 2**14  # weights of a batch, up to which what takes a CPU time are operators, not what they do
 
 
 def _reference(
     q: Tensor, k: Tensor, v: Tensor, logits: Tensor, columns: Tensor | None, gate: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, None]:
-    if columns is not None:
-        logits = (logits[:, :, None, :, None] + columns[:, None, :, None]).flatten(3).flatten(1, 2)
+    logits = _joined(logits, columns)
     content = torch.einsum("bqhd,bkhd->bhqk", q * scale, k).softmax(-1)
     gate = gate.sigmoid().to(content.dtype)[:, None, None]
     weights = (1 - gate) * content + gate * logits.softmax(-1).to(content.dtype)
     weights = weights / weights.sum(-1, keepdim=True)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v), weights, None
+
+
+def _joined(logits: Tensor, columns: Tensor | None) -> Tensor:
+    """[H, N, N]"""
+    if columns is None:
+        return logits
+    return (logits[:, :, None, :, None] + columns[:, None, :, None]).flatten(3).flatten(1, 2)
+
+
+def _on_cpu(
+    q: Tensor, k: Tensor, v: Tensor, logits: Tensor, columns: Tensor | None, gate: Tensor, scale: float
+) -> Tensor:
+    """The plain body, or where there are few weights, these mixed, by half as many operators."""
+    if q.shape[0] * q.shape[1] ** 2 * q.shape[2] > SMALL:
+        return _plain(q, k, v, logits, columns, gate, scale)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    content, position = (q * scale @ k.mT).softmax(-1), _joined(logits, columns).softmax(-1)
+    weights = torch.lerp(content, position.to(v.dtype), gate.sigmoid().to(v.dtype)[:, None, None])
+    return (weights @ v).transpose(1, 2)
 
 
 def _plain(
@@ -146,5 +165,5 @@ def gated_positional_attention(
     check_tensor("gate", gate, (heads,), q, gate.dtype)
     scale = dim**-0.5 if scale is None else scale
     maps = (x.flatten(1, -3) for x in (q, k, v))
-    output = dispatch("gated", backend, Forms(_reference, _plain, _plain), *maps, logits, columns, gate, scale)
+    output = dispatch("gated", backend, Forms(_reference, _on_cpu, _plain), *maps, logits, columns, gate, scale)
     return output.reshape(q.shape)

@@ -7,6 +7,7 @@ neighbours of a window, N heads, D channels of a head.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from visionattn.kernels._function import Function
 
 __all__ = ["outlook_attention"]
 
+SMALL = 2**12  # elements of v, up to which the plain body is faster on a CPU
 BAND = 4 * 2**20  # bytes of neighbours at a time, which stay in a CPU's cache
 Cut = tuple[slice, slice]  # images, rows of windows
 
@@ -41,6 +43,10 @@ def _reference(
     places = keys.where(keys < height * width, -1)
     indices = places.repeat_interleave(kernel_size**2, dim=0).expand(b, -1, -1)
     return output.reshape(v.shape), weights, indices, places.flatten()
+
+
+def _on_cpu(logits: Tensor, v: Tensor, *windows: Any) -> Tensor:
+    return (_plain if v.numel() <= SMALL else _Outlook.run)(logits, v, *windows)
 
 
 def _plain(logits: Tensor, v: Tensor, kernel_size: int, stride: int, padding: int, scale: float) -> Tensor:
@@ -203,5 +209,5 @@ def outlook_attention(
     expected = (b, *windows, heads, kernel_size**2, kernel_size**2)
     check_tensor("logits", logits, expected, v)
     scale = dim**-0.5 if scale is None else scale
-    forms = Forms(_reference, _Outlook.run, _plain)
+    forms = Forms(_reference, _on_cpu, _plain)
     return dispatch("outlook", backend, forms, logits, v, kernel_size, stride, padding, scale)

@@ -33,6 +33,7 @@ Geometry = tuple[Pair, Pair, bool]  # window, shift, dilated
 
 # Bytes of logits to compute at a time: with all that is computed from the same tokens they stay in a CPU's cache.
 CHUNK = {"forward": 4 * 2**20, "backward": 2 * 2**20}
+SMALL = 2**14  # elements of q, up to which what takes a CPU time are operators, not what they do
 SAVED = 16 * 2**20  # bytes of weights up to which they are saved for backward: less time than computing them again
 
 
@@ -109,6 +110,8 @@ def _on_cpu(
     if window == q.shape[1:3] and shift == (0, 0) and bias is None and mask is None and not return_lse:
         q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).unflatten(1, window)
+    if q.numel() <= SMALL:
+        return _plain(q, k, v, bias, mask, window, shift, dilated, scale, return_lse)
     windows = _windows(q, (window, shift, dilated))
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
     saved_weights = _new_weights(q, windows) if trained else None
