@@ -162,7 +162,7 @@ def _unproved(pattern: str, forms: Forms, arguments: tuple) -> str | None:
     if torch.compiler.is_compiling():
         return None if mode == "trust" else _unproved_when_compiled(*_proof.facts_of(pattern, arguments))
     kind = _proof.kind_of(pattern, arguments)
-    if not can_keep(arguments[0].detach()):  # fake, or being captured, when no kernel can be compiled
+    if not can_keep(arguments[0]):  # fake, or being captured, when no kernel can be compiled
         return None if ("auto", kind) in _compiled else "it has not run before the capture"
     if mode == "check":
         verdict = _proof.prove(

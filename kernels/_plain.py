@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from visionattn.kernels._check import known, precise, transforms
 from visionattn.kernels._function import Function
@@ -26,7 +26,7 @@ _kept: list[Any] = []
 
 def can_keep(x: Tensor) -> bool:
     """Whether a table for x may be kept: not where x is traced, transformed or fake, nor what CUDA graphs own."""
-    if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms():
+    if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms():
         return False
     return not capturing(x)
 

@@ -513,8 +513,9 @@ from visionattn.tools.instructions import Target
 triton.runtime.driver.set_active(Target(80))
 run, compiled = triton.JITFunction.run, set()
 triton.JITFunction.run = lambda self, *x, **options: compiled.add(run(self, *x, **options | {{"warmup": True}}).hash)
-for batch, height, width, heads in ((1, 56, 56, 2), (2, 40, 61, 3), (16, 48, 64, 16), (1, 29, 31, 1)):
+for batch, height, width, heads in ((1, 56, 56, 2), (2, 42, 63, 3), (16, 49, 70, 16), (1, 28, 35, 1)):
     q, k, v = torch.zeros(batch, height, width, 3, heads, 16, dtype=torch.bfloat16).unbind(3)
+    logits = torch.zeros(batch, (height + 1) // 2, (width + 1) // 2, heads, 9, 9, dtype=torch.bfloat16)
     kernels.attention({call})
 print(len(compiled))
 """
@@ -524,8 +525,11 @@ print(len(compiled))
     ("pattern", "call"),
     [
         ("window", "q, k, v, None, None, (7, 7), (3, 3), False, 0.25, False"),
+        pytest.param("outlook", "logits, v, 3, 2, 1, 0.25", marks=pytest.mark.slow),
         pytest.param("neighborhood", "q, k, v, None, (7, 7), (1, 1), (1, 1), 0.25, False", marks=pytest.mark.slow),
+        pytest.param("halo", "q, k, v, None, None, 8, 3, 0.25, False", marks=pytest.mark.slow),
     ],
 )
 def test_other_sizes_compile_nothing_new(pattern, call):
+    """Routing is not among these: it compiles for each shape of tile, and those are of the size of its regions."""
     assert apart("-W", "ignore", "-c", SIZES.format(pattern=pattern, call=call)).split() == ["1"]
