@@ -37,7 +37,7 @@ from visionattn.backbones._twins import check_checkpoint, unwrap
 from visionattn.backbones.backbone import MapClassifier, create, make_classifier
 from visionattn.backbones.layers import channels_last, check_in_chans, linear, no_autocast, pool_to
 from visionattn.kernels import _record, window_attention
-from visionattn.kernels._check import autocasting, known, precise
+from visionattn.kernels._check import at_least, autocasting, known, precise
 from visionattn.kernels._dispatch import takes_plain
 from visionattn.kernels._packed import unpack
 from visionattn.kernels._plain import keep
@@ -103,10 +103,13 @@ class CosineAttention(nn.Module):
         return bias.T.unflatten(1, size), rows[1], columns[1]
 
 
-def position_bias(bias: Tensor, rows: Tensor, columns: Tensor, keys: tuple[int, int]) -> Tensor:
-    """Of `distances`, perhaps for some of its rows, the bias (heads, H * W, keys) of queries and keys."""
+def position_bias(
+    bias: Tensor, rows: Tensor, columns: Tensor, queries: tuple[int, int], keys: tuple[int, int]
+) -> Tensor:
+    """Of `distances`, perhaps for some of its rows, the bias (heads, H * W, keys) of so many queries and keys."""
     bias = bias.index_select(1, rows).index_select(2, columns)
-    return bias.unflatten(2, (-1, keys[1])).unflatten(1, (-1, keys[0])).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    bias = bias.unflatten(2, (queries[1], keys[1])).unflatten(1, (queries[0], keys[0]))
+    return bias.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 @keep
@@ -147,7 +150,7 @@ class GlobalAttention(CosineAttention):
         q, k, v = unpack(linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)))
         keys = torch.full((), size[0] * size[1], dtype=self.temperature.dtype, device=x.device)
         q = self.queries(_unit(q).movedim(3, 1), keys.log()).movedim(1, 3)
-        bias = position_bias(*self.distances(q, size), size)
+        bias = position_bias(*self.distances(q, size), size, size)
         x = window_attention(q, _unit(k), v, size, bias=bias, scale=1.0)
         return self.join(x, gates)
 
@@ -226,20 +229,25 @@ class AggregatedAttention(CosineAttention):
                 pooled_v,
                 inside[first:last],
                 log_keys[first:last],
-                position_bias(bias, rows[first * keys[0] : last * keys[0]], columns, keys),
+                position_bias(bias, rows[first * keys[0] : last * keys[0]], columns, (last - first, width), keys),
+                first,
+                height,
             )
 
         if _record.active():
-            return _record.repeatable(attend, 0, height)
+            return _record.in_strips(attend, (height, width), self.window_size**2 + pooled, self.num_heads, 2)
         if takes_plain(q) or torch.is_grad_enabled() or torch.jit.is_tracing():
-            return attend(0, height)
+            bias = position_bias(bias, rows, columns, (height, width), keys)
+            return self._attend(q, k, v, pooled_k, pooled_v, inside, log_keys, bias, 0, height)
         row = q.shape[0] * self.num_heads * width * (self.window_size**2 + keys[0] * keys[1]) * q.element_size()
         step = max(1, CHUNK // max(1, row))
         parts = [attend(first, min(first + step, height)) for first in range(0, height, step)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def _pooled(self, length: int) -> int:
-        return max(1, length // self.sr_ratio) if self.pool_size is None else min(self.pool_size, length)
+        if self.pool_size is None:
+            return at_least(length // self.sr_ratio, 1)
+        return min(self.pool_size, length)
 
     def _attend(
         self,
@@ -251,11 +259,13 @@ class AggregatedAttention(CosineAttention):
         inside: Tensor,
         log_keys: Tensor,
         bias: Tensor,
+        first: int,
+        rows: int,
     ) -> Tensor:
-        """Of some rows of the map; k and v with a margin.
+        """Of some rows of the map, from `first` on; k and v with a margin.
 
         q: (B, heads, H, W, head_dim), normalised as k and pooled_k (B, heads, rows, columns, head_dim) are.
-        inside, log_keys: as of `_inside`. bias: (heads, H * W, keys).
+        inside, log_keys: as of `_inside`. bias: (heads, H * W, keys). rows: of the map.
         """
         height, width, window = inside.shape
         keys = tuple(pooled_k.shape[2:4])
@@ -266,8 +276,8 @@ class AggregatedAttention(CosineAttention):
         far = scaled.flatten(2, 3) @ pooled_k.mT + bias
         weights = torch.cat([near.to(far.dtype), far], -1).softmax(-1)
         if _record.active():
-            indices = _indices(inside, bias.shape[-1]).expand(q.shape[0], -1, -1)
-            _record.keep(weights, indices, "aggregated", queries=(height, width), keys=(height, width), pooled=keys)
+            indices = _indices(inside, bias.shape[-1], first, rows).expand(q.shape[0], -1, -1)
+            _record.keep(weights, indices, "aggregated", queries=(rows, width), keys=(rows, width), pooled=keys)
         near, far = weights.split([window, bias.shape[-1]], -1)
         learned = q.flatten(2, 3) @ self.learnable_tokens.to(q.dtype) + self.learnable_bias.to(q.dtype)
         near = (near + learned).unflatten(2, (height, width))
@@ -323,13 +333,16 @@ def _inside(
     return inside, (inside.sum(-1, keepdim=True) + pooled).to(dtype).log()
 
 
-def _indices(inside: Tensor, pooled: int) -> Tensor:
-    """(1, H * W, neighbours + pooled): of neighbours their positions, of those outside that of the query."""
+def _indices(inside: Tensor, pooled: int, first: int, rows: int) -> Tensor:
+    """(1, H * W, neighbours + pooled): of neighbours their positions, of those outside that of the query.
+
+    inside: of so many rows of the map of `rows`, from `first` on.
+    """
     height, width, window = inside.shape
-    here = torch.arange(height * width, device=inside.device)[:, None]
+    here = torch.arange(first * width, (first + height) * width, device=inside.device)[:, None]
     offset = torch.arange(math.isqrt(window), device=inside.device) - math.isqrt(window) // 2
     near = torch.where(inside.flatten(0, 1), here + (offset[:, None] * width + offset).flatten(), here)
-    far = height * width + torch.arange(pooled, device=inside.device)
+    far = rows * width + torch.arange(pooled, device=inside.device)
     return torch.cat([near, far.expand(len(near), -1)], 1)[None]
 
 

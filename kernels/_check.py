@@ -9,6 +9,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_false, static
 
 __all__ = [
     "allows_tf32",
+    "at_least",
     "autocasting",
     "check_alike",
     "check_int",
@@ -40,6 +41,11 @@ def known(condition: bool) -> bool:
     """Whether a condition on sizes holds. Where a compiler has symbols for sizes, only what holds for all of them is
     known: asked for itself, the condition would have it compile once for each answer."""
     return statically_known_true(condition) if torch.compiler.is_compiling() else bool(condition)
+
+
+def at_least(length: int, least: int) -> int:
+    """The larger one of both, for which a compiler's symbols are not asked whether they are."""
+    return torch.sym_max(length, least) if torch.compiler.is_compiling() else max(length, least)
 
 
 def decided(condition: bool, what: str) -> bool:

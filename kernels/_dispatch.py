@@ -42,12 +42,15 @@ TRITON_DEVICES = {"cuda"}
 
 
 class Forms(NamedTuple):
-    """The PyTorch forms of a pattern; the backend "torch" is one of the last two."""
+    """The PyTorch forms of a pattern; the backend "torch" is `on_cpu` or `plain`."""
 
     reference: Callable[..., tuple]
     on_cpu: Callable[..., Any]
     plain: Callable[..., Any]
     kind: str = "space"  # of what attends to what, see `_record.Attention`
+    strip: Callable[..., Any] | None = (
+        None  # rows at least, arguments -> (first row, arguments) of parts of the queries
+    )
 
 
 _default = "auto"  # what backend="auto" means now
@@ -79,7 +82,7 @@ def dispatch(pattern: str, backend: str, forms: Forms, *arguments: Any) -> Any:
         with torch.autocast(device, enabled=False):
             return dispatch(pattern, backend, forms, *arguments)
     if _record.active():
-        return _record.recorded(forms.reference, pattern, forms.kind, *arguments)
+        return _record.recorded(forms.reference, pattern, forms.kind, forms.strip, *arguments)
     body, why = _choose(pattern, _default if backend == "auto" else backend, forms, arguments)
     _note(pattern, body, why)
     if body == "reference":

@@ -19,6 +19,7 @@ __all__ = [
     "Attention",
     "active",
     "attention_in_backward",
+    "in_strips",
     "keep",
     "place",
     "record_attention",
@@ -29,7 +30,7 @@ __all__ = [
 STRIDES = (16, 8, 32, 14, 4, 2, 64, 28, 7, 1)  # pixels of a token, by which sequences of tokens are laid out
 PREFIX = 9  # class tokens and registers, less than
 CHUNK = 2**22  # weights at a time
-LARGE = 2**14  # places of a map from which heads are computed one by one where memory is short
+LARGE = 2**12  # queries from which heads, and rows of the map, are computed one by one where memory is short
 Size = tuple[int, ...]
 
 
@@ -83,6 +84,7 @@ class _Call:
     indices: Tensor | None
     heads = 1  # of the layer, where a call is of one of them
     left: list[int]  # how many calls of the same layer backward has still to come to
+    first: int | None = None  # query of the layer that the weights start at, where they are of some
 
     def __init__(self, name: str, geometry: Attention, layout: Tensor | None) -> None:
         self.name, self.geometry, self.layout = name, geometry, layout
@@ -99,11 +101,13 @@ class _Call:
         """Of weights, or of what there is of each, (B, any, n, K), for some rows of the kernel: placed on the map."""
         known, rows, layout = self.geometry, self.geometry.places, self.layout
         indices = None if self.indices is None else self.indices[:, part]
+        first = (self.first or 0) + (part.start or 0)
+        queries = slice(first, first + values.shape[2])
         if layout is not None:
-            values, found, rows = _on_map(values, indices, layout, part)
+            values, found, rows = _on_map(values, indices, layout, queries)
             indices = found if known.keys == known.queries else indices
-        elif values.shape[2] < self.weights.shape[2]:
-            rows = torch.arange(part.start, part.stop, device=values.device)
+        elif self.first is not None or values.shape[2] < self.weights.shape[2]:
+            rows = torch.arange(queries.start, queries.stop, device=values.device)
         if rows is None:
             return known._replace(weights=values, indices=indices)
         order = rows.argsort(stable=True)[int((rows < 0).sum()) :]
@@ -133,9 +137,17 @@ class _Recorder:
         self.take, self.lean = take, lean
         self.running: list[tuple[str, nn.Module, tuple]] = []  # modules being called and what with, outermost first
         self.layout: tuple[Size, Tensor | None] | None = None  # what `place` said of the next call of a kernel
-        self.share: tuple[int, list[int]] | None = None  # heads of a layer, and how many are left, where one is running
+        self.share: _Share | None = None  # where a layer is computed in parts
         self.calls: list[_Call] = []  # of the checkpointed function that is running
         self.repeated: Iterator[_Call] = iter(())  # while backward runs it again
+
+
+class _Share(NamedTuple):
+    """The part of a layer that is computed."""
+
+    heads: int  # of the layer
+    left: list[int]  # how many parts backward has still to come to
+    first: int | None  # query that it starts at; None: it has all
 
 
 _recorder: _Recorder | None = None
@@ -285,13 +297,16 @@ def keep(
         call.weights, call.indices = weights, indices
         recorder.take(call)
     elif weights.requires_grad:
-        call.heads, call.left = recorder.share or (weights.shape[1], [1])
+        call.heads, call.left, call.first = recorder.share or (weights.shape[1], [1], None)
         recorder.calls.append(call)
         weights.register_hook(partial(recorder.take, call))
 
 
-def recorded(reference: Callable[..., tuple], pattern: str, kind: str, *arguments: Any) -> Any:
-    """The output of a kernel's reference, whose weights are kept."""
+def recorded(
+    reference: Callable[..., tuple], pattern: str, kind: str, strip: Callable[..., Any] | None, *arguments: Any
+) -> Any:
+    """The output of a kernel's reference, whose weights are kept; of large maps, where memory is short, head by head
+    and, by `strip` (see `_dispatch.Forms`), some rows of the map of queries at a time."""
     queries, keys = ((), ()) if kind == "channel" else (_map_size(x) for x in arguments[:2])
 
     def run(*arguments: Any) -> Any:
@@ -303,19 +318,48 @@ def recorded(reference: Callable[..., tuple], pattern: str, kind: str, *argument
         return output
 
     recorder, heads = _recorder, arguments[1].shape[-2]
-    if recorder is None or not recorder.lean or heads == 1 or math.prod(queries) < LARGE:
+    if recorder is None or not recorder.lean or math.prod(queries) < LARGE:
         return repeatable(run, *arguments)
-    outputs, layout, recorder.share = [], recorder.layout, (heads, [heads])
+    row = math.prod(queries[1:])  # queries
+    step = max(1, CHUNK // (row * math.prod(keys)))
+    of_heads, layout, left = [], recorder.layout, [0]
     for head in range(heads):
-        recorder.layout = layout
-        outputs.append(repeatable(run, *(_of_head(x, head, heads) for x in arguments)))
+        own = [_of_head(x, head, heads) for x in arguments]
+        parts = [(0, own)] if strip is None or step >= queries[0] else list(strip(step, *own))
+        outputs = []
+        for first, some in parts:
+            recorder.layout = layout
+            recorder.share = _Share(heads, left, first * row if len(parts) > 1 else None)
+            left[0] += 1
+            outputs.append(repeatable(run, *some))
+        of_heads.append(torch.cat(outputs, 1))
     recorder.share = None
-    return torch.cat(outputs, -2)
+    return torch.cat(of_heads, -2)
+
+
+def in_strips(run: Callable[[int, int], Tensor], size: Size, keys: int, heads: int, axis: int) -> Tensor:
+    """run(first, last) of some rows of a map of `size`, joined at `axis`: all, or where memory is short few at a time.
+
+    keys, heads: weights of a position.
+    """
+    recorder, (height, width) = _recorder, size
+    if recorder is None or not recorder.lean:
+        return run(0, height)
+    step = max(1, CHUNK // (width * keys * heads))
+    starts, outputs = range(0, height, step), []
+    left = [len(starts)]
+    for first in starts:
+        recorder.share = _Share(heads, left, first * width)
+        outputs.append(repeatable(run, first, min(first + step, height)))
+    recorder.share = None
+    return torch.cat(outputs, axis)
 
 
 def _of_head(x: Any, head: int, heads: int) -> Any:
     """What one head takes of an argument: of maps (..., heads, dim) and logits (..., heads, K, K), and of what has the
-    heads first, biases, temperatures and gates."""
+    heads first, biases, temperatures, gates, and decays, which are floats."""
+    if isinstance(x, tuple) and all(isinstance(y, float) for y in x):
+        return x[head : head + 1]
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
     if x.ndim >= 4:
@@ -358,7 +402,8 @@ def _laid_out(geometry: Attention, shape: Size, dense: bool, running: list[tuple
     queries, keys = geometry.queries, geometry.keys
     if len(queries) > 1 and queries[1] != 1:
         return geometry
-    rows, columns = shape[2], shape[3] if dense else math.prod(keys)
+    rows = math.prod(queries) if queries else shape[2]  # of which the weights may be some
+    columns = shape[3] if dense else math.prod(keys)
     kind = "class" if geometry.kind == "space" and rows < columns else geometry.kind
     prefix, found = _grid(columns if kind == "class" else rows, shape[0], running)
     if not found:

@@ -9,6 +9,8 @@ fused attention with a bias; it has no Triton kernel: none was measured against 
 Sizes in comments: B images, N queries, K keys, n agents, H heads, D channels of a head.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,6 +41,23 @@ def _reference(
         return torch.einsum("bhqk,bkhd->bqhd", weights, v).view(shape), weights, None
     values = torch.einsum("bhnk,bkhd->bhnd", gathering, v)
     return torch.einsum("bhqn,bhnd->bqhd", handing, values).reshape(shape), None, None
+
+
+def _strip(
+    rows: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    agents: Tensor,
+    agent_bias: Tensor | None,
+    query_bias: Tensor | None,
+    scale: float,
+) -> Iterator[tuple[int, tuple]]:
+    for first in range(0, q.shape[1], rows):
+        part = q[:, first : first + rows]
+        start = first * q.shape[2] if q.ndim == 5 else first
+        bias = None if query_bias is None else query_bias[:, start : start + part.shape[1:-2].numel()]
+        yield first, (part, k, v, agents, agent_bias, bias, scale)
 
 
 def _plain(
@@ -130,4 +149,4 @@ def agent_attention(
         check_tensor("query_bias", query_bias, (heads, q.shape[1:-2].numel(), agents.shape[1]), q, query_bias.dtype)
     scale = dim**-0.5 if scale is None else scale
     biases = (None if bias is None else bias.to(q.dtype) for bias in (agent_bias, query_bias))
-    return dispatch("agent", backend, Forms(_reference, _on_cpu, _plain), q, k, v, agents, *biases, scale)
+    return dispatch("agent", backend, Forms(_reference, _on_cpu, _plain, strip=_strip), q, k, v, agents, *biases, scale)

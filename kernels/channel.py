@@ -13,6 +13,8 @@ the matmuls yet.
 Sizes in comments: B images, L tokens, N groups (heads), D channels of a group.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -66,6 +68,10 @@ def _linear_reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor |
         return torch.einsum("bqnd,bnde->bqne", q, torch.einsum("bknd,bkne->bnde", k, v) / k.shape[1]), None, None
     weights = torch.einsum("bqnd,bknd->bnqk", q, k) / k.shape[1]
     return torch.einsum("bnqk,bknd->bqnd", weights, v), weights, None
+
+
+def _linear_strip(rows: int, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[int, tuple]]:
+    yield from ((first, (q[:, first : first + rows], k, v)) for first in range(0, q.shape[1], rows))
 
 
 def _linear_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -296,4 +302,5 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") 
     """
     check_alike(q, k, v, axes=(2, 1))
     maps = (x.flatten(1, -3) for x in (q, k, v))
-    return dispatch("linear", backend, Forms(_linear_reference, _linear_on_cpu, _linear_plain), *maps).reshape(q.shape)
+    forms = Forms(_linear_reference, _linear_on_cpu, _linear_plain, strip=_linear_strip)
+    return dispatch("linear", backend, forms, *maps).reshape(q.shape)

@@ -8,6 +8,7 @@ region, K regions that a region attends to (top-k), S = K * T keys of a query.
 
 import functools
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
@@ -37,10 +38,11 @@ def _reference(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     image = torch.arange(q.shape[0], device=q.device)[:, None, None]
     positions = _positions(k.shape[1:3], grid, k.device)[routes]  # [B, R, K, T]
-    q, k, v = _split(q, grid), _by_region(k, grid)[image, routes], _by_region(v, grid)[image, routes]
+    own = routes.shape[1] // grid[1], grid[1]  # regions of queries, which may be some of them
+    q, k, v = _split(q, own), _by_region(k, grid)[image, routes], _by_region(v, grid)[image, routes]
     if route_weights is not None:
         k, v = (x * route_weights[..., None, None, None] for x in (k, v))
-    k, v, positions = (x.flatten(2, 3).unflatten(1, grid) for x in (k, v, positions))  # [B, rows, columns, S, ...]
+    k, v, positions = (x.flatten(2, 3).unflatten(1, own) for x in (k, v, positions))  # [B, rows, columns, S, ...]
     logits = torch.einsum("brhcwnd,brcsnd->bnrhcws", q * scale, k)
     weights = logits.softmax(-1).flatten(2, 5)  # [B, heads, N, S]
     output = torch.einsum("bnrhcws,brcsnd->brhcwnd", weights.unflatten(2, q.shape[1:5]), v)
@@ -48,6 +50,18 @@ def _reference(
     if grid != (1, 1):
         indices = positions[:, :, None, :, None].expand(*q.shape[:5], -1).flatten(1, 4)  # [B, N, S]
     return output.flatten(3, 4).flatten(1, 2), weights, indices
+
+
+def _strip(
+    rows: int, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Tensor | None, grid: Grid, scale: float
+) -> Iterator[tuple[int, tuple]]:
+    """Whole rows of regions, or of one region any."""
+    region = 1 if grid == (1, 1) else q.shape[1] // grid[0]
+    rows = -(-rows // region) * region
+    for first in range(0, q.shape[1], rows):
+        own = slice(None) if grid == (1, 1) else slice(first // region * grid[1], (first + rows) // region * grid[1])
+        weights = None if route_weights is None else route_weights[:, own]
+        yield first, (q[:, first : first + rows], k, v, routes[:, own], weights, grid, scale)
 
 
 def _split(x: Tensor, grid: Grid) -> Tensor:
@@ -325,7 +339,7 @@ def routing_attention(
     elif routes is None:
         routes = _top_regions(q, k, grid, topk)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    forms = Forms(_reference, _on_cpu, _plain)
+    forms = Forms(_reference, _on_cpu, _plain, strip=_strip)
     return dispatch("routing", backend, forms, q, k, v, routes, route_weights, grid, scale)
 
 

@@ -263,36 +263,46 @@ def fused(name: str, options: dict) -> list:
     return [getattr(m, "fused_attn", None) for m in timm.create_model(name, num_classes=3, **options).modules()]
 
 
-@pytest.mark.parametrize("name", ["biformer_tiny", "deit_tiny_patch16_224", "va_volo_d1_224", "transnext_micro"])
+SHALLOW = {
+    "biformer_tiny": {"depth": (1, 1, 1, 1)},
+    "deit_tiny_patch16_224": {"img_size": (48, 64), "depth": 2},
+    "va_volo_d1_224": {"layers": (1, 1, 1, 1)},
+    "transnext_micro": {"depths": (1, 1, 1, 1)},
+    "agent_pvt_tiny": {"depths": (1, 1, 1, 1)},
+    "flowformer": {"depths": (1, 1, 1, 1), "embed_dims": (24, 36, 48, 60)},
+    "rmt_tiny": {"depths": (1, 1, 1, 1)},
+}
+
+
+@pytest.mark.parametrize("name", SHALLOW)
 def test_what_backward_hands_out_is_what_is_recorded(name, monkeypatch):
     """Backward computes the weights again, the last layer first, and hands them out in parts."""
     monkeypatch.setattr("visionattn.kernels._record.CHUNK", 1000)
     monkeypatch.setattr("visionattn.kernels._record.LARGE", 10)
     torch.manual_seed(0)
-    depth = {"depths": (1, 1, 1, 1)} if "transnext" in name else {"depth": (1, 1, 1, 1)} if "biformer" in name else {}
-    options = {"img_size": (48, 64)} if "deit" in name else depth
-    model = timm.create_model(name, num_classes=3, **options).double().eval()
+    model = timm.create_model(name, num_classes=3, **SHALLOW[name]).double().eval()
     images = torch.randn(2, 3, 48, 64, dtype=torch.float64, requires_grad=True)
     with record_attention(model) as record:
         model(images)[:, 0].sum().backward()
-    found: list[tuple[str, torch.Tensor]] = []
+    calls = [(name, call) for name, calls in record.items() for call in calls]
+    found: list[torch.Tensor] = []
     ended = True
 
     def take(name: str, part: Attention, last: bool) -> None:
         nonlocal ended
+        expected, call = calls[-1 - len(found) + (not ended)]
+        assert name == expected
         if ended:
-            (call,) = record[name]
-            found.append((name, torch.zeros_like(call.weights[:, :1])))
-        rows = slice(None) if part.places is None or record[name][0].places is not None else part.places
-        found[-1][1][:, :, rows] += part.weights
+            found.append(torch.zeros_like(call.weights[:, :1]))
+        rows = slice(None) if part.places is None or call.places is not None else part.places
+        found[-1][:, :, rows] += part.weights
         ended = last
 
     with attention_in_backward(model, lambda weights, gradient: (weights * gradient).clamp(min=0), take):
         output = model(images)
         assert not found
         output[:, 0].sum().backward()
-    assert [name for name, _ in found][::-1] == list(record)
-    for name, relevance in found:
-        (call,) = record[name]
+    assert len(found) == len(calls)
+    for relevance, (_, call) in zip(found, calls[::-1], strict=True):
         expected = (call.weights * call.weights.grad).clamp(min=0).mean(1, keepdim=True)
         torch.testing.assert_close(relevance, expected)
