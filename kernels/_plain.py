@@ -17,7 +17,20 @@ from torch import Tensor, nn
 from visionattn.kernels._check import known, precise, transforms
 from visionattn.kernels._function import Function
 
-__all__ = ["attend", "can_keep", "capturing", "crop", "exact_lse", "forget", "keep", "packed", "rows", "slice_step", "together"]
+__all__ = [
+    "attend",
+    "can_keep",
+    "capturing",
+    "crop",
+    "exact_lse",
+    "forget",
+    "fused",
+    "keep",
+    "packed",
+    "rows",
+    "slice_step",
+    "together",
+]
 
 HEADS = 65535  # that one launch of fused attention can have on CUDA; windows and tiles count as heads
 KEPT = 64  # index tables of a kind
@@ -158,10 +171,24 @@ def attend(
         output, lse = zip(*results, strict=True)
         return torch.cat(output, 1), torch.cat(lse, 1) if return_lse else None
     if not return_lse:
-        return F.scaled_dot_product_attention(q, k, v, bias, scale=scale), None
-    logits = (q * scale) @ k.mT  # fused attention does not give their log-sum-exp
-    logits = logits if bias is None else logits + bias
+        return fused(q, k, v, bias, scale), None
+    logits = _logits(q, k, bias, scale)  # fused attention does not give their log-sum-exp
     return logits.softmax(-1) @ v, logits.logsumexp(-1)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """F.scaled_dot_product_attention, of (B, heads, N, dim); for ONNX by operators.
+
+    Its exporter lays the output of fused attention out otherwise than it was traced, and views of it then fail.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return _logits(q, k, bias, scale).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+
+
+def _logits(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    logits = (q * scale) @ k.mT
+    return logits if bias is None else logits + bias
 
 
 def exact_lse(plain: Callable[..., Any]) -> Callable[..., Any]:

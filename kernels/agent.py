@@ -12,12 +12,12 @@ Sizes in comments: B images, N queries, K keys, n agents, H heads, D channels of
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from visionattn.kernels import _record
 from visionattn.kernels._check import check_map, check_tensor, known, precise
 from visionattn.kernels._dispatch import Forms, dispatch
+from visionattn.kernels._plain import fused
 
 __all__ = ["agent_attention"]
 
@@ -73,8 +73,8 @@ def _plain(
         return _by_products(q, k, v, agents, agent_bias, query_bias, scale)
     shape, (q, k, v, agents) = q.shape, (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v, agents))
     of_agents, of_queries = (None if bias is None else bias[None] for bias in (agent_bias, query_bias))
-    values = F.scaled_dot_product_attention(agents, k, v, of_agents, scale=scale)
-    return F.scaled_dot_product_attention(q, agents, values, of_queries, scale=scale).transpose(1, 2).reshape(shape)
+    values = fused(agents, k, v, of_agents, scale)
+    return fused(q, agents, values, of_queries, scale).transpose(1, 2).reshape(shape)
 
 
 def _on_cpu(

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from visionattn.kernels._check import check_alike
 from visionattn.kernels._dispatch import Forms, dispatch
-from visionattn.kernels._plain import keep, together
+from visionattn.kernels._plain import fused, keep, together
 
 __all__ = ["decayed_attention"]
 
@@ -62,7 +62,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, decay: Decay, along: Along, scale: f
     of_heads = _of_heads(q, decay, q.dtype) * here
     q = torch.cat([q * scale, of_heads.expand(q.shape[0], -1, -1, -1)], -1)
     k = torch.cat([k, distances.expand(*k.shape[:2], -1, -1)], -1)
-    return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).unflatten(1, (height, width))
+    return fused(q, k, v, None, 1.0).transpose(1, 2).unflatten(1, (height, width))
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def _along_axis(q: Tensor, k: Tensor, v: Tensor, decay: Decay, along: Along, sca
     lines = q.shape[:2]
     q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))  # [B H, h, W, D], or of columns [B W, h, H, D]
     bias = _table(q, q.shape[2], decay, q.dtype).expand(q.shape[0], -1, -1, -1)
-    output = F.scaled_dot_product_attention(q, k, v, bias, scale=scale).transpose(1, 2).unflatten(0, lines)
+    output = fused(q, k, v, bias, scale).transpose(1, 2).unflatten(0, lines)
     return output.transpose(1, 2) if along == "columns" else output
 
 

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from visionattn.kernels._check import autocasting, check_maps, check_tensor, precise, transforms
 from visionattn.kernels._dispatch import Forms, dispatch, takes_plain
 from visionattn.kernels._function import Function
-from visionattn.kernels._plain import attend, keep, together
+from visionattn.kernels._plain import attend, fused, keep, together
 from visionattn.kernels._tiles import Tiles, as_rows, cached, chunks, join, split
 
 __all__ = ["routing_attention"]
@@ -136,7 +136,7 @@ def _is_dense(q: Tensor, k: Tensor, routes: Tensor, grid: Grid) -> bool:
 def _dense(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, grid: Grid, scale: float) -> Tensor:
     mask = None if grid == (1, 1) else _mask(q, k, routes, grid)
     queries, keys, values = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
-    output = F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale)
+    output = fused(queries, keys, values, mask, scale)
     return output.transpose(1, 2).unflatten(1, q.shape[1:3])
 
 

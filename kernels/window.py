@@ -146,7 +146,7 @@ def _plain(
     if allowed is not None:
         added = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)
         added = added if bias is None else added + bias
-        if len(added) == 1:  # for all images: windows join the heads, so that it is not copied for each image
+        if added.shape[0] == 1:  # for all images: windows join the heads, so that it is not copied for each image
             first, added = 1, added.expand(-1, -1, q.shape[3], -1, -1)
         bias = added.flatten(first, first + 1)
     q_tiles, k_tiles, v_tiles = (tile.flatten(first, first + 1) for tile in tiles)

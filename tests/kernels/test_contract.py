@@ -721,6 +721,28 @@ def test_exports_with_any_batch(pattern, sizes):
     torch.testing.assert_close(program.module()(maps), layer(maps))
 
 
+@pytest.mark.slow  # 4 s each
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:# The axis name")
+@each("forms", "more")
+def test_onnx_with_any_batch(pattern, sizes, tmp_path):
+    """Of what a model makes of it at once, tokens of all heads."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    arguments = PATTERNS[pattern].call(torch.float32, **sizes, batch=5)
+
+    class Flat(Layer):
+        def forward(self, maps):
+            return super().forward(maps).flatten(-2)
+
+    layer, batch = Flat(pattern, arguments).eval(), torch.export.Dim("batch")
+    maps = {name: x for name, x in arguments.items() if name in BATCHED and x is not None}
+    few, shapes = {name: x[:2] for name, x in maps.items()}, {name: {0: batch} for name in maps}
+    path = tmp_path / "kernel.onnx"
+    torch.onnx.export(layer, (few, {}), path, dynamo=True, dynamic_shapes=(shapes,), verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    (output,) = session.run(None, {f"maps_{name}": x.numpy() for name, x in maps.items()})
+    torch.testing.assert_close(torch.from_numpy(output), layer(maps), rtol=1e-3, atol=1e-4)
+
+
 @each("forms")
 def test_recorded_weights_give_the_output(pattern, sizes):
     arguments = make_arguments(pattern, sizes)

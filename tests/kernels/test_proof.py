@@ -376,7 +376,7 @@ def test_captured_code_takes_what_has_run_before(machine, monkeypatch, capture, 
 def test_triton_by_name_is_refused_in_a_capture_that_would_compile_it(machine, capture):
     calls = machine(off_by_one)
     capture(True)
-    with pytest.raises(ValueError, match="cannot run this window call: a CUDA graph is being captured, .* before it;"):
+    with pytest.raises(ValueError, match=r"cannot run this window call: a CUDA graph is being captured, .* before it;"):
         call(backend="triton")
     assert not calls
     capture(False)
