@@ -12,6 +12,13 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def large(monkeypatch):
+    """The maps of tests count as large: what small ones get on a CPU is tested as the plain body, or in test_gated.py."""
+    for pattern in ("gated", "outlook", "window"):
+        monkeypatch.setattr(f"visionattn.kernels.{pattern}.SMALL", 0)
+
+
 @pytest.fixture(params=["ieee", "tf32"])
 def fp32_precision(request):
     """How exactly torch is told to multiply matrices of float32 on CUDA."""

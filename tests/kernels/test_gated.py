@@ -28,6 +28,12 @@ def gradients(output: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(output, inputs, torch.linspace(-1, 2, output.numel()).view(output.shape).to(output))
 
 
+@pytest.fixture(autouse=True, params=["small", "large"])
+def size_of_maps(request, large, monkeypatch):
+    """What counts as a small map, which has a form of its own on a CPU: all or none."""
+    monkeypatch.setattr("visionattn.kernels.gated.SMALL", 2**20 if request.param == "small" else 0)
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("size", [(6,), (1,), (3, 4)])
 def test_follows_the_definition(size, backend):
