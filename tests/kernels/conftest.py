@@ -14,7 +14,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def large(monkeypatch):
-    """The maps of tests count as large: what small ones get on a CPU is tested as the plain body, or in test_gated.py."""
+    """Maps of tests count as large: what small ones get on a CPU is tested as the plain body, or in test_gated.py."""
     for pattern in ("gated", "outlook", "window"):
         monkeypatch.setattr(f"visionattn.kernels.{pattern}.SMALL", 0)
 
