@@ -4,8 +4,10 @@ What a kernel records is placed on the map of its layer: sequences of tokens are
 layers that pad their map, or cut it into regions, say so by `place`.
 """
 
+import ctypes
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -210,6 +212,7 @@ def attention_in_backward(
             values = of(call.weights[:, :, part], gradient[:, :, part]).sum(1, keepdim=True) / call.heads
             take(call.name, call.attention(values, part), call.left[0] == 0 and part is parts[-1])
         del call.weights, call.indices
+        _trim()
 
     with _recording(model, _Recorder(share, lean=True)):
         yield
@@ -379,7 +382,18 @@ def repeatable(run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         return run(*arguments, **options)
 
     with set_checkpoint_early_stop(False):
-        return checkpoint(run_again, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
+        output = checkpoint(run_again, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
+    _trim()
+    return output
+
+
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+def _trim() -> None:
+    """Have glibc give freed memory back: it keeps blocks of up to 32 MB, which pile up between those that stay."""
+    if _malloc_trim is not None:
+        _malloc_trim(0)
 
 
 def _placed(
