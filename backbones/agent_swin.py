@@ -30,9 +30,12 @@ from visionattn.backbones.agent import (
 from visionattn.backbones.backbone import MapClassifier, create, make_classifier
 from visionattn.backbones.layers import check_in_chans, init_linear, linear
 from visionattn.kernels import window_attention
+from visionattn.kernels._check import decided
 from visionattn.kernels._packed import unpack
 
 __all__ = ["AgentSwin"]
+
+SEVERAL = "maps of at most {} places a side have windows that are not shifted, larger ones are"
 
 
 @register_notrace_module
@@ -55,7 +58,10 @@ class WindowAttention(nn.Module):
         q, k, v = unpack(linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)))
         bias = self.relative_position_bias_table.index_select(0, self.relative_position_index)
         bias = bias.T.unflatten(1, (self.window**2, -1)).contiguous()
-        shift = (self.shift * (x.shape[1] > self.window), self.shift * (x.shape[2] > self.window))
+        shift = 0, 0
+        if self.shift:
+            several = [decided(side > self.window, SEVERAL.format(self.window)) for side in x.shape[1:3]]
+            shift = self.shift * several[0], self.shift * several[1]
         return linear(self.proj, window_attention(q, k, v, self.window, shift, bias=bias).flatten(3))
 
 

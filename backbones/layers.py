@@ -239,6 +239,10 @@ def stretch(x: Tensor, axis: int, length: int, mode: str) -> Tensor:
 
 @keep
 def _stretching(source: int, target: int, mode: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if mode == "bilinear" and not known(target < 2**62):  # of a symbol in few operators
+        centres = (torch.arange(target, device=device) + 0.5) * (source / target) - 0.5
+        away = centres.clamp(0, source - 1) - torch.arange(source, device=device)[:, None]
+        return (1 - away.abs()).clamp(min=0).to(dtype)
     unit = torch.eye(source, dtype=torch.promote_types(dtype, torch.float32), device=device)
     return F.interpolate(unit[None, :, :, None], (target, 1), mode=mode)[0, :, :, 0].to(dtype)
 

@@ -38,7 +38,7 @@ from visionattn.backbones._twins import unwrap
 from visionattn.backbones.backbone import MapClassifier, create, make_classifier
 from visionattn.backbones.layers import Mlp, check_in_chans, init_linear, linear
 from visionattn.kernels import _record, neighborhood_attention
-from visionattn.kernels._check import known
+from visionattn.kernels._check import at_least, known
 from visionattn.kernels._packed import unpack
 from visionattn.kernels._plain import crop
 
@@ -88,7 +88,8 @@ class NeighborhoodAttention(nn.Module):
         height, width = x.shape[1:3]
         window = self.kernel_size * self.dilation
         if not (known(height >= window) and known(width >= window)):
-            x = F.pad(x, (0, 0, 0, max(0, window - width), 0, max(0, window - height)))
+            below, right = (at_least(window - length, 0) for length in (height, width))
+            x = F.pad(x, (0, 0, 0, right, 0, below))
         q, k, v = unpack(linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)))
         if _record.active():
             _record.place()

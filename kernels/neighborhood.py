@@ -470,7 +470,7 @@ def _compiled(
 
     def join(x: Tensor) -> Tensor:
         x = x.unflatten(1, (heads, -1)).flatten(2, 3)[:, :, slot]
-        return x.transpose(1, 2).reshape(*q.shape[:-1], -1)
+        return x.transpose(1, 2).unflatten(1, size)
 
     return join(output) if lse is None else (join(output), join(lse[..., None])[..., 0].movedim(-1, 1))
 

@@ -92,7 +92,7 @@ def _where(length: int, window: int, shift: int, dilated: bool, device: torch.de
 
 
 def _count(length: int, window: int) -> int:
-    return (length + window - 1) // window
+    return 1 if known(length == window) else (length + window - 1) // window
 
 
 def _on_cpu(
@@ -250,7 +250,7 @@ def _places(length: int, window: int, shift: int, dilated: bool, device: torch.d
     padded = _count(length, window) * window
     position = torch.arange(padded, device=device)
     position = position.view(window, -1).T if dilated else position.view(-1, window)
-    position = (position + shift) % padded
+    position = (position + shift) % padded if shift else position
     outside = position >= length
     first = position.masked_fill(outside, padded).amin(1, keepdim=True)
     return torch.where(outside, first, position), outside, position < shift

@@ -12,7 +12,10 @@ from visionattn.tasks.graph import Graph
 from visionattn.tools import export
 from visionattn.tools._exporters import EXPORTERS
 
-UNFIT = {"crossformer": "maps of at most 4 places a side are one group, larger ones are cut"}  # and why
+UNFIT = {  # and why
+    "crossformer": "maps of at most 4 places a side are one group, larger ones are cut",
+    "agent_swin": "maps of at most 7 places a side have windows that are not shifted, larger ones are",
+}
 SIZES = [(64, 64), (160, 224), (101, 75), (49, 33)]
 
 
