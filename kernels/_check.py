@@ -45,7 +45,8 @@ def known(condition: bool) -> bool:
 
 def at_least(length: int, least: int) -> int:
     """The larger one of both, for which a compiler's symbols are not asked whether they are."""
-    return torch.sym_max(length, least) if torch.compiler.is_compiling() else max(length, least)
+    larger: Any = torch.sym_max if torch.compiler.is_compiling() else max
+    return larger(length, least)
 
 
 def decided(condition: bool, what: str) -> bool:

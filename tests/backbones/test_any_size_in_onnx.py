@@ -41,7 +41,14 @@ def test_one_file_is_right_at_any_size(name, tmp_path):
     assert check["sizes"] == [list(size) for size in SIZES]
 
 
-@pytest.mark.parametrize("name", sorted(name for name in FAST if family(name) in UNFIT))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if family(name) == "crossformer" else pytest.mark.slow)
+        for name in sorted(FAST)
+        if family(name) in UNFIT
+    ],
+)
 def test_what_no_graph_is_for_is_refused_with_what_depends_on_the_size(name, tmp_path):
     tried = [images(name, *size, batch=1) for size in SIZES[:2]]
     with pytest.raises(UserError, match=UNFIT[family(name)] + ", so that no graph is for all sizes"):
