@@ -34,8 +34,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """What mkdocs calls: `<!-- table: NAME -->` becomes that of `benchmarks/NAME.csv` and where it was measured."""
-    return re.sub(r"<!-- table: (\S+) -->", lambda found: measured(ROOT / "benchmarks" / found[1]), markdown)
+    """What mkdocs calls: `<!-- table: NAME -->` becomes that of `benchmarks/NAME.csv`."""
+    return re.sub(r"<!-- table: (\S+) -->", lambda found: table(ROOT / "benchmarks" / found[1]), markdown)
+
+
+def table(stem: Path) -> str:
+    """Of models, where a .json says where it was measured, else as the file has it."""
+    if stem.with_suffix(".json").exists():
+        return measured(stem)
+    with stem.with_suffix(".csv").open() as file:
+        head, *rows = csv.reader(file)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', ' ') for cell in line)} |" for line in lines)
 
 
 def measured(stem: Path) -> str:

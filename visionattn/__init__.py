@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from visionattn.listing import list_models
     from visionattn.tools.explanations import explain
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 __all__ = ["Run", "UserError", "accelerate", "check", "explain", "fit", "list_models", "load", "record_attention"]
 
 HOMES = {

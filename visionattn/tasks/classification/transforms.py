@@ -122,6 +122,10 @@ def mix_transform(augment: Augment, classes: int) -> Callable[[Tensor, Tensor], 
 class Normalize(nn.Module):
     """(..., C, H, W) uint8, or float32 in 0..1 -> (x - mean) / std, in one pass."""
 
+    scale: Tensor
+    scale_of_bytes: Tensor
+    shift: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         center, spread = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
