@@ -249,7 +249,7 @@ def _traced(question: Question, relevant: bool, of: Callable[[Tensor, Tensor], T
 
     image = question.image[None].clone().requires_grad_()
     try:
-        with attention_in_backward(question.network, of, take):
+        with _frozen(question.network), attention_in_backward(question.network, of, take):
             torch.autograd.grad(question.logit(image).sum(), image)
     except ValueError as error:
         raise UserError(f"{error}: {ELSE}") from None
@@ -261,6 +261,19 @@ def _traced(question: Question, relevant: bool, of: Callable[[Tensor, Tensor], T
     if relevant:  # what attention has added, without what was asked about
         found = (found - spread(start[0], found.shape[1:])).clamp(min=0)
     return Answer(found[0], outside=traced.outside.item(), note="passes over convolutions and MLPs")
+
+
+@contextmanager
+def _frozen(network: nn.Module) -> Iterator[None]:
+    """Parameters want no gradient, for which layers would keep what they are given."""
+    wanting = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in wanting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
 
 
 def _start(question: Question, last: Attention) -> tuple[Tensor, Tensor]:
