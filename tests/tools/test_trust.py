@@ -34,4 +34,4 @@ def test_correlations_are_spearmans_also_of_equal_values(levels):
 def test_a_map_that_is_the_same_everywhere_is_not_said_to_be_that_of_other_weights():
     found = checked(torch.zeros(6, 6), torch.zeros(6, 6))
     assert found["stability"] == found["shuffled_head"] == found["shuffled_all"] == 0
-    assert found["verdict"] in ("no better than edges", "no better than chance")
+    assert "depend" not in found["verdict"]
