@@ -38,11 +38,10 @@ def _reference(
     y, x = torch.arange(height, device=q.device), torch.arange(width, device=q.device)
     rows, columns = (y[:, None] - y).abs(), (x[:, None] - x).abs()
     places = y[:, None] * width + x
-    distances, indices = {
-        "map": (rows[:, None, :, None] + columns[:, None], None),
-        "rows": (columns, places[:, None]),
-        "columns": (rows[:, None], places.T),
-    }[along]
+    if along == "map":
+        distances, indices = rows[:, None, :, None] + columns[:, None], None
+    else:
+        distances, indices = (columns, places[:, None]) if along == "rows" else (rows[:, None], places.T)
     keys, pairs = PRODUCTS[along]
     logits = torch.einsum(f"byxhd,b{keys}hd->bh{pairs}", q * scale, k)
     logits = logits + q.new_tensor(decay).view(-1, *[1] * len(pairs)) * distances

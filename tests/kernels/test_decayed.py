@@ -93,3 +93,11 @@ def test_misuse_is_refused(change, message):
     arguments = {**dict(zip("qkv", make_inputs(3, 4), strict=True)), "decay": DECAY} | change
     with pytest.raises(ValueError, match=message):
         decayed_attention(**arguments)
+
+
+@pytest.mark.parametrize("along", ["rows", "columns"])
+def test_recording_lines_of_a_large_map_makes_no_table_of_all_pairs(along):
+    """Of which one has 34 GB here."""
+    q = torch.zeros(1, 256, 256, 1, 4)
+    with record_attention(torch.nn.Identity()):
+        assert decayed_attention(q, q, q, DECAY[:1], along).shape == q.shape
