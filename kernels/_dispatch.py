@@ -48,9 +48,8 @@ class Forms(NamedTuple):
     on_cpu: Callable[..., Any]
     plain: Callable[..., Any]
     kind: str = "space"  # of what attends to what, see `_record.Attention`
-    strip: Callable[..., Any] | None = (
-        None  # rows at least, arguments -> (first row, arguments) of parts of the queries
-    )
+    # rows at least, and the arguments of a call -> (first row, arguments) of parts of the queries
+    strip: Callable[..., Any] | None = None
 
 
 _default = "auto"  # what backend="auto" means now

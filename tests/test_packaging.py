@@ -36,6 +36,15 @@ def build(kind: str, source: Path, folder: Path) -> Path:
     return made
 
 
+def fresh_environment(folder: Path) -> tuple[Path, Path]:
+    """One that has the packages that visionattn needs, and its own folder of packages."""
+    environment = folder / "environment"
+    venv.create(environment)
+    packages = next(environment.glob("lib/*/site-packages"))
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    return environment, packages
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
     """What a fresh one holds."""
@@ -89,10 +98,7 @@ def test_a_wheel_from_the_source_distribution_is_that_of_the_checkout(wheel, unp
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_what_is_published_is_installed_and_trains(kind, checkout, tmp_path):
     """In a fresh environment, which has the packages that visionattn needs, and from another folder."""
-    environment = tmp_path / "environment"
-    venv.create(environment)
-    packages = next(environment.glob("lib/*/site-packages"))
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    environment, _ = fresh_environment(tmp_path)
     commands = [
         ["python", "-m", "pip", "install", "--no-deps", "--no-build-isolation", build(kind, checkout, tmp_path)],
         ["python", "-c", f"import visionattn as v; assert v.__file__.startswith({str(environment)!r}), v.__file__"],
@@ -111,10 +117,7 @@ def test_what_is_published_is_installed_and_trains(kind, checkout, tmp_path):
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_type_checkers_see_every_public_name(kind, checkout, tmp_path):
     """From another folder, in an environment where visionattn is installed."""
-    environment = tmp_path / "environment"
-    venv.create(environment)
-    packages = next(environment.glob("lib/*/site-packages"))
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    environment, packages = fresh_environment(tmp_path)
     with zipfile.ZipFile(build(kind, checkout, tmp_path)) as archive:
         archive.extractall(packages)
     names = [f"visionattn.{name}" for name in visionattn.__all__]

@@ -77,6 +77,17 @@ def test_batches(tree):
     assert held == list(range(6))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_bytes_and_of_16_bits_are_in_one_range(tmp_path, workers):
+    root = folders(tmp_path, train__a=4, train__b=4, val__a=1, val__b=1)
+    for path in sorted((root / "train").rglob("*.png"))[::2]:
+        Image.fromarray(np.full((32, 32), 40000, np.uint16)).save(path)
+    (batch,) = module(root, workers=workers, batch_size=8, augment=Augment()).train_dataloader()
+    assert batch["image"].dtype == torch.float32
+    assert batch["image"].max() <= 1
+    assert ((batch["image"] - 40000 / 65535).abs().amax((1, 2, 3)) < 1e-4).sum() == 4
+
+
 def test_batches_depend_on_seed_and_epoch_only(tree):
     alone, workers = module(tree, workers=0), module(tree, workers=2)
     first, later = (epoch(alone.train_dataloader(), n) for n in (0, 3))

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import default_collate
 from torchvision.transforms import InterpolationMode, v2
 
 from visionattn.data.loaders import seeded
@@ -67,6 +68,14 @@ class Images(TorchDataset):
             entry = {"image": self.transform(image), "index": index}
         label = sample.target()
         return entry if label is None else entry | {"label": torch.as_tensor(label)}
+
+    @staticmethod
+    def collate(items: list[dict[str, Any]]) -> Any:
+        """A batch; all images are float32 in 0..1 where some are bytes and others are not."""
+        if len({item["image"].dtype for item in items}) > 1:
+            of_floats = (v2.functional.to_dtype(item["image"], torch.float32, scale=True) for item in items)
+            items = [item | {"image": image} for item, image in zip(items, of_floats, strict=True)]
+        return default_collate(items)
 
 
 def train_transform(data: AnyData) -> v2.Compose:
@@ -151,7 +160,7 @@ class Erasing(v2.Transform):
     def __init__(self, probability: float, mean: Sequence[float]) -> None:
         super().__init__()
         self.of_floats = v2.RandomErasing(probability, value=list(mean))
-        self.of_bytes = v2.RandomErasing(probability, value=[round(255 * value) for value in mean])
+        self.of_bytes = v2.RandomErasing(probability, value=[round(255 * min(max(value, 0), 1)) for value in mean])
 
     def transform(self, image: Any, params: dict[str, Any]) -> Any:
         return (self.of_bytes if image.dtype == torch.uint8 else self.of_floats)(image)
