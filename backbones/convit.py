@@ -41,6 +41,7 @@ from visionattn.backbones.layers import (
     position_embedding,
 )
 from visionattn.kernels import gated_positional_attention, routing_attention
+from visionattn.kernels._check import known
 from visionattn.kernels._packed import unpack
 from visionattn.kernels._plain import keep
 
@@ -49,6 +50,7 @@ __all__ = ["ConViT"]
 torch.fx.wrap("position_embedding")
 
 PATCH = 16  # pixels
+SMALL = 49  # places
 
 
 @register_notrace_module
@@ -82,9 +84,16 @@ class GatedPositionalAttention(nn.Module):
         weight[: side**2, 2] = -1
         weight *= self.locality_strength
 
-    def position_logits(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """(heads, H, H) and (heads, W, W), queries first, to be added: linear in the step and in its square."""
+    def position_logits(self, height: int, width: int) -> Tensor | tuple[Tensor, Tensor]:
+        """(heads, H, H) and (heads, W, W), queries first, to be added: linear in the step and in its square.
+
+        On small maps their sum, (heads, H * W, H * W), by fewer operators.
+        """
         weight, bias = self._position_weights()
+        places = height * width
+        if known(places <= SMALL):
+            sums = torch.addmm(bias[:, None], weight, _steps_of_both(bias, height, width, bias.dtype))
+            return sums.unflatten(1, (places, places))
         of_rows, of_columns = (_steps(bias, length, axis, bias.dtype) for axis, length in ((1, height), (0, width)))
         rows = torch.addmm(bias[:, None], weight, of_rows).unflatten(1, (height, height))
         return rows, (weight @ of_columns).unflatten(1, (width, width))
@@ -115,6 +124,14 @@ def _steps(length: int, axis: int, dtype: torch.dtype, device: torch.device) -> 
     steps = (position - position[:, None]).flatten()
     none = torch.zeros_like(steps)
     return torch.stack([none, steps, steps**2] if axis else [steps, none, steps**2])
+
+
+@keep
+def _steps_of_both(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(3, (H * W) ** 2): of both axes together, from each place to each."""
+    y, x = (torch.arange(length, device=device, dtype=dtype) for length in (height, width))
+    down, right = (y - y[:, None])[:, None, :, None], (x - x[:, None])[:, None]
+    return torch.stack(torch.broadcast_tensors(right, down, right**2 + down**2)).flatten(1)
 
 
 @register_notrace_module

@@ -260,14 +260,28 @@ def position_embedding(table: Tensor, height: int, width: int, stride: int = 16)
     if known(height == stride * table.shape[1]) and known(width == stride * table.shape[2]):
         return table
     dtype = torch.promote_types(table.dtype, torch.float32)
-    y, x = (
-        (torch.arange((side + stride - 1) // stride, device=table.device, dtype=dtype) + 0.5) * (2 * stride / side) - 1
-        for side in (height, width)
-    )  # -1 and 1 are the edges of the image
-    centres = torch.stack([x.expand(y.shape[0], -1), y[:, None].expand(-1, x.shape[0])], -1)[None]
-    grid = table.to(dtype).permute(0, 3, 1, 2)
-    grid = F.grid_sample(grid, centres, mode="bicubic", padding_mode="border", align_corners=False)
-    return grid.permute(0, 2, 3, 1).to(table.dtype)
+    rows, columns = (
+        _at_centres(table, entries, side, stride, dtype)
+        for entries, side in zip(table.shape[1:3], (height, width), strict=True)
+    )
+    with no_autocast(table):
+        stretched = (rows @ table[0].to(dtype).flatten(1)).unflatten(1, table.shape[2:])
+        return (columns @ stretched)[None].to(table.dtype)
+
+
+@keep
+def _at_centres(entries: int, side: int, stride: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(tokens, entries): the share of each entry of one axis at the centres of the tokens of `side` pixels.
+
+    Cubic convolution with a = -0.75, as PyTorch has it: Keys, 1981, equation 4.
+    """
+    token = torch.arange((side + stride - 1) // stride, device=device, dtype=dtype)
+    centres = ((token + 0.5) * (stride * entries / side) - 0.5)[:, None]
+    nearest = centres.floor() + torch.arange(-1, 3, device=device)
+    away = (centres - nearest).abs()
+    shares = torch.where(away <= 1, (1.25 * away - 2.25) * away**2 + 1, ((3.75 - 0.75 * away) * away - 6) * away + 3)
+    inside = nearest.clamp(0, entries - 1)[..., None] == torch.arange(entries, device=device)
+    return (shares[..., None] * inside).sum(1)
 
 
 # oneDNN's linear layer, also with GELU; PyTorch itself multiplies by a slower library, then goes over the result again.

@@ -117,14 +117,13 @@ def check_tensor(
     name: str, tensor: Tensor, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None
 ) -> None:
     """`tensor` has this shape, the device of `like`, and `dtype` or else (autocast mends it) that of `like`."""
-    autocast = dtype is None and autocasting(like)
-    dtype = like.dtype if dtype is None else dtype
-    if tensor.shape != torch.Size(shape):
+    expected = like.dtype if dtype is None else dtype
+    if tensor.shape != shape and tensor.shape != torch.Size(shape):
         raise ValueError(f"{name} is {_kind(tensor)}: expected the shape {tuple(shape)}")
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}: expected {like.device}, where q is")
-    if tensor.dtype != dtype and not autocast:
-        raise ValueError(f"{name} is {_kind(tensor)}: expected {str(dtype).removeprefix('torch.')}")
+    if tensor.dtype != expected and not (dtype is None and autocasting(like)):
+        raise ValueError(f"{name} is {_kind(tensor)}: expected {str(expected).removeprefix('torch.')}")
 
 
 def _kind(tensor: Tensor) -> str:

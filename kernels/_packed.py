@@ -14,7 +14,7 @@ __all__ = ["unpack"]
 def unpack(packed: Tensor) -> tuple[Tensor, ...]:
     """(B, H, W, P, heads, dim) -> P maps, which are views; in backward, gradients that are again slices of one tensor
     are not copied together."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms() or not packed.requires_grad:
+    if not packed.requires_grad or torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms():
         return packed.unbind(3)
     return _Unpack.apply(packed)
 

@@ -52,15 +52,13 @@ def capturing(x: Tensor) -> bool:
 def keep(make: Callable[..., Any]) -> Callable[..., Any]:
     """Of a function (*hashable, device) of index tables one of (x, *hashable), for the device of x, that makes them
     once."""
-    kept = functools.lru_cache(maxsize=KEPT)(make)
+    usable_in_training = torch.inference_mode(False)(make)
+    kept = functools.lru_cache(maxsize=KEPT)(usable_in_training)
     _kept.append(kept)
 
     @functools.wraps(make)
     def call(x: Tensor, *key: Any) -> Any:
-        if not can_keep(x):
-            return make(*key, x.device)
-        with torch.inference_mode(False):  # else no later training step could use them
-            return kept(*key, x.device)
+        return (kept if can_keep(x) else make)(*key, x.device)
 
     return call
 

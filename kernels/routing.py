@@ -129,8 +129,10 @@ def _tokens(size: tuple[int, ...], grid: Grid, device: torch.device) -> Tensor:
 
 def _is_dense(q: Tensor, k: Tensor, routes: Tensor, grid: Grid) -> bool:
     """Whether to attend to all keys, under a mask unless there is one region."""
+    if grid == (1, 1):
+        return True
     q_tokens, k_tokens = (x.shape[1] * x.shape[2] for x in (q, k))
-    return grid == (1, 1) or (64 * routes.shape[2] >= k_tokens and max(q_tokens, k_tokens) <= MASKED_TOKENS)
+    return 64 * routes.shape[2] >= k_tokens and max(q_tokens, k_tokens) <= MASKED_TOKENS
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, grid: Grid, scale: float) -> Tensor:

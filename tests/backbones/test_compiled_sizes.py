@@ -1,13 +1,16 @@
-"""A compiled network is compiled for its first size, once more for all sizes, and never again.
+"""A compiled network is compiled for its first size, once more for all sizes, and never again; its maps stay in place.
 
 Counted without generating code (backend "eager"), in evaluation, of few and narrow blocks of each kind. CrossFormer is
 not here: the groups of its attention, and with them its position bias, grow with the map.
 """
 
+import re
+
 import pytest
 import timm
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 from torch.testing import assert_close
 
 import visionattn  # noqa: F401 - registers the models
@@ -73,3 +76,14 @@ def test_any_size_takes_two_compilations(name):
         images = torch.randn(1, 3, *size)
         assert_close(compiled(images), model(images), rtol=1e-3, atol=1e-5)
     assert backend.frame_count == 2
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compile_transposes_no_map():
+    torch.compiler.reset()
+    model = timm.create_model("va_xcit_nano_12_p16_224", depth=2).eval()
+    model.compile()
+    _, (code,) = run_and_get_code(model, torch.randn(2, 3, 224, 224))
+    strides = set(re.findall(r"empty_strided_cpu\(\(2, 14, 14, 128\), \(([^)]*)\)", code))
+    assert strides == {"25088, 1792, 128, 1"}

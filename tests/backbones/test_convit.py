@@ -58,10 +58,24 @@ def test_a_gate_mixes_position_and_content():
         with visionattn.record_attention(model) as record:
             model(x)
         recorded[gate] = record["blocks.0.attn"][0].weights
-    rows, columns = (logits.softmax(-1) for logits in model.blocks[0].attn.position_logits(6, 6))
-    position = torch.einsum("hyv,hxw->hyxvw", rows, columns).flatten(3).flatten(1, 2)
+    position = model.blocks[0].attn.position_logits(6, 6).softmax(-1)
     torch.testing.assert_close(recorded[50.0], position.expand(2, -1, -1, -1))
     assert (recorded[-50.0][0] - recorded[-50.0][1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("size", [(5, 7), (9, 7)])
+@torch.no_grad()
+def test_small_and_large_maps_have_the_same_positions(size):
+    attn = create().blocks[0].attn
+    torch.nn.init.normal_(attn.pos_proj.weight)
+    logits = attn.position_logits(*size)
+    if isinstance(logits, tuple):
+        rows, columns = logits
+        logits = (rows[:, :, None, :, None] + columns[:, None, :, None]).flatten(3).flatten(1, 2)
+    place = torch.cartesian_prod(*(torch.arange(float(length)) for length in size))
+    down, right = (place - place[:, None]).unbind(-1)
+    expected = attn.pos_proj(torch.stack([right, down, right**2 + down**2], -1)).movedim(-1, 0)
+    torch.testing.assert_close(logits, expected)
 
 
 @pytest.mark.parametrize("local_up_to_layer", [0, 1, 2])

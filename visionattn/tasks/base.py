@@ -35,6 +35,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Dataset as TorchDataset
 from torchmetrics import MeanMetric
 
+from visionattn.backbones.backbone import LAYOUTS_KEPT, Backbone
 from visionattn.data import formats
 from visionattn.data.loaders import make_loader, seed_of
 from visionattn.data.prediction import Prediction
@@ -118,7 +119,8 @@ class Task(pl.LightningModule):
         if train.grad_checkpointing:
             network.set_grad_checkpointing()
         if train.compile:
-            network.compile()
+            ours = any(isinstance(module, Backbone) for module in network.modules())
+            network.compile(options=LAYOUTS_KEPT if ours else None)
 
     @property
     def looks(self) -> int:
