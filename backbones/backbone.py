@@ -33,8 +33,8 @@ __all__ = [
     "make_classifier",
 ]
 
-# Options of torch.compile. In networks with convolutions Inductor lays all tensors of four axes out as if the second were
-# channels, and so transposes maps (B, H, W, C) at every layer.
+# Options of torch.compile. In networks with convolutions Inductor takes the second of four axes for channels, and so
+# transposes maps (B, H, W, C) at every layer.
 LAYOUTS_KEPT = {"layout_optimization": False}
 
 torch.fx.wrap("check_image_size")
