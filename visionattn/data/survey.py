@@ -197,8 +197,10 @@ def mean_std(readings: Sequence[Reading]) -> tuple[np.ndarray, np.ndarray]:
     if not seen:
         raise UserError("data: the training images have no values at all")
     width = max(len(reading.mean) for reading in seen)
-    mean = np.mean([np.broadcast_to(reading.mean, width) for reading in seen], axis=0)
-    square = np.mean([np.broadcast_to(reading.square, width) for reading in seen], axis=0)
+    mean, square = (
+        np.mean([values if len(values) == width else np.broadcast_to(values, width) for values in every], axis=0)
+        for every in ([reading.mean for reading in seen], [reading.square for reading in seen])
+    )
     std = np.sqrt(np.maximum(square - mean**2, 0))
     return mean, np.where(std < 1e-6 * np.maximum(np.abs(mean), 1), 1.0, std)
 

@@ -20,6 +20,7 @@ __all__ = [
     "freeze",
     "make_network",
     "refuse_unknown",
+    "refuse_unknown_model",
     "started",
     "statistics_of",
     "try_out",
@@ -33,13 +34,19 @@ def refuse_unknown(key: str, name: str, known: Collection[str], where: str) -> N
         raise UserError(f"{key} is {name!r}: unknown {kind}{nearest(name, known, most=3, cutoff=0.5)} ({where})")
 
 
+def refuse_unknown_model(key: str, name: str) -> None:
+    """Raises UserError unless timm knows a model of this name."""
+    if "." in name or not timm.is_model(name):  # its list takes long
+        refuse_unknown(key, name, timm.list_models(), "visionattn list, timm.list_models()")
+
+
 def create(name: str, arguments: dict[str, Any], **ours: Any) -> Any:
     """`timm.create_model` with a user's arguments, beside which `ours` are not told in messages.
 
     Raises:
         UserError: unknown model or argument, no published weights.
     """
-    refuse_unknown("model.name", name, timm.list_models(), "visionattn list, timm.list_models()")
+    refuse_unknown_model("model.name", name)
     try:
         return timm.create_model(name, **ours, **arguments)
     except Exception as error:  # each model raises its own for arguments that it cannot take

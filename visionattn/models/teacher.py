@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from visionattn.errors import UserError, listed
 from visionattn.models.handover import about, start_from
-from visionattn.models.networks import arguments_of, create, refuse_unknown
+from visionattn.models.networks import arguments_of, create, refuse_unknown_model
 from visionattn.recipe import sections
 from visionattn.recipe.sections import Model
 
@@ -158,7 +158,7 @@ class _Made(NamedTuple):
 
 def _published(spec: sections.Teacher, classes: list[str] | None) -> _Made:
     assert spec.name is not None
-    refuse_unknown("model.teacher.name", spec.name, timm.list_models(), "visionattn list, timm.list_models()")
+    refuse_unknown_model("model.teacher.name", spec.name)
     known = timm.get_pretrained_cfg(spec.name)
     size = _pair(spec.image_size or (list(known.input_size[1:]) if known else 224))
     network = create(spec.name, arguments_of(Model(name=spec.name), size), pretrained=True)
@@ -205,7 +205,7 @@ def feature_channels(spec: sections.Teacher) -> int:
     if model is None:
         said, _ = _recipe_of(spec)
         model = Model(name=said["model"]["name"], args=said["model"]["args"])
-    refuse_unknown("model.teacher.name", model.name, timm.list_models(), "visionattn list, timm.list_models()")
+    refuse_unknown_model("model.teacher.name", model.name)
     with torch.device("meta"):
         network = create(model.name, model.args)
     if not hasattr(network, "forward_intermediates"):

@@ -24,7 +24,6 @@ from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
-import timm
 import torch
 from lightning.fabric import Fabric
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
@@ -45,7 +44,7 @@ from visionattn.errors import UserError
 from visionattn.inference.uncertainty import cases_needed
 from visionattn.models import adapters
 from visionattn.models.ensemble import each
-from visionattn.models.networks import freeze, refuse_unknown, statistics_of
+from visionattn.models.networks import freeze, refuse_unknown, refuse_unknown_model, statistics_of
 from visionattn.recipe.sections import Calibrated, Fitted, Optim, Recipe, Train
 from visionattn.report.evaluation import Evaluation
 
@@ -252,7 +251,7 @@ class Task(pl.LightningModule):
 
 def refuse_names(spec: Recipe) -> None:
     """Raises UserError for a model or an optimizer that there is not."""
-    refuse_unknown("model.name", spec.model.name, timm.list_models(), "visionattn list, timm.list_models()")
+    refuse_unknown_model("model.name", spec.model.name)
     refuse_unknown("optim.name", spec.optim.name, list(map(str, list_optimizers())), "timm.optim.list_optimizers()")
 
 

@@ -50,10 +50,11 @@ def find(section: Section) -> Found:
         raise UserError(f"data.root: no images in {listed(empty)}")
     classes = class_order((c for content in files.values() for c in content), section.classes)
     samples: list[Sample] = []
+    start = f"{root.as_posix()}/"
     for split, content in files.items():
         for k, name in enumerate(classes):
             for path in content.get(name, []):
-                title = path.as_posix().removeprefix(f"{root.as_posix()}/")
+                title = path.as_posix().removeprefix(start)
                 samples.append(ImageFile(title, title, title, section.channels, split=split, label=k, path=path))
     return Found(samples, classes, [])
 
