@@ -52,23 +52,31 @@ def _reference(
     (height, width), device = q.shape[1:3], q.device
     rows, columns = (_keys(*axis, dilated, device) for axis in zip((height, width), window, shift, strict=True))
     place = (rows.place[:, None] * window[1] + columns.place).flatten()  # [N]
+    windows = _count(height, window[0]), _count(width, window[1])
+    here = (rows.window[:, None] * windows[1] + columns.window).flatten() * math.prod(window) + place
+    nowhere = torch.full((math.prod(windows) * math.prod(window),), height * width, device=device)
+    tokens = nowhere.scatter(0, here, torch.arange(height * width, device=device))  # positions of windows' places
+    tokens = tokens.view(-1, math.prod(window))  # [T, Q]
     indices = (rows.keys[:, None, :, None] * width + columns.keys[:, None]).flatten(2).flatten(0, 1)  # [N, K]
     allowed = (rows.allowed[:, None, :, None] & columns.allowed[:, None]).flatten(2).flatten(0, 1)[None]
     if mask is not None:
         allowed = allowed & mask.flatten(1)[:, indices]
-    q, k, v = (x.flatten(1, 2) for x in (q, k, v))  # [B, N, heads, dim]
-    logits = torch.einsum("bnhd,bnkhd->bhnk", q * scale, k[:, indices])
+    q_tiles, k_tiles, v_tiles = (F.pad(x.flatten(1, 2), (0, 0, 0, 0, 0, 1))[:, tokens] for x in (q * scale, k, v))
+    logits = torch.einsum("btqhd,btkhd->bhtqk", q_tiles, k_tiles)
     if bias is not None:
-        logits = logits + bias[:, place]
-    logits = logits.masked_fill(~allowed[:, None], -torch.inf)
+        logits = logits + bias[:, None]
+    logits = logits.flatten(2, 3)[:, :, here].masked_fill(~allowed[:, None], -torch.inf)
     weights = logits.softmax(-1).masked_fill(~allowed.any(-1)[:, None, :, None], 0)
-    output = torch.einsum("bhnk,bnkhd->bnhd", weights, v[:, indices]).unflatten(1, (height, width))
+    of_windows = weights[:, :, tokens.clamp(max=height * width - 1)]
+    output = torch.einsum("bhtqk,btkhd->btqhd", of_windows, v_tiles).flatten(1, 2)[:, here]
+    output = output.unflatten(1, (height, width))
     if return_lse:
         output = output, logits.to(precise(q)).logsumexp(-1).unflatten(-1, (height, width))
     return output, weights, indices.expand(q.shape[0], -1, -1)
 
 
 class _Keys(NamedTuple):
+    window: Tensor  # [L]: of each position
     place: Tensor  # [L]: of each position in its window
     keys: Tensor  # [L, w]: the positions in its window; its own instead of padded ones
     allowed: Tensor  # [L, w]: whether they are keys of it
@@ -81,7 +89,7 @@ def _keys(length: int, window: int, shift: int, dilated: bool, device: torch.dev
     keys = which[:, None] + places * count if dilated else which[:, None] * window + places
     keys = (keys + shift) % (count * window)
     allowed = (keys < length) & ((keys < shift) == (position < shift)[:, None])
-    return _Keys(place, torch.where(keys < length, keys, position[:, None]), allowed)
+    return _Keys(which, place, torch.where(keys < length, keys, position[:, None]), allowed)
 
 
 def _where(length: int, window: int, shift: int, dilated: bool, device: torch.device) -> tuple[Tensor, Tensor]:

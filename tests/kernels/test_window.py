@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from visionattn.kernels import window_attention
 
@@ -121,6 +122,24 @@ def test_one_window_over_a_large_map_takes_bounded_memory():
         output = window_attention(q, k, v, 20, bias=bias)
     expected = F.scaled_dot_product_attention(*(x.flatten(1, 2).mT.mT.transpose(1, 2) for x in (q, k, v)), bias[None])
     torch.testing.assert_close(output.flatten(1, 2).transpose(1, 2), expected)
+
+
+@pytest.mark.parametrize("window", [(32, 32), (32, 4), (8, 8)])
+def test_reference_copies_no_key_for_each_query(window):
+    """What is recorded takes the memory of its weights, not that times the dimension."""
+    q = torch.zeros(1, 32, 32, 1, 64)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            nonlocal largest
+            result = op(*args, **(kwargs or {}))
+            largest = max(largest, result.numel())
+            return result
+
+    with Watch():
+        window_attention(q, q, q, window, backend="reference")
+    assert largest == max(q.numel() + 64, 32 * 32 * math.prod(window))
 
 
 MISUSE = [
