@@ -96,7 +96,8 @@ class CosineAttention(nn.Module):
         rows, columns = (_steps(x, x.shape[1 + i], keys[i], self.side[i], dtype) for i in (0, 1))
         size = (rows[0].shape[0], columns[0].shape[0])
         places = torch.stack([rows[0][:, None].expand(size), columns[0].expand(size)], -1).flatten(0, 1)
-        parts = [places] if takes_plain(x) or torch.is_grad_enabled() else places.split(PLACES)
+        trained = torch.is_grad_enabled() and self.cpb_fc1.weight.requires_grad
+        parts = [places] if takes_plain(x) or trained else places.split(PLACES)
         with no_autocast(x):  # of few numbers: casts would take longer
             of_parts = [self.cpb_fc2(self.cpb_act(self.cpb_fc1(part))) for part in parts]
         bias: Tensor = of_parts[0] if len(of_parts) == 1 else torch.cat(of_parts)
@@ -219,7 +220,9 @@ class AggregatedAttention(CosineAttention):
         pooled = keys[0] * keys[1]
         inside, log_keys = _inside(q, height, width, self.window_size, pooled, self.temperature.dtype)
 
-        def attend(first: int, last: int) -> Tensor:
+        def attend(
+            first: int, last: int, q: Tensor, k: Tensor, v: Tensor, pooled_k: Tensor, pooled_v: Tensor, bias: Tensor
+        ) -> Tensor:
             with_margin = slice(first, last + self.window_size - 1)
             return self._attend(
                 q[:, :, first:last],
@@ -234,14 +237,15 @@ class AggregatedAttention(CosineAttention):
                 height,
             )
 
+        maps = q, k, v, pooled_k, pooled_v, bias
         if _record.active():
-            return _record.in_strips(attend, (height, width), self.window_size**2 + pooled, self.num_heads, 2)
+            return _record.in_strips(attend, maps, (height, width), self.window_size**2 + pooled, self.num_heads, 2)
         if takes_plain(q) or torch.is_grad_enabled() or torch.jit.is_tracing():
             bias = position_bias(bias, rows, columns, (height, width), keys)
             return self._attend(q, k, v, pooled_k, pooled_v, inside, log_keys, bias, 0, height)
         row = q.shape[0] * self.num_heads * width * (self.window_size**2 + keys[0] * keys[1]) * q.element_size()
         step = max(1, CHUNK // max(1, row))
-        parts = [attend(first, min(first + step, height)) for first in range(0, height, step)]
+        parts = [attend(first, min(first + step, height), *maps) for first in range(0, height, step)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def _pooled(self, length: int) -> int:

@@ -197,7 +197,8 @@ def attention_in_backward(
 ) -> Iterator[None]:
     """While active, what backward computes of attention is handed out, the last call first, in little memory.
 
-    Forward keeps no weights; backward computes those of one call at a time again, of large maps head by head.
+    Forward keeps the input of each block, where the model has `grad_checkpointing`, and no weights; backward computes
+    those of one call at a time again, of large maps head by head.
 
     Args:
         of: weights and their gradient (B, heads, n, K) -> what is wanted of each.
@@ -229,9 +230,10 @@ def _recording(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
                 continue
             undo.callback(module.register_forward_pre_hook(_entering(recorder, name)).remove)
             undo.callback(module.register_forward_hook(_leaving(recorder), always_call=True).remove)
-            if getattr(module, "grad_checkpointing", False):
-                module.grad_checkpointing = False
-                undo.callback(setattr, module, "grad_checkpointing", True)
+            before = getattr(module, "grad_checkpointing", recorder.lean)
+            if before is not recorder.lean:
+                module.grad_checkpointing = recorder.lean
+                undo.callback(setattr, module, "grad_checkpointing", before)
             dropout = getattr(module, "attn_drop", None)
             if isinstance(dropout, nn.Module):
                 _open_up(module, dropout, recorder, undo)
@@ -340,20 +342,23 @@ def recorded(
     return torch.cat(of_heads, -2)
 
 
-def in_strips(run: Callable[[int, int], Tensor], size: Size, keys: int, heads: int, axis: int) -> Tensor:
-    """run(first, last) of some rows of a map of `size`, joined at `axis`: all, or where memory is short few at a time.
+def in_strips(
+    run: Callable[..., Tensor], maps: tuple[Tensor, ...], size: Size, keys: int, heads: int, axis: int
+) -> Tensor:
+    """run(first, last, *maps) of some rows of a map of `size`, joined at `axis`: all, or where memory is short few at a
+    time.
 
     keys, heads: weights of a position.
     """
     recorder, (height, width) = _recorder, size
     if recorder is None or not recorder.lean:
-        return run(0, height)
+        return run(0, height, *maps)
     step = max(1, CHUNK // (width * keys * heads))
     starts, outputs = range(0, height, step), []
     left = [len(starts)]
     for first in starts:
         recorder.share = _Share(heads, left, first * width)
-        outputs.append(repeatable(run, first, min(first + step, height)))
+        outputs.append(repeatable(run, first, min(first + step, height), *maps))
     recorder.share = None
     return torch.cat(outputs, axis)
 
