@@ -1,11 +1,12 @@
 """What a relevance map costs on one thread: CPU seconds and peak memory of a process, of whole networks on one image.
 
-    python benchmarks/relevance.py biformer_tiny va_volo_d1_224 --size 1024
+    python benchmarks/relevance.py biformer_tiny va_volo_d1_224 --size 1024 > benchmarks/relevance-cpu.csv
 
-prints a row of Markdown for each model, with random weights, as it is made. Each has a process of its own.
+prints a row for each model, with random weights, as it is made. Each has a process of its own.
 """
 
 import argparse
+import csv
 import resource
 import subprocess
 import sys
@@ -18,11 +19,12 @@ import torch
 import visionattn  # noqa: F401 - registers the models
 from visionattn.tools.attribution import METHODS, Question
 
-LONGEST = 900  # seconds that a model may take
+COLUMNS = ["model", "map", "CPU s", "peak GB", "of which before"]
+LONGEST = 1800  # seconds that a model may take
 
 
-def row(name: str, size: int) -> str:
-    """Of the table."""
+def row(name: str, size: int) -> list[str]:
+    """A model's cells."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     network: Any = timm.create_model(name).eval()
@@ -33,7 +35,7 @@ def row(name: str, size: int) -> str:
     )
     seconds = time.process_time() - began
     finest = " x ".join(map(str, answer.map.shape))
-    return f"| {name} | {finest} | {seconds:.0f} | {_peak():.2f} | {before:.2f} |"
+    return [name, finest, f"{seconds:.0f}", f"{_peak():.2f}", f"{before:.2f}"]
 
 
 def _peak() -> float:
@@ -47,18 +49,20 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024, help="pixels a side")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    table = csv.writer(sys.stdout, lineterminator="\n")
     if args.one:
-        print(row(args.models[0], args.size))
+        table.writerow(row(args.models[0], args.size))
         return
-    print("| model | map | CPU s | peak GB | of which before |\n|---|---|---|---|---|", flush=True)
+    table.writerow(COLUMNS)
     for name in args.models:
+        sys.stdout.flush()
         command = [sys.executable, __file__, name, "--size", str(args.size), "--one"]
         try:
             subprocess.run(command, check=True, timeout=LONGEST)
         except subprocess.TimeoutExpired:
-            print(f"| {name} | | no end in {LONGEST} s | | |", flush=True)
+            table.writerow([name, f"no end in {LONGEST} s", "", "", ""])
         except subprocess.CalledProcessError as error:
-            print(f"| {name} | | ended by {error.returncode} | | |", flush=True)
+            table.writerow([name, f"ended by {error.returncode}", "", "", ""])
 
 
 if __name__ == "__main__":

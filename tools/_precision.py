@@ -1,7 +1,8 @@
 """Smaller ONNX files: in half precision, or with weights of matrices in 8 bits, and what that costs.
 
 int8 is dynamic: weights of MatMul and Gemm per output channel, activations as they come; convolutions stay, which in 8
-bits are slower on a CPU and change more decisions. Of fp16 files a CPU gains nothing but size.
+bits are slower on a CPU and change more decisions. Activations scaled by calibration images (static) gain nothing over
+that, see `benchmarks/README.md`. Of fp16 files a CPU gains nothing but size.
 """
 
 import logging
