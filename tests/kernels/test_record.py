@@ -1,5 +1,7 @@
 """record_attention: names, weights, gradients, where they lie, and that nothing stays behind."""
 
+from contextlib import nullcontext
+
 import pytest
 import timm
 import torch
@@ -306,3 +308,21 @@ def test_what_backward_hands_out_is_what_is_recorded(name, monkeypatch):
     for relevance, (_, call) in zip(found, calls[::-1], strict=True):
         expected = (call.weights * call.weights.grad).clamp(min=0).mean(1, keepdim=True)
         torch.testing.assert_close(relevance, expected)
+
+
+def test_blocks_keep_their_input_for_what_backward_hands_out():
+    """Not what they compute, which is much wider."""
+    model = timm.create_model("transnext_micro", num_classes=3).eval().requires_grad_(False)
+    images = torch.randn(1, 3, 64, 96, requires_grad=True)
+    kept = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[-1] += x.numel()
+        return x
+
+    for recording in (nullcontext(), attention_in_backward(model, lambda weights, gradient: weights, lambda *_: None)):
+        kept.append(0)
+        with recording, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            model(images)
+    assert kept[1] < kept[0] / 4
+    assert not model.grad_checkpointing
