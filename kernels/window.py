@@ -68,8 +68,8 @@ def _reference(
     logits = logits.flatten(2, 3)[:, :, here].masked_fill(~allowed[:, None], -torch.inf)
     weights = logits.softmax(-1).masked_fill(~allowed.any(-1)[:, None, :, None], 0)
     of_windows = weights[:, :, tokens.clamp(max=height * width - 1)]
-    output = torch.einsum("bhtqk,btkhd->btqhd", of_windows, v_tiles).flatten(1, 2)[:, here]
-    output = output.unflatten(1, (height, width))
+    tiles = torch.einsum("bhtqk,btkhd->btqhd", of_windows, v_tiles)
+    output = tiles.flatten(1, 2)[:, here].unflatten(1, (height, width))
     if return_lse:
         output = output, logits.to(precise(q)).logsumexp(-1).unflatten(-1, (height, width))
     return output, weights, indices.expand(q.shape[0], -1, -1)
