@@ -55,6 +55,7 @@ __all__ = [
     "flat",
     "in_block",
     "load",
+    "pointers",
     "store",
     "unsuited_map",
     "unsupported_tensors",
@@ -266,7 +267,7 @@ def _batch_head_tile(i, n, tiles):
 
 
 @triton.jit
-def _pointers(tensor, batch, head, tokens, o_d):
+def pointers(tensor, batch, head, tokens, o_d):
     p_head = tensor.pointer + batch * tensor.stride_b + head * tensor.stride_h
     o_tokens = tokens.y.to(tl.int64) * tensor.stride_y + tokens.x.to(tl.int64) * tensor.stride_x
     return p_head + o_tokens[:, None] + o_d[None, :]
@@ -278,14 +279,14 @@ def load(tensor, batch, head, tokens, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     mask = tokens.valid[:, None]
     if DIM < BLOCK_D:
         mask = mask & (o_d < DIM)[None, :]
-    return tl.load(_pointers(tensor, batch, head, tokens, o_d), mask=mask, other=0.0)
+    return tl.load(pointers(tensor, batch, head, tokens, o_d), mask=mask, other=0.0)
 
 
 @triton.jit
 def store(tensor, values, batch, head, tokens, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     o_d = tl.arange(0, BLOCK_D)
     mask = tokens.valid[:, None] & (o_d < DIM)[None, :]
-    tl.store(_pointers(tensor, batch, head, tokens, o_d), values.to(tensor.pointer.dtype.element_ty), mask=mask)
+    tl.store(pointers(tensor, batch, head, tokens, o_d), values.to(tensor.pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit

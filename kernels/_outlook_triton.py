@@ -1,11 +1,13 @@
 """Outlook attention in Triton: every place of the map gathers what the windows over it mix for it.
 
 It does not fit the loop of `_attention_triton.py`: logits are given, not products of queries and keys. A row of logits
-(window, place i of it) belongs to one place of the map, so that a tile of places reads and writes its own rows. A tile
-holds places of one residue of the stride: the same i have a window for all of them. No kernel uses atomics.
+(window, place i of it) belongs to one place of the map, so that a tile of places reads and writes its own rows, each
+number once, and holds them in registers. A tile holds places of one residue of the stride: the same i have a window for
+all of them, at the same distance, so that addresses differ by one sum. No kernel uses atomics.
 
 Names as in `_attention_triton.py`; BLOCK_M places of the map at a time; K = kernel_size ** 2 places of a window,
-BLOCK_K of them padded to a power of two.
+BLOCK_K of them padded to a power of two. Numbers of rows are one vector for each of the K, without a reduction across
+threads; rows of 9 or 25 numbers start at no multiple of a vector's width.
 """
 
 import itertools
@@ -21,13 +23,13 @@ from visionattn.kernels._attention_triton import (
     LOG2E,
     MIN_BLOCK,
     OPTIONS,
-    Tokens,
     aligned_map,
     ceil_div,
     constant,
     contiguous_map,
     flat,
     load,
+    pointers,
     store,
     unsuited_map,
     unsupported_tensors,
@@ -59,94 +61,116 @@ class Constants(NamedTuple):
 RUNTIME = [*Sizes._fields, *(f"{x}_{stride}" for x in ("v", "do") for stride in "byxh")]
 
 
+class Places(NamedTuple):
+    """Those of a tile, all of one residue of the stride; vectors are [BLOCK_M]."""
+
+    batch: Any
+    head: Any
+    y: Any
+    x: Any
+    valid: Any
+    residue_y: Any
+    residue_x: Any
+    row: Any  # y // stride
+    column: Any
+
+
+class Windows(NamedTuple):
+    """For each place of a tile one that it is in."""
+
+    first_y: Any  # of the window's first place, relative to the place
+    first_x: Any
+    number: Any  # in its image
+    valid: Any  # whether there is one
+
+
 @triton.jit
 def _places(n, c):
-    """Batch, head and (y, x, valid) of the places of this program's tile, and their residues of the stride."""
     program = tl.program_id(0)
     tile = program // n.heads % n.tiles
     residue = program // n.heads // n.tiles % (c.stride * c.stride)
     batch = (program // n.heads // n.tiles // (c.stride * c.stride)).to(tl.int64)
     i = tile * c.BLOCK_M + tl.arange(0, c.BLOCK_M)
-    class_width = ceil_div(n.width, c.stride)
-    y = i // class_width * c.stride + residue // c.stride
-    x = i % class_width * c.stride + residue % c.stride
-    return batch, program % n.heads, y, x, (y < n.height) & (x < n.width), residue
+    columns = ceil_div(n.width, c.stride)
+    residue_y, residue_x = residue // c.stride, residue % c.stride
+    row, column = i // columns, i % columns
+    y, x = row * c.stride + residue_y, column * c.stride + residue_x
+    valid = (y < n.height) & (x < n.width)
+    return Places(batch, program % n.heads, y, x, valid, residue_y, residue_x, row, column)
 
 
 @triton.jit
-def _place(c, i):
-    """Row and column of the i-th place of a window."""
-    return i // c.kernel, i - i // c.kernel * c.kernel
+def _first(c, residue):
+    """The first row (or column) of windows that has places of this residue; the stride leads to the next."""
+    return (residue + c.padding) % c.stride
 
 
 @triton.jit
-def _has_windows(c, residue, i):
-    """Whether places of this residue are the i-th place of windows."""
-    row, column = _place(c, i)
-    down, across = residue // c.stride + c.padding - row, residue % c.stride + c.padding - column
-    return (down % c.stride == 0) & (across % c.stride == 0)
+def _windows(n, c, places, down, across):
+    """Those in whose row `down` and column `across` the places are."""
+    down_by = (places.residue_y + c.padding - down) // c.stride
+    right_by = (places.residue_x + c.padding - across) // c.stride
+    row, column = places.row + down_by, places.column + right_by
+    valid = places.valid & (row >= 0) & (row < n.rows) & (column >= 0) & (column < n.columns)
+    number = places.row * n.columns + places.column + (down_by * n.columns + right_by)
+    return Windows(-down, -across, number, valid)
 
 
 @triton.jit
-def _windows(n, c, y, x, valid, i):
-    """The windows whose i-th place is (y, x): row, column, whether there is one."""
-    down, across = _place(c, i)
-    y, x = y + c.padding - down, x + c.padding - across
-    row, column = y // c.stride, x // c.stride
-    return row, column, valid & (y >= 0) & (x >= 0) & (row < n.rows) & (column < n.columns)
+def _rows(pointer, n, c, places, windows, K: tl.constexpr):
+    """To the first of the K numbers of each window in a contiguous (B, h, w, heads, K) tensor."""
+    image = (places.batch * n.rows * n.columns * n.heads + places.head) * K
+    return pointer + image + windows.number * (n.heads * K)
 
 
 @triton.jit
-def _in_window(n, c, row, column, m_window, j):
-    """The j-th places of windows: row and column in the map, whether there is such a place."""
-    down, across = _place(c, j)
-    y, x = row * c.stride - c.padding + down, column * c.stride - c.padding + across
-    return y, x, m_window & (y >= 0) & (y < n.height) & (x >= 0) & (x < n.width)
+def _load(tensor, n, c, places, p_places, windows, i: tl.constexpr):
+    """The i-th places of windows, zero outside of the map [BLOCK_M, BLOCK_D], and whether they are in it."""
+    down, across = windows.first_y + i // c.kernel, windows.first_x + (i - i // c.kernel * c.kernel)
+    inside = windows.valid & (places.y >= -down) & (places.y < n.height - down)
+    inside = inside & (places.x >= -across) & (places.x < n.width - across)
+    mask = inside[:, None]
+    if c.DIM < c.BLOCK_D:
+        mask = mask & (tl.arange(0, c.BLOCK_D) < c.DIM)[None, :]
+    p_tensor = p_places + (down * tensor.stride_y + across * tensor.stride_x)
+    return tl.load(p_tensor, mask=mask, other=0.0).to(tl.float32), inside
 
 
 @triton.jit
-def _load(tensor, c, batch, head, y, x, valid):
-    return load(tensor, batch, head, Tokens(y, x, valid, None), c.DIM, c.BLOCK_D).to(tl.float32)
-
-
-@triton.jit
-def _store(tensor, c, values, batch, head, y, x, valid):
-    store(tensor, values, batch, head, Tokens(y, x, valid, None), c.DIM, c.BLOCK_D)
-
-
-@triton.jit
-def _rows(n, c, batch, head, row, column, i):
-    """The rows i of windows, in a contiguous (B, h, w, heads, K) tensor: [BLOCK_M]"""
-    window = (batch * n.rows + row) * n.columns + column
-    return (window * n.heads + head) * c.K + i
+def _weights(p_row, c, scale, valid):
+    """Softmax of rows of logits: for each of the K a vector [BLOCK_M], and the log-sum-exp, in base 2."""
+    b_s: tl.tuple = ()
+    b_m = tl.full([c.BLOCK_M], float("-inf"), tl.float32)
+    for j in tl.static_range(c.K):
+        b_s += (tl.load(p_row + j, mask=valid, other=0.0).to(tl.float32) * (scale * LOG2E),)
+        b_m = tl.maximum(b_m, b_s[j])
+    b_e: tl.tuple = ()
+    b_l = tl.zeros([c.BLOCK_M], tl.float32)
+    for j in tl.static_range(c.K):
+        b_e += (tl.exp2(b_s[j] - b_m),)
+        b_l += b_e[j]
+    b_p: tl.tuple = ()
+    share = 1.0 / b_l
+    for j in tl.static_range(c.K):
+        b_p += (b_e[j] * share,)
+    return b_p, b_m + tl.log2(b_l)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def _forward(
-    logits, v, v_b, v_y, v_x, v_h, heads, height, width, rows, columns, tiles, scale, output, p_lse, c
-):  # fmt: skip
-    """Also stores the log-sum-exp of each row of logits that is used, in base 2."""
+def _forward(logits, v, v_b, v_y, v_x, v_h, heads, height, width, rows, columns, tiles, scale, output, c):
     n = Sizes(heads, height, width, rows, columns, tiles)
     v, output = aligned_map(v, v_b, v_y, v_x, v_h, c), contiguous_map(output, n, height, width, c.DIM)
-    batch, head, y, x, valid, residue = _places(n, c)
-    o_j = tl.arange(0, c.BLOCK_K)
+    places = _places(n, c)
+    p_v = pointers(v, places.batch, places.head, places, tl.arange(0, c.BLOCK_D))
     b_o = tl.zeros([c.BLOCK_M, c.BLOCK_D], tl.float32)
-    for i in range(c.K):
-        if _has_windows(c, residue, i):
-            row, column, m_window = _windows(n, c, y, x, valid, i)
-            o_rows = _rows(n, c, batch, head, row, column, i)
-            mask = m_window[:, None] & (o_j < c.K)
-            b_s = tl.load(logits + o_rows[:, None] * c.K + o_j, mask=mask, other=float("-inf"))  # [BLOCK_M, BLOCK_K]
-            b_s = tl.where(m_window[:, None], b_s.to(tl.float32) * (scale * LOG2E), 0.0)
-            b_m = tl.max(b_s, 1)
-            b_lse = b_m + tl.log2(tl.sum(tl.exp2(b_s - b_m[:, None]), 1))
-            tl.store(p_lse + o_rows, b_lse, mask=m_window)
-            for j in range(c.K):
-                b_p = tl.load(logits + o_rows * c.K + j, mask=m_window, other=float("-inf")).to(tl.float32)
-                b_p = tl.exp2(b_p * (scale * LOG2E) - b_lse)
-                key_y, key_x, m_key = _in_window(n, c, row, column, m_window, j)
-                b_o += b_p[:, None] * _load(v, c, batch, head, key_y, key_x, m_key)
-    _store(output, c, b_o, batch, head, y, x, valid)
+    for down in range(_first(c, places.residue_y), c.kernel, c.stride):
+        for across in range(_first(c, places.residue_x), c.kernel, c.stride):
+            windows = _windows(n, c, places, down, across)
+            p_row = _rows(logits, n, c, places, windows, c.K * c.K) + (down * c.kernel + across) * c.K
+            b_p, _ = _weights(p_row, c, scale, windows.valid)
+            for j in tl.static_range(c.K):
+                b_o += b_p[j][:, None] * _load(v, n, c, places, p_v, windows, j)[0]
+    store(output, b_o, places.batch, places.head, places, c.DIM, c.BLOCK_D)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -154,27 +178,30 @@ def _backward_logits(
     logits, v, v_b, v_y, v_x, v_h, heads, height, width, rows, columns, tiles, scale, do, do_b, do_y, do_x, do_h,
     grad_logits, p_lse, c,
 ):  # fmt: skip
-    """Gradients of the rows of logits that belong to places of the map."""
+    """Gradients of the rows of logits that belong to places of the map; also stores their log-sum-exp, in base 2."""
     n = Sizes(heads, height, width, rows, columns, tiles)
     v, do = aligned_map(v, v_b, v_y, v_x, v_h, c), aligned_map(do, do_b, do_y, do_x, do_h, c)
-    batch, head, y, x, valid, residue = _places(n, c)
+    places = _places(n, c)
     o_j = tl.arange(0, c.BLOCK_K)
-    b_do = _load(do, c, batch, head, y, x, valid)
-    for i in range(c.K):
-        if _has_windows(c, residue, i):
-            row, column, m_window = _windows(n, c, y, x, valid, i)
-            b_dp = tl.zeros([c.BLOCK_M, c.BLOCK_K], tl.float32)
-            for j in range(c.K):
-                key_y, key_x, m_key = _in_window(n, c, row, column, m_window, j)
-                b_dp_j = tl.sum(b_do * _load(v, c, batch, head, key_y, key_x, m_key), 1)
-                b_dp += tl.where(o_j == j, b_dp_j[:, None], 0.0)
-            mask = m_window[:, None] & (o_j < c.K)
-            o_rows = _rows(n, c, batch, head, row, column, i)
-            o_logits = o_rows[:, None] * c.K + o_j
-            b_s = tl.load(logits + o_logits, mask=mask, other=float("-inf")).to(tl.float32) * (scale * LOG2E)
-            b_p = tl.exp2(b_s - tl.load(p_lse + o_rows, mask=m_window, other=0.0)[:, None])
-            b_ds = b_p * (b_dp - tl.sum(b_p * b_dp, 1)[:, None]) * scale
-            tl.store(grad_logits + o_logits, b_ds.to(grad_logits.dtype.element_ty), mask=mask)
+    p_v = pointers(v, places.batch, places.head, places, tl.arange(0, c.BLOCK_D))
+    b_do = load(do, places.batch, places.head, places, c.DIM, c.BLOCK_D).to(tl.float32)
+    for down in range(_first(c, places.residue_y), c.kernel, c.stride):
+        for across in range(_first(c, places.residue_x), c.kernel, c.stride):
+            windows = _windows(n, c, places, down, across)
+            i = down * c.kernel + across
+            b_p, b_lse = _weights(_rows(logits, n, c, places, windows, c.K * c.K) + i * c.K, c, scale, windows.valid)
+            tl.store(_rows(p_lse, n, c, places, windows, c.K) + i, b_lse, mask=windows.valid)
+            b_dp: tl.tuple = ()
+            b_delta = tl.zeros([c.BLOCK_M], tl.float32)
+            for j in tl.static_range(c.K):
+                b_dp += (tl.sum(b_do * _load(v, n, c, places, p_v, windows, j)[0], 1),)
+                b_delta += b_p[j] * b_dp[j]
+            b_ds = tl.zeros([c.BLOCK_M, c.BLOCK_K], tl.float32)
+            for j in tl.static_range(c.K):
+                b_ds = tl.where(o_j == j, (b_p[j] * (b_dp[j] - b_delta) * scale)[:, None], b_ds)
+            p_row = _rows(grad_logits, n, c, places, windows, c.K * c.K) + i * c.K
+            mask = windows.valid[:, None] & (o_j < c.K)
+            tl.store(p_row[:, None] + o_j, b_ds.to(grad_logits.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -184,23 +211,26 @@ def _backward_v(
 ):  # fmt: skip
     n = Sizes(heads, height, width, rows, columns, tiles)
     do, dv = aligned_map(do, do_b, do_y, do_x, do_h, c), contiguous_map(dv, n, height, width, c.DIM)
-    batch, head, y, x, valid, residue = _places(n, c)
+    places = _places(n, c)
+    p_do = pointers(do, places.batch, places.head, places, tl.arange(0, c.BLOCK_D))
     b_dv = tl.zeros([c.BLOCK_M, c.BLOCK_D], tl.float32)
-    for j in range(c.K):
-        if _has_windows(c, residue, j):
-            row, column, m_window = _windows(n, c, y, x, valid, j)
-            for i in range(c.K):
-                query_y, query_x, mask = _in_window(n, c, row, column, m_window, i)
-                o_rows = _rows(n, c, batch, head, row, column, i)
-                b_p = tl.load(logits + o_rows * c.K + j, mask=mask, other=float("-inf")).to(tl.float32)
-                b_p = tl.exp2(b_p * (scale * LOG2E) - tl.load(p_lse + o_rows, mask=mask, other=0.0))
-                b_dv += b_p[:, None] * _load(do, c, batch, head, query_y, query_x, mask)
-    _store(dv, c, b_dv, batch, head, y, x, valid)
+    for down in range(_first(c, places.residue_y), c.kernel, c.stride):
+        for across in range(_first(c, places.residue_x), c.kernel, c.stride):
+            windows = _windows(n, c, places, down, across)
+            p_column = _rows(logits, n, c, places, windows, c.K * c.K) + down * c.kernel + across
+            p_lses = _rows(p_lse, n, c, places, windows, c.K)
+            for i in tl.static_range(c.K):
+                b_do, inside = _load(do, n, c, places, p_do, windows, i)
+                b_s = tl.load(p_column + i * c.K, mask=inside, other=0.0).to(tl.float32) * (scale * LOG2E)
+                b_dv += tl.exp2(b_s - tl.load(p_lses + i, mask=inside, other=0.0))[:, None] * b_do
+    store(dv, b_dv, places.batch, places.head, places, c.DIM, c.BLOCK_D)
 
 
 def unsupported(logits: Tensor, v: Tensor, kernel_size: int, stride: int, padding: int, scale: float) -> str | None:
-    if kernel_size > 7:
-        return f"kernel_size is {kernel_size}, at most 7 is supported"
+    if kernel_size > 5:
+        return f"kernel_size is {kernel_size}, at most 5 is supported"
+    if logits[:1].numel() >= 2**31:
+        return f"an image has {logits[:1].numel()} logits, fewer than 2 ** 31 are supported"
     return unsupported_tensors(logits, v)
 
 
@@ -218,36 +248,27 @@ def problems(logits: Tensor, v: Tensor, kernel_size: int, stride: int, padding: 
 
 
 def attention(logits: Tensor, v: Tensor, kernel_size: int, stride: int, padding: int, scale: float) -> Tensor:
-    return _operator(logits, v, kernel_size, stride, padding, scale)[0]
+    return _operator(logits, v, kernel_size, stride, padding, scale)
 
 
 @torch.library.custom_op("visionattn::outlook_attention", mutates_args=())
-def _operator(
-    logits: Tensor, v: Tensor, kernel_size: int, stride: int, padding: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    output, lse = _operator_fake(logits, v, kernel_size, stride, padding, scale)
-    lse.zero_()  # rows of no place in the map are not computed
-    _launch(_forward, logits, v, (kernel_size, stride, padding), scale, None, output, lse)
-    return output, lse
+def _operator(logits: Tensor, v: Tensor, kernel_size: int, stride: int, padding: int, scale: float) -> Tensor:
+    output = _operator_fake(logits, v, kernel_size, stride, padding, scale)
+    _launch(_forward, logits, v, (kernel_size, stride, padding), scale, None, output)
+    return output
 
 
 @_operator.register_fake
 def _operator_fake(logits, v, kernel_size, stride, padding, scale):
-    return v.new_empty(v.shape), logits.new_empty(logits.shape[:-1], dtype=torch.float32)
+    return v.new_empty(v.shape)
 
 
 @torch.library.custom_op("visionattn::outlook_attention_backward", mutates_args=())
 def _operator_backward(
-    grad_output: Tensor,
-    lse: Tensor,
-    logits: Tensor,
-    v: Tensor,
-    kernel_size: int,
-    stride: int,
-    padding: int,
-    scale: float,
+    grad_output: Tensor, logits: Tensor, v: Tensor, kernel_size: int, stride: int, padding: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     grad_logits, dv = logits.new_zeros(logits.shape), v.new_empty(v.shape)  # rows of no place in the map stay zero
+    lse = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
     rest = logits, v, (kernel_size, stride, padding), scale, grad_output
     _launch(_backward_logits, *rest, grad_logits, lse)
     _launch(_backward_v, *rest, dv, lse)
@@ -255,17 +276,16 @@ def _operator_backward(
 
 
 @_operator_backward.register_fake
-def _operator_backward_fake(grad_output, lse, logits, v, kernel_size, stride, padding, scale):
+def _operator_backward_fake(grad_output, logits, v, kernel_size, stride, padding, scale):
     return logits.new_empty(logits.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     logits, v, *ctx.rest = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], logits, v)
+    ctx.save_for_backward(logits, v)
 
 
-def _gradients(ctx, grad_output: Tensor, grad_lse: Tensor) -> tuple:
+def _gradients(ctx, grad_output: Tensor) -> tuple:
     return *_operator_backward(grad_output, *ctx.saved_tensors, *ctx.rest), None, None, None, None
 
 
@@ -284,7 +304,7 @@ def _launch(
     b, height, width, heads, dim = v.shape
     kernel_size, stride, _ = windows
     padded = max(MIN_BLOCK, triton.next_power_of_2(dim))
-    block_m = max(16, 2048 // padded)  # 16 registers of a sum for each of 128 threads
+    block_m = max(16, 1024 // padded)  # 8 registers of a sum for each of 128 threads
     tiles = triton.cdiv(triton.cdiv(height, stride) * triton.cdiv(width, stride), block_m)
     maps, align = flat([v] if grad_output is None else [v, grad_output])
     places = kernel_size**2

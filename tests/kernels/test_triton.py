@@ -327,7 +327,10 @@ def test_reasons_for_what_is_not_supported():
     case = neighborhood(size=(3, 3, 3), kernel=(3, 3, 3), dilation=(1, 1, 1), stride=(1, 1, 1))
     assert "3 axes" in kernels("neighborhood").unsupported(*case)
     assert "at most 32" in kernels("halo").unsupported(*halo(block=32))
-    assert "at most 7" in kernels("outlook").unsupported(*outlook(size=(9, 9), kernel=9, padding=4))
+    assert "at most 5" in kernels("outlook").unsupported(*outlook(size=(7, 7), kernel=7, padding=3))
+    huge = outlook()
+    huge[0] = huge[0][:, :1, :1].expand(-1, 2**13, 2**12, -1, -1, -1)
+    assert "fewer than 2 ** 31" in kernels("outlook").unsupported(*huge)
 
 
 def test_what_pytorch_does_better_is_not_tried():
