@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visionattn.kernels._blocks import Entry, blocks
+from visionattn.kernels._blocks import Blocks, Entry, blocks
 from visionattn.kernels._check import allows_tf32, transforms
 from visionattn.kernels._plain import slice_step
 
@@ -42,11 +42,11 @@ __all__ = [
     "Functions",
     "Pattern",
     "Plan",
-    "Relative",
     "Tokens",
     "across",
     "aligned_map",
     "attend",
+    "blocks_of",
     "ceil_div",
     "constant",
     "contiguous_map",
@@ -55,7 +55,9 @@ __all__ = [
     "flat",
     "in_block",
     "load",
+    "lse_offsets",
     "pointers",
+    "precision_of",
     "store",
     "unsuited_map",
     "unsupported_tensors",
@@ -85,24 +87,10 @@ class Functions(NamedTuple):
     # (g, n, batch, walk, block) -> `Tokens` of keys [BLOCK_N] at a place relative to the q_tile that is the same for
     # all tiles, and whether the tile attends to any; of patterns whose q_tile gives the same for all images
     bias_kv_at: Any = None
-    relative: Any = None  # `Relative`, of a pattern whose bias depends on the query
     # (g, n, batch, tile) -> of one of a plan's `summed_tiles` the `Tokens`, the first of the kv_tiles that are its
     # parts, how far these are apart and how many there are; of a pattern whose walks over queries may be long, and
     # whose walks hold as fifth whether the kv_tile is the only part
     parts: Any = None
-
-
-class Relative(NamedTuple):
-    """The Triton functions of logits that are a query's product with a table (rows P) for each axis.
-
-    The BLOCK_M queries are of one block of the map, with its keys in R rows and R columns; to it a product is a matrix
-    [BLOCK_M, R].
-    """
-
-    products: Any  # (g, b_q, queries, c) -> two [BLOCK_M, R], times LOG2E
-    logits: Any  # (g, the two, queries, keys, c) -> their sum for each query and key [BLOCK_M, BLOCK_N]
-    grad_products: Any  # (g, b_ds, queries, keys, c) -> gradients of the two
-    gradients: Any  # (g, these, b_q, queries, c) -> of q [BLOCK_M, BLOCK_D], and of the two tables [P, BLOCK_D]
 
 
 class Tokens(NamedTuple):
@@ -129,7 +117,6 @@ class Plan(NamedTuple):
     bias_kinds: int = 1  # kinds of q_tile with regard to `bias_kv_at`, taking turns
     summed_tiles: int = 0  # tiles of keys that kv_tiles are parts of, with regard to queries; 0: each is one
     is_closed: bool = False  # whether the tokens of a q_tile attend to each other, all at once, and to no others
-    relative: tuple[int, int] = (0, 0)  # P and R of `Relative`, powers of two
 
 
 class Pattern(NamedTuple):
@@ -138,7 +125,7 @@ class Pattern(NamedTuple):
     # at most block_m queries and block_n keys
     plan: Callable[..., Plan]
     # (sums, plan, bias) -> gradient of the bias, from the logits' gradients summed over like tiles, (heads,
-    # bias_kinds, BLOCK_M, bias_blocks, BLOCK_N), or of a `Relative` from those of the tables, (heads, 2, P, BLOCK_D)
+    # bias_kinds, BLOCK_M, bias_blocks, BLOCK_N)
     fold_bias: Callable[..., Tensor] | None = None
 
 
@@ -172,8 +159,6 @@ class Constants(NamedTuple):
     BLOCK_N: Any
     ALIGN: Any  # all strides are multiples of it
     SLICES: Any  # of a contiguous tensor that the gradients of q, k and v are: 3, or each one of its own
-    P: Any
-    R: Any
     precision: Any
 
 
@@ -290,7 +275,7 @@ def store(tensor, values, batch, head, tokens, DIM: tl.constexpr, BLOCK_D: tl.co
 
 
 @triton.jit
-def _lse_offsets(n, batch, head, queries):
+def lse_offsets(n, batch, head, queries):
     """In a contiguous (B, heads, H, W) tensor."""
     first = (batch * n.heads + head) * n.height * n.width
     return first + queries.y * n.width + queries.x
@@ -304,11 +289,9 @@ def _load_lse(p_lse, queries):
 
 
 @triton.jit
-def _scores(g, f, c, scale, head, b_q, b_k, products, queries, keys):
+def _scores(g, f, c, scale, head, b_q, b_k, queries, keys):
     """Logits, times LOG2E, of queries (rows) to keys."""
     b_s = tl.dot(b_q, b_k.T, input_precision=c.precision) * (scale * LOG2E)
-    if f.relative is not None:
-        b_s += f.relative.logits(g, products, queries, keys, c)
     return f.logits(g, b_s, head, queries, keys, False)
 
 
@@ -326,9 +309,6 @@ def _forward(
     batch, head, tile = _batch_head_tile(tl.program_id(0), n, tiles)
     queries, walk = f.q_tile(g, n, batch, tile)
     b_q = load(q, batch, head, queries, c.DIM, c.BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    products = None
-    if f.relative is not None:
-        products = f.relative.products(g, b_q, queries, c)
     b_m = tl.full([c.BLOCK_M], float("-inf"), tl.float32)
     b_l = tl.zeros([c.BLOCK_M], tl.float32)
     b_o = tl.zeros([c.BLOCK_M, c.BLOCK_DV], tl.float32)
@@ -337,7 +317,7 @@ def _forward(
         keys = f.kv_at(g, n, batch, walk, box, row, column)
         b_k = load(k, batch, head, keys, c.DIM, c.BLOCK_D)  # [BLOCK_N, BLOCK_D]
         b_v = load(v, batch, head, keys, c.DIM_V, c.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-        b_s = _scores(g, f, c, scale, head, b_q, b_k, products, queries, keys)
+        b_s = _scores(g, f, c, scale, head, b_q, b_k, queries, keys)
         b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
         base = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)  # all masked so far: avoid -inf - -inf
         b_p = tl.exp2(b_s - base[:, None])
@@ -349,20 +329,16 @@ def _forward(
     b_o /= tl.where(b_l == 0.0, 1.0, b_l)[:, None]  # a query without keys yields zero
     output = contiguous_map(output, n, height, width, c.DIM_V)
     store(output, b_o, batch, head, queries, c.DIM_V, c.BLOCK_DV)
-    tl.store(p_lse + _lse_offsets(n, batch, head, queries), (b_m + tl.log2(b_l)) / LOG2E, mask=queries.valid)
+    tl.store(p_lse + lse_offsets(n, batch, head, queries), (b_m + tl.log2(b_l)) / LOG2E, mask=queries.valid)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _backward_dq(
     q, q_b, q_y, q_x, q_h, k, k_b, k_y, k_x, k_h, v, v_b, v_y, v_x, v_h,
     heads, height, width, key_height, key_width, tiles, scale, do, do_b, do_y, do_x, do_h,
-    output, dq, p_lse, p_grad_lse, p_delta, p_partial, total_tiles, tiles_per_program, g, f, c,
+    output, dq, p_lse, p_grad_lse, p_delta, g, f, c,
 ):  # fmt: skip
-    """Gradient of q; also stores delta, the part of the logits' gradients that is common to a query's keys.
-
-    p_partial: None, or (shares, heads, 2, P, BLOCK_D), sums of the gradients of the tables of a `Relative`. A program
-    takes `tiles_per_program` of the `total_tiles` tiles of one head; heads take turns.
-    """
+    """Gradient of q; also stores delta, the part of the logits' gradients that is common to a query's keys."""
     n = Sizes(heads, height, width, key_height, key_width)
     q, k, v = (
         aligned_map(q, q_b, q_y, q_x, q_h, c),
@@ -370,54 +346,29 @@ def _backward_dq(
         aligned_map(v, v_b, v_y, v_x, v_h, c),
     )
     do, output = aligned_map(do, do_b, do_y, do_x, do_h, c), contiguous_map(output, n, height, width, c.DIM_V)
+    batch, head, tile = _batch_head_tile(tl.program_id(0), n, tiles)
+    queries, walk = f.q_tile(g, n, batch, tile)
+    b_q = load(q, batch, head, queries, c.DIM, c.BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    b_do = load(do, batch, head, queries, c.DIM_V, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+    b_o = load(output, batch, head, queries, c.DIM_V, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+    o_lse = lse_offsets(n, batch, head, queries)
+    b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
+    if p_grad_lse is not None:
+        b_delta -= tl.load(p_grad_lse + o_lse, mask=queries.valid, other=0.0)
+    tl.store(p_delta + o_lse, b_delta, mask=queries.valid)
+    b_lse = _load_lse(p_lse + o_lse, queries)
+    b_dq = tl.zeros([c.BLOCK_M, c.BLOCK_D], tl.float32)
+    box, row, column = _start()
+    for _ in range(_steps(walk, g.k)):
+        keys = f.kv_at(g, n, batch, walk, box, row, column)
+        b_k = load(k, batch, head, keys, c.DIM, c.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_v = load(v, batch, head, keys, c.DIM_V, c.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        b_p = tl.exp2(_scores(g, f, c, scale, head, b_q, b_k, queries, keys) - b_lse[:, None])
+        b_ds = b_p * (tl.dot(b_do, b_v.T, input_precision=c.precision) - b_delta[:, None])
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=c.precision)
+        box, row, column = _advance(walk, g.k, box, row, column)
     dq = contiguous_map(dq, n, height, width, c.DIM, c.SLICES)
-    program = tl.program_id(0)
-    if p_partial is not None:
-        b_dtable_y = tl.zeros([c.P, c.BLOCK_D], tl.float32)
-        b_dtable_x = tl.zeros([c.P, c.BLOCK_D], tl.float32)
-    first = program // heads * tiles_per_program
-    for i in range(first, tl.minimum(first + tiles_per_program, total_tiles)):
-        batch, head, tile = _batch_head_tile(i * heads + program % heads, n, tiles)
-        queries, walk = f.q_tile(g, n, batch, tile)
-        b_q = load(q, batch, head, queries, c.DIM, c.BLOCK_D)  # [BLOCK_M, BLOCK_D]
-        b_do = load(do, batch, head, queries, c.DIM_V, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-        b_o = load(output, batch, head, queries, c.DIM_V, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-        products = None
-        if f.relative is not None:
-            products = f.relative.products(g, b_q, queries, c)
-            b_dproduct_y = tl.zeros([c.BLOCK_M, c.R], tl.float32)
-            b_dproduct_x = tl.zeros([c.BLOCK_M, c.R], tl.float32)
-        o_lse = _lse_offsets(n, batch, head, queries)
-        b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
-        if p_grad_lse is not None:
-            b_delta -= tl.load(p_grad_lse + o_lse, mask=queries.valid, other=0.0)
-        tl.store(p_delta + o_lse, b_delta, mask=queries.valid)
-        b_lse = _load_lse(p_lse + o_lse, queries)
-        b_dq = tl.zeros([c.BLOCK_M, c.BLOCK_D], tl.float32)
-        box, row, column = _start()
-        for _ in range(_steps(walk, g.k)):
-            keys = f.kv_at(g, n, batch, walk, box, row, column)
-            b_k = load(k, batch, head, keys, c.DIM, c.BLOCK_D)  # [BLOCK_N, BLOCK_D]
-            b_v = load(v, batch, head, keys, c.DIM_V, c.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-            b_p = tl.exp2(_scores(g, f, c, scale, head, b_q, b_k, products, queries, keys) - b_lse[:, None])
-            b_ds = b_p * (tl.dot(b_do, b_v.T, input_precision=c.precision) - b_delta[:, None])
-            b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=c.precision)
-            if f.relative is not None:
-                b_dy, b_dx = f.relative.grad_products(g, b_ds.to(b_k.dtype), queries, keys, c)
-                b_dproduct_y += b_dy
-                b_dproduct_x += b_dx
-            box, row, column = _advance(walk, g.k, box, row, column)
-        b_dq *= scale
-        if f.relative is not None:
-            b_dq_relative, b_dy, b_dx = f.relative.gradients(g, b_dproduct_y, b_dproduct_x, b_q, queries, c)
-            b_dq += b_dq_relative
-            if p_partial is not None:
-                b_dtable_y += b_dy
-                b_dtable_x += b_dx
-        store(dq, b_dq, batch, head, queries, c.DIM, c.BLOCK_D)
-    if p_partial is not None:
-        _store_sum(p_partial, 2 * program, b_dtable_y)
-        _store_sum(p_partial, 2 * program + 1, b_dtable_x)
+    store(dq, b_dq * scale, batch, head, queries, c.DIM, c.BLOCK_D)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -448,13 +399,10 @@ def _backward_dkv(
         queries = f.q_at(g, n, batch, walk, box, row, column)
         b_q = load(q, batch, head, queries, c.DIM, c.BLOCK_D)  # [BLOCK_M, BLOCK_D]
         b_do = load(do, batch, head, queries, c.DIM_V, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-        o_lse = _lse_offsets(n, batch, head, queries)
+        o_lse = lse_offsets(n, batch, head, queries)
         b_lse = _load_lse(p_lse + o_lse, queries)
         b_delta = tl.load(p_delta + o_lse, mask=queries.valid, other=0.0)
         b_s = tl.dot(b_k, b_q.T, input_precision=c.precision) * (scale * LOG2E)  # [BLOCK_N, BLOCK_M]
-        if f.relative is not None:
-            products = f.relative.products(g, b_q, queries, c)
-            b_s += f.relative.logits(g, products, queries, keys, c).T
         b_p = tl.exp2(f.logits(g, b_s, head, queries, keys, True) - b_lse[None, :])
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=c.precision)
         b_ds = b_p * (tl.dot(b_v, b_do.T, input_precision=c.precision) - b_delta[None, :])
@@ -536,9 +484,9 @@ def _backward_tile(
         b_k = load(k, batch, head, keys, c.DIM, c.BLOCK_D)  # [BLOCK_N, BLOCK_D]
         b_v = load(v, batch, head, keys, c.DIM_V, c.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         b_do = load(do, batch, head, queries, c.DIM_V, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-        o_lse = _lse_offsets(n, batch, head, queries)
+        o_lse = lse_offsets(n, batch, head, queries)
         b_lse = _load_lse(p_lse + o_lse, queries)
-        b_p = tl.exp2(_scores(g, f, c, scale, head, b_q, b_k, None, queries, keys) - b_lse[:, None])
+        b_p = tl.exp2(_scores(g, f, c, scale, head, b_q, b_k, queries, keys) - b_lse[:, None])
         b_dv = tl.dot(b_p.to(b_do.dtype).T, b_do, input_precision=c.precision)
         b_dp = tl.dot(b_do, b_v.T, input_precision=c.precision)
         b_delta = tl.sum(b_p * b_dp, 1)
@@ -597,10 +545,10 @@ def _backward_dbias(
             b_do = load(do, batch, head, queries, c.DIM_V, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
             b_k = load(k, batch, head, keys, c.DIM, c.BLOCK_D)  # [BLOCK_N, BLOCK_D]
             b_v = load(v, batch, head, keys, c.DIM_V, c.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-            o_lse = _lse_offsets(n, batch, head, queries)
+            o_lse = lse_offsets(n, batch, head, queries)
             b_lse = _load_lse(p_lse + o_lse, queries)
             b_delta = tl.load(p_delta + o_lse, mask=queries.valid, other=0.0)
-            b_p = tl.exp2(_scores(g, f, c, scale, head, b_q, b_k, None, queries, keys) - b_lse[:, None])
+            b_p = tl.exp2(_scores(g, f, c, scale, head, b_q, b_k, queries, keys) - b_lse[:, None])
             b_sum += b_p * (tl.dot(b_do, b_v.T, input_precision=c.precision) - b_delta[:, None])
     _store_sum(p_partial, program, b_sum)
 
@@ -633,6 +581,17 @@ def fit(height: int, width: int, most: int, boxes: int = 0) -> Block:
 
     columns = min((2**i for i in range(tokens.bit_length())), key=padded)
     return Block(*map(constant, (tokens // columns, columns, columns < width, together, boxes > 0)))
+
+
+def blocks_of(pattern: str, kernel: str, q: Tensor, v: Tensor) -> Blocks:
+    """What a kernel is launched with for these tensors."""
+    dim = max(32, triton.next_power_of_2(max(q.shape[-1], v.shape[-1])))
+    return blocks(Entry(_capability(q.device), pattern, kernel, 8 * q.element_size(), dim))
+
+
+def precision_of(q: Tensor) -> str:
+    """Of products, as Triton calls it."""
+    return "ieee" if q.dtype == torch.float32 and not allows_tf32() else "tf32"
 
 
 def unsupported_tensors(*tensors: Tensor) -> str | None:
@@ -741,11 +700,9 @@ def _operator_backward(
         programs, partial, *share = call.share(prepared, (1, block_m, 1, block_n) if needs_bias else None)
         call.launch(_backward_tile, programs, prepared, dq, dk, dv, lse, grad_lse, partial, *share)
     else:
-        prepared = call.prepare("dq")
-        tables = 2, prepared.plan.relative[0], prepared.constants.BLOCK_D.value
-        is_relative = call.functions.relative is not None
-        programs, partial, *share = call.share(prepared, tables if needs_bias and is_relative else None)
-        call.launch(_backward_dq, programs, prepared, output, dq, lse, grad_lse, delta, partial, *share)
+        prepared, partial = call.prepare("dq"), None
+        programs = len(q) * q.shape[3] * prepared.plan.tiles
+        call.launch(_backward_dq, programs, prepared, output, dq, lse, grad_lse, delta)
         call.launch_by_key(dk, dv, lse, delta)
     fold_bias = PATTERNS[pattern].fold_bias
     if needs_bias and bias is not None and fold_bias is not None:
@@ -827,18 +784,13 @@ class _Call:
 
     def prepare(self, kernel: str) -> _Prepared:
         """The plan, and what is compiled for, of one of the kernels."""
-        dim = max(32, triton.next_power_of_2(max(self.q.shape[-1], self.v.shape[-1])))
-        entry = Entry(_capability(self.q.device), self.pattern, kernel, 8 * self.q.element_size(), dim)
-        block_m, block_n, warps, stages = blocks(entry)
+        block_m, block_n, warps, stages = blocks_of(self.pattern, kernel, self.q, self.v)
         plan = self.make_plan(*self.arguments, block_m, block_n, kernel == "dkv")
         dims = self.q.shape[-1], self.v.shape[-1]
         padded = (max(MIN_BLOCK, triton.next_power_of_2(x)) for x in dims)
         tokens = (math.prod(x.value for x in block[:2]) * block.boxes.value for block in plan.geometry[:2])
-        precision = "ieee" if self.q.dtype == torch.float32 and not allows_tf32() else "tf32"
-        constants = Constants(
-            *map(constant, (*dims, *padded, *tokens, self.align, self.slices, *plan.relative, precision))
-        )
-        return _Prepared(plan, constants, {"num_warps": warps, "num_stages": stages})
+        constants = *dims, *padded, *tokens, self.align, self.slices, precision_of(self.q)
+        return _Prepared(plan, Constants(*map(constant, constants)), {"num_warps": warps, "num_stages": stages})
 
     def launch(self, kernel: Any, programs: int, prepared: _Prepared, *rest: Any) -> None:
         if not programs:

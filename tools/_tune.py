@@ -70,11 +70,10 @@ def _cases(patterns: Sequence[str]) -> Iterator[tuple[str, Case]]:
 
 
 def _tune_case(pattern: str, case: Case, device: str, time: Time, capability: int) -> dict[Entry, Blocks]:
-    name = "halo with tables" if pattern == "halo" else pattern
     best: dict[Entry, Blocks] = {}
     for kernel in _blocks.KERNELS:
         call = _call(pattern, case, device, PASSES[kernel != "forward"])
-        entry = Entry(capability, name, kernel, 16, max(32, case.dim))
+        entry = Entry(capability, pattern, kernel, 16, max(32, case.dim))
         choices = list(dict.fromkeys([_blocks.blocks(entry), *CHOICES]))
         times = {}
         for blocks in choices:
@@ -83,9 +82,8 @@ def _tune_case(pattern: str, case: Case, device: str, time: Time, capability: in
         fastest = min(choices, key=times.__getitem__)
         if times[choices[0]] > GAIN * times[fastest]:
             best[entry] = fastest
-            print(
-                f"{case.name}, {name} {kernel}: {choices[0]} {times[choices[0]]:.3f} ms, {fastest} {times[fastest]:.3f}"
-            )
+            gained = f"{choices[0]} {times[choices[0]]:.3f} ms, {fastest} {times[fastest]:.3f}"
+            print(f"{case.name}, {pattern} {kernel}: {gained}")
     return best
 
 
