@@ -91,6 +91,8 @@ class Functions(NamedTuple):
     # parts, how far these are apart and how many there are; of a pattern whose walks over queries may be long, and
     # whose walks hold as fifth whether the kv_tile is the only part
     parts: Any = None
+    # (queries) -> their numbers in a map, in the order in which they are found the quickest; by default by rows
+    number: Any = None
 
 
 class Tokens(NamedTuple):
@@ -289,6 +291,13 @@ def _load_lse(p_lse, queries):
 
 
 @triton.jit
+def _statistics(n, f, batch, head, queries):
+    """Offsets in (B, heads, H * W), of what backward keeps for queries."""
+    number = queries.y * n.width + queries.x if f.number is None else f.number(queries)
+    return (batch * n.heads + head) * n.height * n.width + number
+
+
+@triton.jit
 def _scores(g, f, c, scale, head, b_q, b_k, queries, keys):
     """Logits, times LOG2E, of queries (rows) to keys."""
     b_s = tl.dot(b_q, b_k.T, input_precision=c.precision) * (scale * LOG2E)
@@ -336,9 +345,10 @@ def _forward(
 def _backward_dq(
     q, q_b, q_y, q_x, q_h, k, k_b, k_y, k_x, k_h, v, v_b, v_y, v_x, v_h,
     heads, height, width, key_height, key_width, tiles, scale, do, do_b, do_y, do_x, do_h,
-    output, dq, p_lse, p_grad_lse, p_delta, g, f, c,
+    output, dq, p_lse, p_grad_lse, p_delta, p_log2, g, f, c,
 ):  # fmt: skip
-    """Gradient of q; also stores delta, the part of the logits' gradients that is common to a query's keys."""
+    """Gradient of q; also stores delta, the part of the logits' gradients that is common to a query's keys, and the
+    log-sum-exp as `_load_lse` gives it."""
     n = Sizes(heads, height, width, key_height, key_width)
     q, k, v = (
         aligned_map(q, q_b, q_y, q_x, q_h, c),
@@ -355,8 +365,10 @@ def _backward_dq(
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
     if p_grad_lse is not None:
         b_delta -= tl.load(p_grad_lse + o_lse, mask=queries.valid, other=0.0)
-    tl.store(p_delta + o_lse, b_delta, mask=queries.valid)
     b_lse = _load_lse(p_lse + o_lse, queries)
+    o_kept = _statistics(n, f, batch, head, queries)
+    tl.store(p_delta + o_kept, b_delta, mask=queries.valid)
+    tl.store(p_log2 + o_kept, b_lse, mask=queries.valid)
     b_dq = tl.zeros([c.BLOCK_M, c.BLOCK_D], tl.float32)
     box, row, column = _start()
     for _ in range(_steps(walk, g.k)):
@@ -375,7 +387,7 @@ def _backward_dq(
 def _backward_dkv(
     q, q_b, q_y, q_x, q_h, k, k_b, k_y, k_x, k_h, v, v_b, v_y, v_x, v_h,
     heads, height, width, key_height, key_width, tiles, scale, do, do_b, do_y, do_x, do_h,
-    dk, dv, p_lse, p_delta, p_parts, g, f, c,
+    dk, dv, p_log2, p_delta, p_parts, g, f, c,
 ):  # fmt: skip
     """Gradients of k and v of a kv_tile, from the queries that attend to it.
 
@@ -399,9 +411,9 @@ def _backward_dkv(
         queries = f.q_at(g, n, batch, walk, box, row, column)
         b_q = load(q, batch, head, queries, c.DIM, c.BLOCK_D)  # [BLOCK_M, BLOCK_D]
         b_do = load(do, batch, head, queries, c.DIM_V, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-        o_lse = lse_offsets(n, batch, head, queries)
-        b_lse = _load_lse(p_lse + o_lse, queries)
-        b_delta = tl.load(p_delta + o_lse, mask=queries.valid, other=0.0)
+        o_kept = _statistics(n, f, batch, head, queries)
+        b_lse = tl.load(p_log2 + o_kept, mask=queries.valid, other=float("inf"))
+        b_delta = tl.load(p_delta + o_kept, mask=queries.valid, other=0.0)
         b_s = tl.dot(b_k, b_q.T, input_precision=c.precision) * (scale * LOG2E)  # [BLOCK_N, BLOCK_M]
         b_p = tl.exp2(f.logits(g, b_s, head, queries, keys, True) - b_lse[None, :])
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=c.precision)
@@ -516,7 +528,7 @@ def _store_sum(p_partial, program, b_sum):
 def _backward_dbias(
     q, q_b, q_y, q_x, q_h, k, k_b, k_y, k_x, k_h, v, v_b, v_y, v_x, v_h,
     heads, height, width, key_height, key_width, tiles, scale, do, do_b, do_y, do_x, do_h,
-    p_lse, p_delta, p_partial, images, total_tiles, tiles_per_program, kinds, n_blocks, g, f, c,
+    p_log2, p_delta, p_partial, images, total_tiles, tiles_per_program, kinds, n_blocks, g, f, c,
 ):  # fmt: skip
     """Gradients of the logits of one of the n_blocks of keys, summed over some q_tiles of one kind, of all images.
 
@@ -545,9 +557,9 @@ def _backward_dbias(
             b_do = load(do, batch, head, queries, c.DIM_V, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
             b_k = load(k, batch, head, keys, c.DIM, c.BLOCK_D)  # [BLOCK_N, BLOCK_D]
             b_v = load(v, batch, head, keys, c.DIM_V, c.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-            o_lse = lse_offsets(n, batch, head, queries)
-            b_lse = _load_lse(p_lse + o_lse, queries)
-            b_delta = tl.load(p_delta + o_lse, mask=queries.valid, other=0.0)
+            o_kept = _statistics(n, f, batch, head, queries)
+            b_lse = tl.load(p_log2 + o_kept, mask=queries.valid, other=float("inf"))
+            b_delta = tl.load(p_delta + o_kept, mask=queries.valid, other=0.0)
             b_p = tl.exp2(_scores(g, f, c, scale, head, b_q, b_k, queries, keys) - b_lse[:, None])
             b_sum += b_p * (tl.dot(b_do, b_v.T, input_precision=c.precision) - b_delta[:, None])
     _store_sum(p_partial, program, b_sum)
@@ -693,7 +705,7 @@ def _operator_backward(
         grad_output, grad_lse, output, lse, q, k, v, bias, table, pattern, parameters, scale, needs_bias, is_packed
     )
     dq, dk, dv = gradients[0].unbind(3) if is_packed else gradients
-    delta = torch.empty_like(lse)
+    delta, log2 = torch.empty_like(lse), torch.empty_like(lse)
     prepared = call.prepare("tile")
     if prepared.plan.is_closed:
         block_m, block_n = prepared.blocks
@@ -702,11 +714,11 @@ def _operator_backward(
     else:
         prepared, partial = call.prepare("dq"), None
         programs = len(q) * q.shape[3] * prepared.plan.tiles
-        call.launch(_backward_dq, programs, prepared, output, dq, lse, grad_lse, delta)
-        call.launch_by_key(dk, dv, lse, delta)
+        call.launch(_backward_dq, programs, prepared, output, dq, lse, grad_lse, delta, log2)
+        call.launch_by_key(dk, dv, log2, delta)
     fold_bias = PATTERNS[pattern].fold_bias
     if needs_bias and bias is not None and fold_bias is not None:
-        sums = call.sum_bias(prepared, lse, delta) if partial is None else partial.sum(0)
+        sums = call.sum_bias(prepared, log2, delta) if partial is None else partial.sum(0)
         dbias = fold_bias(sums, prepared.plan, bias).to(bias.dtype)
     return gradients[0], gradients[1], gradients[2], dbias
 
@@ -802,13 +814,13 @@ class _Call:
                 *self.maps, *sizes, self.scale, *self.grad, *rest, *compiled_for, **OPTIONS, **prepared.options
             )
 
-    def launch_by_key(self, dk: Tensor, dv: Tensor, lse: Tensor, delta: Tensor) -> None:
+    def launch_by_key(self, dk: Tensor, dv: Tensor, log2: Tensor, delta: Tensor) -> None:
         prepared, images_heads = self.prepare("dkv"), len(self.q) * self.q.shape[3]
         programs, parts, c = images_heads * prepared.plan.tiles, None, prepared.constants
         if prepared.plan.summed_tiles:
             shape = programs, c.BLOCK_N.value, c.BLOCK_D.value + c.BLOCK_DV.value
-            parts = torch.empty(shape, dtype=torch.float32, device=lse.device)
-        self.launch(_backward_dkv, programs, prepared, dk, dv, lse, delta, parts)
+            parts = torch.empty(shape, dtype=torch.float32, device=log2.device)
+        self.launch(_backward_dkv, programs, prepared, dk, dv, log2, delta, parts)
         if parts is not None:
             tiles = prepared.plan.summed_tiles
             self.launch(_sum_parts, images_heads * tiles, prepared, dk, dv, parts, tiles)
@@ -823,7 +835,7 @@ class _Call:
         partial = torch.empty((shares, heads, *summed), dtype=torch.float32, device=self.q.device)
         return shares * heads, partial, total_tiles, tiles_per_program
 
-    def sum_bias(self, prepared: _Prepared, lse: Tensor, delta: Tensor) -> Tensor:
+    def sum_bias(self, prepared: _Prepared, log2: Tensor, delta: Tensor) -> Tensor:
         """Gradients of the logits, summed over the q_tiles of all images that look alike to the bias: (heads,
         bias_kinds, BLOCK_M, bias_blocks, BLOCK_N)."""
         plan, heads = prepared.plan, self.q.shape[3]
@@ -831,7 +843,7 @@ class _Call:
         total_tiles = plan.tiles // plan.bias_kinds
         tiles_per_program = max(1, total_tiles * math.prod(groups) // BIAS_PROGRAMS)
         programs = triton.cdiv(total_tiles, tiles_per_program), *groups
-        partial = torch.empty((*programs, *prepared.blocks), dtype=torch.float32, device=lse.device)
-        rest = lse, delta, partial, len(self.q), total_tiles, tiles_per_program, *groups[1:]
+        partial = torch.empty((*programs, *prepared.blocks), dtype=torch.float32, device=log2.device)
+        rest = log2, delta, partial, len(self.q), total_tiles, tiles_per_program, *groups[1:]
         self.launch(_backward_dbias, math.prod(programs), prepared, *rest)
         return partial.sum(0).transpose(2, 3)

