@@ -1,10 +1,10 @@
-"""The Triton kernels of all softmax patterns: one loop over boxes of tokens, as in FlashAttention, and its backward.
+"""The Triton kernels of window, neighborhood and routing attention: one loop, as in FlashAttention, and its backward.
 
 A program takes a tile of queries (q_tile) of one head and walks over the keys that these attend to, with a running
 maximum and sum; for the gradients of k and v it takes a tile of keys (kv_tile) and walks over the queries that attend
-to them. Tokens are read where they lie in the (B, H, W, heads, dim) map. A walk goes over boxes of the map, rows times
+to them. Tokens are read where they lie in the (B, H, W, heads, dim) map. A walk goes over a box of the map, rows times
 columns at a time: what is where is worked out before the loop, and in it addresses grow by sums. A pattern says with a
-few small functions (`Functions`) which boxes those are and what its logits are; `Plan` is what they get and how many
+few small functions (`Functions`) which box that is and what its logits are; `Plan` is what they get and how many
 programs there are. To add a pattern, write both, as `_routing_triton.py` does, and enter them in `PATTERNS`.
 
 Softmax statistics and sums are float32. No kernel uses atomics: what many programs add to is stored apart and summed in
@@ -75,21 +75,21 @@ BIAS_PROGRAMS = 1024  # about as many as the gradient of a bias is split over; e
 class Functions(NamedTuple):
     """The Triton functions of a pattern; g is the geometry of its `Plan`, n the `Sizes` of the call.
 
-    A walk is a tuple of scalars: how many boxes, their height and width in tokens, and what else the pattern needs to
-    tell which tokens are at a row and column of a box.
+    A walk is a tuple of scalars: height and width of its box in tokens, and what else the pattern needs to tell which
+    tokens are at a row and column of it.
     """
 
     q_tile: Any  # (g, n, batch, tile) -> `Tokens` of a q_tile [BLOCK_M], and the walk over its keys
-    kv_at: Any  # (g, n, batch, walk, box, row, column) -> `Tokens` of keys [BLOCK_N], those of `g.k` from there on
+    kv_at: Any  # (g, n, batch, walk, row, column) -> `Tokens` of keys [BLOCK_N], those of `g.k` from there on
     kv_tile: Any  # (g, n, batch, tile) -> `Tokens` of a kv_tile [BLOCK_N], and the walk over its queries
-    q_at: Any  # (g, n, batch, walk, box, row, column) -> `Tokens` of queries [BLOCK_M], those of `g.q` from there on
+    q_at: Any  # (g, n, batch, walk, row, column) -> `Tokens` of queries [BLOCK_M], those of `g.q` from there on
     logits: Any  # (g, b_s, head, queries, keys, BY_KEY) -> [BLOCK_M, BLOCK_N] or by key its transpose, masked, biased
     # (g, n, batch, walk, block) -> `Tokens` of keys [BLOCK_N] at a place relative to the q_tile that is the same for
     # all tiles, and whether the tile attends to any; of patterns whose q_tile gives the same for all images
     bias_kv_at: Any = None
     # (g, n, batch, tile) -> of one of a plan's `summed_tiles` the `Tokens`, the first of the kv_tiles that are its
     # parts, how far these are apart and how many there are; of a pattern whose walks over queries may be long, and
-    # whose walks hold as fifth whether the kv_tile is the only part
+    # whose walks hold as fourth whether the kv_tile is the only part
     parts: Any = None
     # (queries) -> their numbers in a map, in the order in which they are found the quickest; by default by rows
     number: Any = None
@@ -108,8 +108,6 @@ class Block(NamedTuple):
     rows: Any
     columns: Any
     is_wide: Any  # whether boxes may have more columns
-    boxes: Any  # boxes at a time, each of rows * columns tokens
-    has_many: Any  # whether a walk may have many boxes
 
 
 class Plan(NamedTuple):
@@ -191,42 +189,35 @@ def across(x, BY_KEY: tl.constexpr):
 
 @triton.jit
 def in_block(block):
-    """Of its tokens which box, row and column of it each is in."""
-    i = tl.arange(0, block.boxes * block.rows * block.columns)
-    return i // (block.rows * block.columns), i // block.columns % block.rows, i % block.columns
+    """Of its tokens which row and column each is in."""
+    i = tl.arange(0, block.rows * block.columns)
+    return i // block.columns, i % block.columns
 
 
 @triton.jit
 def _steps(walk, block):
-    boxes, height, width = walk[0], walk[1], walk[2]
-    steps = ceil_div(height, block.rows)
+    steps = ceil_div(walk[0], block.rows)
     if block.is_wide:
-        steps *= ceil_div(width, block.columns)
-    if block.has_many:
-        steps *= ceil_div(boxes, block.boxes)
+        steps *= ceil_div(walk[1], block.columns)
     return steps
 
 
 @triton.jit
 def _start():
-    """Box, row and column, as numbers of Triton, whose interpreter cannot compare others."""
+    """Row and column, as numbers of Triton, whose interpreter cannot compare others."""
     zero = tl.full([], 0, tl.int32)
-    return zero, zero, zero
+    return zero, zero
 
 
 @triton.jit
-def _advance(walk, block, box, row, column):
-    _, height, width = walk[0], walk[1], walk[2]
+def _advance(walk, block, row, column):
     if block.is_wide:
         column += block.columns
-        row = tl.where(column >= width, row + block.rows, row)
-        column = tl.where(column >= width, 0, column)
+        row = tl.where(column >= walk[1], row + block.rows, row)
+        column = tl.where(column >= walk[1], 0, column)
     else:
         row += block.rows
-    if block.has_many:
-        box = tl.where(row >= height, box + block.boxes, box)
-        row = tl.where(row >= height, 0, row)
-    return box, row, column
+    return row, column
 
 
 @triton.jit
@@ -321,9 +312,9 @@ def _forward(
     b_m = tl.full([c.BLOCK_M], float("-inf"), tl.float32)
     b_l = tl.zeros([c.BLOCK_M], tl.float32)
     b_o = tl.zeros([c.BLOCK_M, c.BLOCK_DV], tl.float32)
-    box, row, column = _start()
+    row, column = _start()
     for _ in range(_steps(walk, g.k)):
-        keys = f.kv_at(g, n, batch, walk, box, row, column)
+        keys = f.kv_at(g, n, batch, walk, row, column)
         b_k = load(k, batch, head, keys, c.DIM, c.BLOCK_D)  # [BLOCK_N, BLOCK_D]
         b_v = load(v, batch, head, keys, c.DIM_V, c.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         b_s = _scores(g, f, c, scale, head, b_q, b_k, queries, keys)
@@ -334,7 +325,7 @@ def _forward(
         b_l = b_l * alpha + tl.sum(b_p, 1)
         b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * alpha[:, None], input_precision=c.precision)
         b_m = b_m_new
-        box, row, column = _advance(walk, g.k, box, row, column)
+        row, column = _advance(walk, g.k, row, column)
     b_o /= tl.where(b_l == 0.0, 1.0, b_l)[:, None]  # a query without keys yields zero
     output = contiguous_map(output, n, height, width, c.DIM_V)
     store(output, b_o, batch, head, queries, c.DIM_V, c.BLOCK_DV)
@@ -370,15 +361,15 @@ def _backward_dq(
     tl.store(p_delta + o_kept, b_delta, mask=queries.valid)
     tl.store(p_log2 + o_kept, b_lse, mask=queries.valid)
     b_dq = tl.zeros([c.BLOCK_M, c.BLOCK_D], tl.float32)
-    box, row, column = _start()
+    row, column = _start()
     for _ in range(_steps(walk, g.k)):
-        keys = f.kv_at(g, n, batch, walk, box, row, column)
+        keys = f.kv_at(g, n, batch, walk, row, column)
         b_k = load(k, batch, head, keys, c.DIM, c.BLOCK_D)  # [BLOCK_N, BLOCK_D]
         b_v = load(v, batch, head, keys, c.DIM_V, c.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         b_p = tl.exp2(_scores(g, f, c, scale, head, b_q, b_k, queries, keys) - b_lse[:, None])
         b_ds = b_p * (tl.dot(b_do, b_v.T, input_precision=c.precision) - b_delta[:, None])
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=c.precision)
-        box, row, column = _advance(walk, g.k, box, row, column)
+        row, column = _advance(walk, g.k, row, column)
     dq = contiguous_map(dq, n, height, width, c.DIM, c.SLICES)
     store(dq, b_dq * scale, batch, head, queries, c.DIM, c.BLOCK_D)
 
@@ -406,9 +397,9 @@ def _backward_dkv(
     b_v = load(v, batch, head, keys, c.DIM_V, c.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
     b_dk = tl.zeros([c.BLOCK_N, c.BLOCK_D], tl.float32)
     b_dv = tl.zeros([c.BLOCK_N, c.BLOCK_DV], tl.float32)
-    box, row, column = _start()
+    row, column = _start()
     for _ in range(_steps(walk, g.q)):
-        queries = f.q_at(g, n, batch, walk, box, row, column)
+        queries = f.q_at(g, n, batch, walk, row, column)
         b_q = load(q, batch, head, queries, c.DIM, c.BLOCK_D)  # [BLOCK_M, BLOCK_D]
         b_do = load(do, batch, head, queries, c.DIM_V, c.BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
         o_kept = _statistics(n, f, batch, head, queries)
@@ -419,13 +410,13 @@ def _backward_dkv(
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=c.precision)
         b_ds = b_p * (tl.dot(b_v, b_do.T, input_precision=c.precision) - b_delta[None, :])
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=c.precision)
-        box, row, column = _advance(walk, g.q, box, row, column)
+        row, column = _advance(walk, g.q, row, column)
     dk = contiguous_map(dk, n, key_height, key_width, c.DIM, c.SLICES)
     dv = contiguous_map(dv, n, key_height, key_width, c.DIM_V, c.SLICES)
     b_dk *= scale
     is_only = True
     if p_parts is not None:
-        is_only = walk[4]
+        is_only = walk[3]
         if not is_only:
             p_dk, p_dv = _part(p_parts, tl.program_id(0), c)
             tl.store(p_dk, b_dk)
@@ -487,11 +478,11 @@ def _backward_tile(
     if p_partial is not None:
         b_sum = tl.zeros([c.BLOCK_M, c.BLOCK_N], tl.float32)
     first = program // heads * tiles_per_program
-    box, row, column = _start()
+    row, column = _start()
     for i in range(first, tl.minimum(first + tiles_per_program, total_tiles)):
         batch, head, tile = _batch_head_tile(i * heads + program % heads, n, tiles)
         queries, walk = f.q_tile(g, n, batch, tile)
-        keys = f.kv_at(g, n, batch, walk, box, row, column)
+        keys = f.kv_at(g, n, batch, walk, row, column)
         b_q = load(q, batch, head, queries, c.DIM, c.BLOCK_D)  # [BLOCK_M, BLOCK_D]
         b_k = load(k, batch, head, keys, c.DIM, c.BLOCK_D)  # [BLOCK_N, BLOCK_D]
         b_v = load(v, batch, head, keys, c.DIM_V, c.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
@@ -579,20 +570,15 @@ def constant(value: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def fit(height: int, width: int, most: int, boxes: int = 0) -> Block:
-    """Blocks to walk over boxes of this size, of 16 to `most` tokens: those that pad the boxes least.
-
-    boxes: how many a walk has at most, where it has many; small ones are taken several at a time.
-    """
-    tokens = min(most, triton.next_power_of_2(height) * triton.next_power_of_2(width))
-    together = min(most // tokens, max(MIN_BLOCK // tokens, triton.next_power_of_2(boxes))) if boxes else 1
-    tokens = max(tokens, MIN_BLOCK // together)
+def fit(height: int, width: int, most: int) -> Block:
+    """Blocks to walk over boxes of this size, of 16 to `most` tokens: those that pad the boxes least."""
+    tokens = max(MIN_BLOCK, min(most, triton.next_power_of_2(height) * triton.next_power_of_2(width)))
 
     def padded(columns: int) -> tuple[int, int]:
         return triton.cdiv(height, tokens // columns) * triton.cdiv(width, columns), -columns
 
     columns = min((2**i for i in range(tokens.bit_length())), key=padded)
-    return Block(*map(constant, (tokens // columns, columns, columns < width, together, boxes > 0)))
+    return Block(*map(constant, (tokens // columns, columns, columns < width)))
 
 
 def blocks_of(pattern: str, kernel: str, q: Tensor, v: Tensor) -> Blocks:
@@ -800,7 +786,7 @@ class _Call:
         plan = self.make_plan(*self.arguments, block_m, block_n, kernel == "dkv")
         dims = self.q.shape[-1], self.v.shape[-1]
         padded = (max(MIN_BLOCK, triton.next_power_of_2(x)) for x in dims)
-        tokens = (math.prod(x.value for x in block[:2]) * block.boxes.value for block in plan.geometry[:2])
+        tokens = (block.rows.value * block.columns.value for block in plan.geometry[:2])
         constants = *dims, *padded, *tokens, self.align, self.slices, precision_of(self.q)
         return _Prepared(plan, Constants(*map(constant, constants)), {"num_warps": warps, "num_stages": stages})
 

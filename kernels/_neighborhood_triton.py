@@ -105,12 +105,12 @@ def _q_range(axis, first, TILE: tl.constexpr):
 @triton.jit
 def _at(g, walk, row, column, block):
     """Row and column in the map of a block of a walk's box, whether they are in the box, and their places."""
-    residue_y, _, _ = walk[3]
-    residue_x, _, _ = walk[4]
-    _, rows, columns = in_block(block)
+    residue_y, _, _ = walk[2]
+    residue_x, _, _ = walk[3]
+    rows, columns = in_block(block)
     rows, columns = rows + row, columns + column
-    valid = (rows < walk[1]) & (columns < walk[2])
-    y, x = walk[5] + rows, walk[6] + columns
+    valid = (rows < walk[0]) & (columns < walk[1])
+    y, x = walk[4] + rows, walk[5] + columns
     return y * g.y.dilation + residue_y, x * g.x.dilation + residue_x, valid, (y, x)
 
 
@@ -118,8 +118,8 @@ def _at(g, walk, row, column, block):
 def _queries(g, walk, row, column):
     """Logits see of a query its place, and those of its first key; of what is none, those of the last."""
     y, x, valid, place = _at(g, walk, row, column, g.q)
-    _, rows, _ = walk[3]
-    _, columns, _ = walk[4]
+    _, rows, _ = walk[2]
+    _, columns, _ = walk[3]
     place_y, place_x = tl.minimum(place[0], rows - 1), tl.minimum(place[1], columns - 1)
     return Tokens(y, x, valid, (place_y, place_x, _start(g.y, rows, place_y), _start(g.x, columns, place_x)))
 
@@ -127,7 +127,7 @@ def _queries(g, walk, row, column):
 @triton.jit
 def _own(first_y, first_x):
     """The walk over the tokens of a tile itself."""
-    return 1, first_y[1] - first_y[2], first_x[1] - first_x[2], first_y, first_x, first_y[2], first_x[2]
+    return first_y[1] - first_y[2], first_x[1] - first_x[2], first_y, first_x, first_y[2], first_x[2]
 
 
 @triton.jit
@@ -135,11 +135,11 @@ def _q_tile(g, n, batch, tile):
     y, x = _split(g, n, tile, g.q)
     start_y, height = _kv_range(g.y, y, g.q.rows)
     start_x, width = _kv_range(g.x, x, g.q.columns)
-    return _queries(g, _own(y, x), 0, 0), (1, height, width, y, x, start_y, start_x)
+    return _queries(g, _own(y, x), 0, 0), (height, width, y, x, start_y, start_x)
 
 
 @triton.jit
-def _kv_at(g, n, batch, walk, box, row, column):
+def _kv_at(g, n, batch, walk, row, column):
     y, x, valid, place = _at(g, walk, row, column, g.k)
     return Tokens(y, x, valid, place)
 
@@ -149,24 +149,24 @@ def _kv_tile(g, n, batch, tile):
     y, x = _split(g, n, tile, g.k)
     start_y, height = _q_range(g.y, y, g.k.rows)
     start_x, width = _q_range(g.x, x, g.k.columns)
-    return _kv_at(g, n, batch, _own(y, x), 0, 0, 0), (1, height, width, y, x, start_y, start_x)
+    return _kv_at(g, n, batch, _own(y, x), 0, 0), (height, width, y, x, start_y, start_x)
 
 
 @triton.jit
-def _q_at(g, n, batch, walk, box, row, column):
+def _q_at(g, n, batch, walk, row, column):
     return _queries(g, walk, row, column)
 
 
 @triton.jit
 def _bias_kv_at(g, n, batch, walk, block):
     """All within kernel - 1 of the tile, and more, so that those of most tiles lie at the start of a block."""
-    _, _, first_y = walk[3]
-    _, _, first_x = walk[4]
-    row = first_y - g.y.bias_start + block // g.x.bias_blocks * g.k.rows - walk[5]  # in the walk's box
-    column = first_x - g.x.bias_start + block % g.x.bias_blocks * g.k.columns - walk[6]
-    is_near = (row + g.k.rows > 0) & (row < walk[1]) & (column + g.k.columns > 0) & (column < walk[2])
-    keys = _kv_at(g, n, batch, walk, 0, row, column)
-    _, rows, columns = in_block(g.k)
+    _, _, first_y = walk[2]
+    _, _, first_x = walk[3]
+    row = first_y - g.y.bias_start + block // g.x.bias_blocks * g.k.rows - walk[4]  # in the walk's box
+    column = first_x - g.x.bias_start + block % g.x.bias_blocks * g.k.columns - walk[5]
+    is_near = (row + g.k.rows > 0) & (row < walk[0]) & (column + g.k.columns > 0) & (column < walk[1])
+    keys = _kv_at(g, n, batch, walk, row, column)
+    rows, columns = in_block(g.k)
     return Tokens(keys.y, keys.x, keys.valid & (row + rows >= 0) & (column + columns >= 0), keys.place), is_near
 
 
@@ -189,7 +189,7 @@ def _plan(q, k, bias, table, parameters, block_m: int, block_n: int, by_key: boo
     places = [triton.cdiv(size, dilation) for size, dilation in zip(sizes, dilations, strict=True)]
     tile = _tile(block_n if by_key else block_m, *map(triton.next_power_of_2, places))
     box = [size + kernel + stride - 2 for size, kernel, stride in zip(tile, kernels, strides, strict=True)]
-    own = Block(*map(constant, (*tile, False, 1, False)))
+    own = Block(*map(constant, (*tile, False)))
     if by_key:
         walked = fit(*box, block_m)._replace(is_wide=constant(True))
     else:

@@ -82,17 +82,17 @@ def _split(size, tile, block):
 @triton.jit
 def _tile(g, size, region, part, block, exists):
     """The tokens of one of a region's tiles."""
-    i = part * block.rows + in_block(block)[1]
+    i = part * block.rows + in_block(block)[0]
     return _at(g, size, region, i, exists & (i < size[0] * size[1]))
 
 
 @triton.jit
 def _listed(g, size, p_list, walk, row, block):
     """Tokens of the regions of a list, one after the other."""
-    i = row + in_block(block)[1]
-    exists = i < walk[1]
+    i = row + in_block(block)[0]
+    exists = i < walk[0]
     number, i = _divide(i, size[0] * size[1])
-    region = tl.load(p_list + walk[3] + number, mask=exists, other=0)
+    region = tl.load(p_list + walk[2] + number, mask=exists, other=0)
     return _at(g, size, region, i, exists)
 
 
@@ -101,11 +101,11 @@ def _q_tile(g, n, batch, tile):
     size, walked = _region(g, n.height, n.width), _region(g, n.key_height, n.key_width)
     region, part, _ = _split(size, tile, g.q)
     first = (batch * (g.rows * g.columns) + region) * g.topk
-    return _tile(g, size, region, part, g.q, region >= 0), (1, walked[0] * walked[1] * g.topk, 1, first)
+    return _tile(g, size, region, part, g.q, region >= 0), (walked[0] * walked[1] * g.topk, 1, first)
 
 
 @triton.jit
-def _kv_at(g, n, batch, walk, box, row, column):
+def _kv_at(g, n, batch, walk, row, column):
     return _listed(g, _region(g, n.key_height, n.key_width), g.routes, walk, row, g.k)
 
 
@@ -135,7 +135,7 @@ def _kv_tile(g, n, batch, tile):
     if g.most > 0:
         count = tl.minimum(count, g.most)
     keys = _tile(g, size, region, part, g.k, exists)
-    return keys, (1, count * (walked[0] * walked[1]), 1, batch * (regions * g.topk) + start, is_only)
+    return keys, (count * (walked[0] * walked[1]), 1, batch * (regions * g.topk) + start, is_only)
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def _parts(g, n, batch, tile):
 
 
 @triton.jit
-def _q_at(g, n, batch, walk, box, row, column):
+def _q_at(g, n, batch, walk, row, column):
     return _listed(g, _region(g, n.height, n.width), g.order, walk, row, g.q)
 
 
@@ -198,7 +198,7 @@ def _tokens(x: Tensor, grid: Sequence[int]) -> int:
 def _block(tokens: int, most: int) -> Block:
     """At most so many of these tokens at a time."""
     rows = min(most, max(MIN_BLOCK, triton.next_power_of_2(tokens)))
-    return Block(*map(constant, (rows, 1, False, 1, False)))
+    return Block(*map(constant, (rows, 1, False)))
 
 
 def _find(ordered: Tensor, count: int, right: bool) -> Tensor:

@@ -72,8 +72,8 @@ def _position(axis, length, window, place):
 @triton.jit
 def _tokens(g, n, walk, place_y, place_x):
     """Logits see the number of the place in its window, and on which sides of the seams it is."""
-    y = _position(g.y, n.height, walk[3], place_y)
-    x = _position(g.x, n.width, walk[4], place_x)
+    y = _position(g.y, n.height, walk[2], place_y)
+    x = _position(g.x, n.width, walk[3], place_x)
     valid = (place_y < g.y.window) & (place_x < g.x.window) & (y < n.height) & (x < n.width)
     side = tl.where(y < g.y.shift, 2, 0) + tl.where(x < g.x.shift, 1, 0)
     number = tl.minimum(place_y * g.x.window + place_x, g.y.window * g.x.window - 1)  # beyond: the last, for the bias
@@ -100,8 +100,8 @@ def _tile(g, n, tile, block):
     rows: tl.constexpr = (g.y.window + block.rows - 1) // block.rows
     window, part = tile // (rows * columns), tile % (rows * columns)
     windows = _windows(g.x, n.width)
-    walk = 1, g.y.window, g.x.window, window // windows, window % windows
-    _, row, column = in_block(block)
+    walk = g.y.window, g.x.window, window // windows, window % windows
+    row, column = in_block(block)
     return walk, part // columns * block.rows + row, part % columns * block.columns + column
 
 
@@ -118,21 +118,21 @@ def _kv_tile(g, n, batch, tile):
 
 
 @triton.jit
-def _q_at(g, n, batch, walk, box, row, column):
-    _, rows, columns = in_block(g.q)
+def _q_at(g, n, batch, walk, row, column):
+    rows, columns = in_block(g.q)
     return _tokens(g, n, walk, rows + row, columns + column)
 
 
 @triton.jit
-def _kv_at(g, n, batch, walk, box, row, column):
-    _, rows, columns = in_block(g.k)
+def _kv_at(g, n, batch, walk, row, column):
+    rows, columns = in_block(g.k)
     return _keys(g, n, batch, walk, rows + row, columns + column)
 
 
 @triton.jit
 def _bias_kv_at(g, n, batch, walk, block):
     across: tl.constexpr = (g.x.window + g.k.columns - 1) // g.k.columns
-    return _kv_at(g, n, batch, walk, 0, block // across * g.k.rows, block % across * g.k.columns), True
+    return _kv_at(g, n, batch, walk, block // across * g.k.rows, block % across * g.k.columns), True
 
 
 @triton.jit
