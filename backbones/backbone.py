@@ -74,8 +74,10 @@ class Backbone(nn.Module):
     __prepare_scriptable__ = refuse_script
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """As that of `nn.Module`; without arguments, by Inductor with LAYOUTS_KEPT."""
-        super().compile(*args, **(kwargs if args or kwargs else {"options": LAYOUTS_KEPT}))
+        """As that of `nn.Module`; by Inductor, without a mode, which excludes options, with LAYOUTS_KEPT too."""
+        if kwargs.get("backend", "inductor") == "inductor" and kwargs.get("mode") is None:
+            kwargs["options"] = LAYOUTS_KEPT | (kwargs.get("options") or {})
+        super().compile(*args, **kwargs)
 
     def forward_stages(self, images: Tensor) -> Iterator[Tensor]:
         """Yields the map of each stage in turn and, last, what `forward_features` returns.

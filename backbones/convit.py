@@ -50,7 +50,7 @@ __all__ = ["ConViT"]
 torch.fx.wrap("position_embedding")
 
 PATCH = 16  # pixels
-SMALL = 49  # places
+SMALL = 49  # places of a map, up to which what takes time are operators, not what they do
 
 
 @register_notrace_module

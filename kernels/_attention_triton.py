@@ -56,6 +56,7 @@ __all__ = [
     "in_block",
     "load",
     "lse_offsets",
+    "new_output",
     "pointers",
     "precision_of",
     "store",
@@ -655,7 +656,7 @@ def _operator(
     parameters: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    output, lse = _operator_fake(q, k, v, bias, table, pattern, parameters, scale)
+    output, lse = new_output(q, v)
     call = _Call(pattern, (q, k, v), bias, table, parameters, scale)
     prepared = call.prepare("forward")
     call.launch(_forward, len(q) * q.shape[3] * prepared.plan.tiles, prepared, output, lse)
@@ -664,6 +665,11 @@ def _operator(
 
 @_operator.register_fake
 def _operator_fake(q, k, v, bias, table, pattern, parameters, scale):
+    return new_output(q, v)
+
+
+def new_output(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty: output (B, H, W, heads, dim of v), and log-sum-exp (B, heads, H, W) in float32."""
     b, h, w, heads, _ = q.shape
     return q.new_empty((b, h, w, heads, v.shape[-1])), q.new_empty((b, heads, h, w), dtype=torch.float32)
 

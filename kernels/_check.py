@@ -118,7 +118,7 @@ def check_tensor(
 ) -> None:
     """`tensor` has this shape, the device of `like`, and `dtype` or else (autocast mends it) that of `like`."""
     expected = like.dtype if dtype is None else dtype
-    if tensor.shape != shape and tensor.shape != torch.Size(shape):
+    if tensor.shape != tuple(shape):
         raise ValueError(f"{name} is {_kind(tensor)}: expected the shape {tuple(shape)}")
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}: expected {like.device}, where q is")

@@ -34,6 +34,7 @@ from visionattn.kernels._attention_triton import (
     flat,
     load,
     lse_offsets,
+    new_output,
     precision_of,
     store,
     unsuited_map,
@@ -343,7 +344,7 @@ def _operator(
     q: Tensor, k: Tensor, v: Tensor, products: Tensor | None, block_size: int, halo_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """products: (B, H, W, heads, 2 * (2 * window - 1)), what the distances to a query's keys add to its logits."""
-    output, lse = _operator_fake(q, k, v, products, block_size, halo_size, scale)
+    output, lse = new_output(q, v)
     call = _Call("forward", q, k, v, block_size, halo_size)
     call.launch(_forward, call.programs, *call.maps, *call.sizes, scale, _contiguous(products), output, lse)
     return output, lse
@@ -351,8 +352,7 @@ def _operator(
 
 @_operator.register_fake
 def _operator_fake(q, k, v, products, block_size, halo_size, scale):
-    b, h, w, heads, _ = q.shape
-    return q.new_empty((b, h, w, heads, v.shape[-1])), q.new_empty((b, heads, h, w), dtype=torch.float32)
+    return new_output(q, v)
 
 
 @torch.library.custom_op("visionattn::halo_attention_backward", mutates_args=())

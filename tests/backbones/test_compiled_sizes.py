@@ -14,6 +14,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.testing import assert_close
 
 import visionattn  # noqa: F401 - registers the models
+from visionattn.backbones.backbone import LAYOUTS_KEPT
 
 SIZES = [(64, 96), (224, 192), (256, 320)]
 FAST = {"va_davit_tiny", "patchconvnet_s60"}
@@ -87,3 +88,20 @@ def test_compile_transposes_no_map():
     _, (code,) = run_and_get_code(model, torch.randn(2, 3, 224, 224))
     strides = set(re.findall(r"empty_strided_cpu\(\(2, 14, 14, 128\), \(([^)]*)\)", code))
     assert strides == {"25088, 1792, 128, 1"}
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        ({}, {"options": LAYOUTS_KEPT}),
+        ({"dynamic": True}, {"dynamic": True, "options": LAYOUTS_KEPT}),
+        ({"options": {"max_autotune": True}}, {"options": {"max_autotune": True} | LAYOUTS_KEPT}),
+        ({"mode": "reduce-overhead"}, {"mode": "reduce-overhead"}),
+        ({"backend": "eager"}, {"backend": "eager"}),
+    ],
+)
+def test_compile_keeps_layouts_beside_what_is_asked_for(monkeypatch, given, passed):
+    asked = {}
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.update(options))
+    timm.create_model("va_xcit_nano_12_p16_224", depth=1).compile(**given)
+    assert asked == passed
